@@ -1,0 +1,196 @@
+"""Levels: everything that learns is a pure function (state, context chunk) -> (state, output) with a period.
+
+A `Level` moves once every `period` ticks of its context flow. `nest` puts a fast level inside one step of a slow one;
+`run` lets a level read a stream. Attention memories, CMS blocks, optimizers and the training loop are all of this kind
+(NL Def. 2-4): they differ in their update frequency and in the context they compress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.typing import Array, PyTree
+
+Slower = tuple[PyTree, ...]
+Checkpoint = Literal["none", "full", "sqrt"] | int
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a nested system.
+
+    Args:
+        init: slower -> state. `slower` is the tuple of the slower levels' states, nearest first.
+        step: (state, context, slower) -> (state, emitted). `context` has a leading axis: the tokens of one period, or
+            what the faster level emitted over its ticks.
+        period: data points (tokens) between two updates; update frequency is 1 / period.
+        name: what tables and errors call it.
+        due: for a level that counts its own data points, state -> whether its period has just ended. Such a level may
+            be given less than a period at a time. Without it, a context cut short leaves the state as it was
+            (NL Eq. 71: unchanged unless the period divides the count) and only what `step` emits is used.
+        restart: (state, slower) -> state, what `nest(..., reset=True)` does to this level; the default is `init(slower)`.
+    """
+
+    init: Callable[[Slower], PyTree]
+    step: Callable[[PyTree, PyTree, Slower], tuple[PyTree, PyTree]]
+    period: int
+    name: str = "level"
+    due: Callable[[PyTree], Array] | None = None
+    restart: Callable[[PyTree, Slower], PyTree] | None = None
+
+    def __post_init__(self):
+        if self.period < 1:
+            raise ValueError(f"level {self.name!r}: period {self.period} is not a positive number of tokens")
+
+
+class Nested(NamedTuple):
+    """State of two nested levels."""
+
+    slow: PyTree
+    fast: PyTree
+
+
+def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
+    """One step of `slow` around `slow.period / fast.period` steps of `fast`, as one level.
+
+    The slow state is visible, read-only, to the fast level (first of its `slower`). What the fast level emits over its
+    ticks, stacked, is the slow level's context: a level takes its share and hands the rest on.
+
+    Args:
+        reset: restart the fast level from the slow one each time the slow one has stepped (NL Eq. 72; MAML). Levels
+            inside `fast` follow the `reset` of their own nest.
+
+    Raises:
+        ValueError: the periods do not divide one another.
+
+    >>> import jax.numpy as jnp
+    >>> mean = Level(lambda slower: jnp.zeros(()), lambda s, x, slower: (s, x.mean() - slower[0]), period=2, name="mean")
+    >>> drift = Level(lambda slower: jnp.zeros(()), lambda s, e, slower: (s + e.sum(), e), period=4, name="drift")
+    >>> state, emitted = run(nest(mean, drift), None, jnp.arange(8.0))
+    >>> float(state.slow), emitted.tolist()
+    (8.0, [[0.5, 2.5], [1.5, 3.5]])
+    """
+    if slow.period % fast.period:
+        raise ValueError(
+            f"period {slow.period} of level {slow.name!r} is not a multiple of period {fast.period} of the faster "
+            f"level {fast.name!r}: choose periods that divide one another"
+        )
+
+    def init(slower):
+        slow_state = slow.init(slower)
+        return Nested(slow_state, fast.init((slow_state, *slower)))
+
+    def step(state, context, slower):
+        whole = _length(context) == slow.period
+        fast_state, pieces = _advance(fast, state.fast, context, (state.slow, *slower), "none")
+        slow_state, emitted = state.slow, []
+        for piece in pieces:  # one, unless the context is cut short inside a tick of the fast level
+            moved, out = slow.step(slow_state, piece, slower)
+            emitted.append(out)
+            if whole or slow.due:
+                slow_state = moved
+        if reset and (whole or slow.due):
+            fresh = _restart(fast, fast_state, (slow_state, *slower))
+            fast_state = _where(slow.due(slow_state), fresh, fast_state) if slow.due else fresh
+        return Nested(slow_state, fast_state), emitted[0] if len(emitted) == 1 else _Pieces(emitted)
+
+    def restart(state, slower):
+        return state._replace(slow=_restart(slow, state.slow, slower))
+
+    # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
+    due = (lambda state: slow.due(state.slow)) if slow.due else (lambda state: jnp.asarray(False))
+    return Level(init, step, slow.period, f"{fast.name} in {slow.name}", due, restart)
+
+
+def run(
+    level: Level, state: PyTree | None, stream: PyTree, *, slower: Slower = (), checkpoint: Checkpoint = "none"
+) -> tuple[PyTree, PyTree]:
+    """Let `level` read a stream of data points, by `lax.scan` over its periods.
+
+    Args:
+        state: where to start; None for `level.init(slower)`.
+        stream: pytree of arrays with one leading axis, of any length T.
+        slower: states of levels slower than this one.
+        checkpoint: what the backward pass keeps. "none": everything; "full": the state before each step; "sqrt": about
+            sqrt(n) of those states; a number: that many of them.
+
+    Returns:
+        (state, emitted): what each step emitted, stacked. Where T is not a multiple of the period, emitted is a tuple of
+        pieces in the order of time: the whole periods', stacked, if there are any, then the remainder's.
+
+    Raises:
+        ValueError: an empty stream, or leaves of different lengths.
+    """
+    if state is None:
+        state = level.init(slower)
+    length = _length(stream)
+    state, pieces = _advance(level, state, stream, slower, checkpoint)
+    if length % level.period == 0:
+        return state, pieces[0]
+    whole = length // level.period > 0
+    return state, tuple(pieces[:whole]) + tuple(jax.tree.map(lambda x: x[0], piece) for piece in pieces[whole:])
+
+
+class _Pieces(list):
+    """What a step on a context cut short emits, where its faster level's last tick was cut short too."""
+
+
+def _advance(level, state, stream, slower, checkpoint):
+    """Steps over the whole periods, then over what remains. Returns the state and the emitted pieces, each stacked."""
+    length = _length(stream)
+    steps, rest = divmod(length, level.period)
+    pieces = []
+    if steps:
+        ticks = jax.tree.map(lambda x: x[: steps * level.period].reshape(steps, level.period, *x.shape[1:]), stream)
+        state, emitted = scan(lambda s, chunk: level.step(s, chunk, slower), state, ticks, checkpoint=checkpoint)
+        pieces.append(emitted)
+    if rest:
+        moved, emitted = level.step(state, jax.tree.map(lambda x: x[length - rest :], stream), slower)
+        state = moved if level.due else state
+        emitted = emitted if isinstance(emitted, _Pieces) else [emitted]
+        pieces += [jax.tree.map(lambda x: x[None], piece) for piece in emitted]
+    return state, pieces
+
+
+def scan(step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = "none") -> tuple[PyTree, PyTree]:
+    """`lax.scan` with one knob for what its backward pass keeps (see `run`)."""
+    if checkpoint == "none":
+        return jax.lax.scan(step, state, xs)
+    step = jax.checkpoint(step, prevent_cse=False)
+    if checkpoint == "full":
+        return jax.lax.scan(step, state, xs)
+    length = _length(xs)
+    segments = max(1, math.isqrt(length)) if checkpoint == "sqrt" else checkpoint
+    if not isinstance(segments, int) or not 1 <= segments <= length:
+        raise ValueError(f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt' or a number from 1 to {length} (steps)")
+    size, rest = divmod(length, segments)
+    inner = jax.checkpoint(lambda s, chunk: jax.lax.scan(step, s, chunk), prevent_cse=False)
+    head = jax.tree.map(lambda x: x[: size * segments].reshape(segments, size, *x.shape[1:]), xs)
+    state, emitted = jax.lax.scan(inner, state, head)
+    emitted = jax.tree.map(lambda x: x.reshape(size * segments, *x.shape[2:]), emitted)
+    if rest:
+        state, tail = inner(state, jax.tree.map(lambda x: x[size * segments :], xs))
+        emitted = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), emitted, tail)
+    return state, emitted
+
+
+def _restart(level: Level, state: PyTree, slower: Slower) -> PyTree:
+    return level.restart(state, slower) if level.restart else level.init(slower)
+
+
+def _where(due: Array, fresh: PyTree, state: PyTree) -> PyTree:
+    """`fresh` where due; a `due` with axes (one flag a sequence) speaks for the leading axes of every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(due.reshape(due.shape + (1,) * (b.ndim - due.ndim)), a, b), fresh, state)
+
+
+def _length(stream: PyTree) -> int:
+    lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(stream)})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
+    return lengths[0]

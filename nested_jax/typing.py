@@ -1,0 +1,19 @@
+"""The dimension legend and the array aliases, once for the whole project.
+
+    B batch    T tokens    D model width    H heads    K key width per head    V value width per head (or vocabulary)
+    F hidden width    C chunk length    N number of levels    L layers
+
+Shapes are written with these letters, in docstrings, in names (`keys_BTHK`) and in annotations (`Float[Array, "B T D"]`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array
+PyTree = Any  # a nest of tuples, lists and dicts of arrays
+
+__all__ = ["Array", "Bool", "Float", "Int", "PyTree"]

@@ -1,0 +1,152 @@
+"""`chunked` against its definition `tokenwise`, values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+
+
+def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, queries=True, dtype=np.float64):
+    """Random arguments inside the recurrence's domain: beta |x|^2 <= 1, alpha and theta in (0, 1]."""
+    normal = lambda *shape: rng.normal(size=shape).astype(dtype)
+    inputs = normal(*batch, C, K)
+    norm = np.sum(inputs**2, -1)
+    gates = Gates(
+        write=rng.uniform(0, 1, (*batch, C)).astype(dtype),
+        erase=(rng.uniform(0, 1, (*batch, C)) / norm if erase else np.zeros((*batch, C))).astype(dtype),
+        retain=(1 - rng.uniform(0, 1, (*batch, C)) ** 2 if decay else np.ones((*batch, C))).astype(dtype),
+        momentum=(1 - rng.uniform(0, 1, (*batch, C))).astype(dtype) if momentum else None,
+    )
+    state = MemoryState(normal(*batch, V, K), normal(*batch, V, K) if momentum else None)
+    arrays = [state, inputs, normal(*batch, C, V), gates, normal(*batch, C, K) if queries else None]
+    keywords = {"anchor": normal(*batch, V, K) if anchor else None}
+    mask = rng.uniform(size=(*batch, C)) > 0.4 if slots else None
+    return jax.tree.map(jnp.asarray, (arrays, keywords, mask))
+
+
+def both(arrays, keywords, mask, cotangent_seed=0):
+    """(values, gradients) of each implementation, under one random linear read-out of all results."""
+    results = []
+    for recurrence in (tokenwise, chunked):
+
+        def loss(arguments, recurrence=recurrence):
+            args, kwargs = arguments
+            out = recurrence(*args, **kwargs, mask=mask)
+            rng = np.random.default_rng(cotangent_seed)
+            weigh = lambda x: jnp.sum(x * rng.normal(size=x.shape).astype(x.dtype))
+            return sum(weigh(x) for x in jax.tree.leaves(out)), out
+
+        gradients, values = jax.jit(jax.grad(loss, has_aux=True))((arrays, keywords))
+        results.append((values, gradients))
+    return results
+
+
+def assert_close(slow, fast, tolerance):
+    """Largest difference of each leaf, relative to that leaf's largest entry (or 1e-5 of the largest of all)."""
+    floor = 1e-5 * max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(slow))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
+        scale = max(floor, float(jnp.max(jnp.abs(a))))
+        worst = float(jnp.max(jnp.abs(a - b))) / scale
+        assert worst <= tolerance, f"{jax.tree_util.keystr(path)}: {worst:.2e}"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.sampled_from([(), (2,), (2, 3)]),
+    C=st.sampled_from([1, 2, 3, 7, 8, 13, 16, 33]),
+    K=st.integers(1, 5),
+    V=st.integers(1, 5),
+    options=st.fixed_dictionaries({k: st.booleans() for k in ("momentum", "erase", "decay", "anchor", "slots")}),
+)
+def test_chunked_is_tokenwise(seed, batch, C, K, V, options):
+    with jax.enable_x64(True):
+        slow, fast = both(*problem(np.random.default_rng(seed), batch, C, K, V, **options))
+        assert_close(slow, fast, 1e-10)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_exactly_zero_gates(x64, momentum):
+    """Zeros in every gate, runs of them too: values and gradients, those with respect to the zeros included."""
+    arrays, keywords, _ = problem(
+        np.random.default_rng(3), (2,), 16, 4, 3, momentum=momentum, erase=True, decay=True, anchor=True, slots=False
+    )
+    zero = lambda gate, at: None if gate is None else gate.at[..., np.array(at)].set(0.0)
+    gates = arrays[3]
+    arrays[3] = Gates(
+        zero(gates.write, [0, 5]), zero(gates.erase, [1, 5]), zero(gates.retain, [4, 5, 9]), zero(gates.momentum, [5, 15])
+    )
+    slow, fast = both(arrays, keywords, None)
+    assert_close(slow, fast, 1e-10)
+    assert float(jnp.min(jnp.abs(slow[1][0][3].retain[..., np.array([4, 5, 9])]))) > 0  # not trivially zero
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(np.float64, 1e-10), (np.float32, 2e-5)])
+def test_identical_keys_with_erase_near_one(x64, dtype, tolerance):
+    """The hardest triangular system: every entry near 1. Powers of it lose 1e-3 in float32; inverting blocks does not."""
+    rng = np.random.default_rng(0)
+    C, K = 64, 8
+    key = rng.normal(size=K)
+    key /= np.linalg.norm(key)
+    ones = np.ones(C)
+    arguments = [
+        MemoryState(rng.normal(size=(K, K))), np.tile(key, (C, 1)), rng.normal(size=(C, K)),
+        Gates(0.5 * ones, 0.999 * ones, ones), rng.normal(size=(C, K)),
+    ]  # fmt: skip
+    exact = tokenwise(*jax.tree.map(jnp.asarray, arguments))
+    fast = jax.jit(chunked)(*jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments))
+    assert fast[1].dtype == dtype
+    assert_close(exact, fast, tolerance)
+
+
+def test_bfloat16_inputs_accumulate_in_float32():
+    arrays, keywords, mask = problem(
+        np.random.default_rng(1), (2,), 32, 8, 8, momentum=True, erase=True, decay=True, anchor=False, slots=False,
+        dtype=np.float32,
+    )  # fmt: skip
+    arrays[1], arrays[2], arrays[4] = (arrays[i].astype(jnp.bfloat16) for i in (1, 2, 4))
+    slow, fast = tokenwise(*arrays, **keywords), chunked(*arrays, **keywords)
+    assert {x.dtype for x in jax.tree.leaves(fast)} == {jnp.dtype("float32")}
+    assert_close(slow, fast, 1e-5)
+
+
+def test_leading_axes_broadcast(x64):
+    """What is shared by several memories is given once, with an axis of length 1."""
+    arrays, keywords, mask = problem(
+        np.random.default_rng(2), (3, 2), 9, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=True
+    )
+    arrays[1], arrays[3], arrays[4] = jax.tree.map(lambda x: x[:1], (arrays[1], arrays[3], arrays[4]))
+    mask = mask[:1]
+    assert_close(*both(arrays, keywords, mask), 1e-10)
+
+
+def test_empty_slots_leave_the_state_untouched(x64):
+    arrays, keywords, _ = problem(
+        np.random.default_rng(4), (2,), 6, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=False
+    )
+    after, _ = chunked(*arrays, **keywords, mask=jnp.zeros((2, 6), bool))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), after, arrays[0])
+
+
+def test_any_split_of_a_chunk(x64):
+    arrays, keywords, _ = problem(
+        np.random.default_rng(5), (2,), 11, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=False
+    )
+    state, inputs, errors, gates, queries = arrays
+    whole = chunked(*arrays, **keywords)
+    outputs = []
+    for piece in (slice(0, 3), slice(3, 4), slice(4, 11)):
+        cut = jax.tree.map(lambda g: g[:, piece], gates)  # noqa: B023
+        state, y = chunked(state, inputs[:, piece], errors[:, piece], cut, queries[:, piece], **keywords)
+        outputs.append(y)
+    assert_close(whole, (state, jnp.concatenate(outputs, 1)), 1e-10)
+
+
+def test_a_momentum_needs_its_decay():
+    one = jnp.ones((1, 1))
+    with pytest.raises(ValueError, match="gates.momentum is None"):
+        chunked(MemoryState(one, one), one, one, Gates(one[0], one[0], one[0]), one)
