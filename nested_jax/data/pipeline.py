@@ -1,0 +1,213 @@
+"""Packing documents into windows of tokens: a Grain pipeline, seeded, sharded, exactly resumable.
+
+A document becomes boundary, ids, boundary; its inputs are all but the last of these, its targets all but the first.
+A window has T slots. Each document starts at a multiple of `alignment` slots (where chunks and periods start), the
+slots before it are empty (boundary as token and target, weight 0), and goes on in the same row of the next batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from nested_jax.data.tokenizer import Tokenizer
+from nested_jax.errors import UserError
+
+_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+class Batch(NamedTuple):
+    """Windows of tokens, with what to predict at each slot.
+
+    `weights` is 1 where a slot has a target and 0 where it is empty; `reset` is true where the fast state restarts.
+    """
+
+    tokens: np.ndarray  # (B, T) int32
+    targets: np.ndarray  # (B, T) int32
+    weights: np.ndarray  # (B, T) float32
+    reset: np.ndarray  # (B, T) bool
+
+
+def train_batches(
+    documents: Sequence[str | bytes] | grain.MapDataset,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    batch: int,
+    alignment: int,
+    seed: int,
+    carry: bool = False,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.DatasetIterator:
+    """An endless iterator of `Batch`es (B = batch, T = window), with `get_state` and `set_state` (small, JSON).
+
+    Every row reads a stream of its own, of documents shuffled anew each epoch, so that consecutive batches hold
+    consecutive windows of a document in the same row. `reset` is true at each document's first token and, unless
+    `carry`, at each window's. Process `shard_index` of `shard_count` gets its share of the rows. Raises
+    UserError for sizes that do not fit together, and when there are no documents.
+
+    >>> from nested_jax.data.tokenizer import ByteTokenizer
+    >>> batches = train_batches(["abcde"], ByteTokenizer(), window=4, batch=1, alignment=2, seed=0)
+    >>> next(batches).tokens, next(batches).tokens  # 0 a b c; d e, and the document again
+    (array([[ 0, 97, 98, 99]], dtype=int32), array([[100, 101,   0,  97]], dtype=int32))
+    """
+    if not 0 <= shard_index < shard_count:
+        raise UserError(f"shard {shard_index} of {shard_count}: the index must be at least 0 and below the count")
+    pack = _packing(tokenizer, window, batch, alignment, carry)
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain adds the epoch: keep seeds far apart
+    stream = _dataset(documents, tokenizer).shuffle(seed=seed).repeat()
+    rows = [pack(stream[shard_index * batch + row :: shard_count * batch]) for row in range(batch)]
+    return iter(grain.experimental.ZipIterDataset(rows).map(_stack))
+
+
+class HeldoutBatches:
+    """What `heldout_batches` returns: iterate it, any number of times, for `Batch`es."""
+
+    def __init__(self, documents: grain.MapDataset, byte_lengths: np.ndarray, streams, empty: Batch):
+        self._documents, self._byte_lengths, self._streams, self._empty = documents, byte_lengths, streams, empty
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(_stack, itertools.zip_longest(*self._streams(), fillvalue=self._empty))
+
+    @functools.cached_property
+    def text_bytes(self) -> int:
+        """Bytes of text all targets together stand for: bits per byte is their summed loss, in bits, over this."""
+        return sum(int(self._byte_lengths[document[1:]].sum()) for document in self._documents)
+
+    @functools.cached_property
+    def targets(self) -> int:
+        """Number of targets, the boundary after each document included."""
+        return sum(len(document) - 1 for document in self._documents)
+
+
+def heldout_batches(
+    documents: Sequence[str | bytes] | grain.MapDataset,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    batch: int,
+    alignment: int,
+    carry: bool = False,
+    limit_tokens: int | None = None,
+) -> HeldoutBatches:
+    """`Batch`es (B = batch, T = window) that hold each target of the documents once, or their first `limit_tokens`.
+
+    Which targets these are depends on the tokenizer alone. With `carry` rows hold consecutive windows of a document,
+    as in `train_batches`; else windows follow one another along the rows. What is over in the last batch has weight 0.
+    Raises UserError for sizes that do not fit together, and when there are no documents.
+
+    >>> from nested_jax.data.tokenizer import ByteTokenizer
+    >>> batches = heldout_batches(["abc", "de"], ByteTokenizer(), window=4, batch=3, alignment=1)
+    >>> batches.targets, batches.text_bytes
+    (7, 5)
+    >>> [batch.weights.sum(axis=1).tolist() for batch in batches]
+    [[4.0, 3.0, 0.0]]
+    """
+    pack = _packing(tokenizer, window, batch, alignment, carry)
+    bounded = _dataset(documents, tokenizer)
+    if limit_tokens is not None:
+        if limit_tokens < 1:
+            raise UserError(f"limit_tokens {limit_tokens} must be at least 1")
+        bounded = grain.MapDataset.source(list(_first_targets(bounded, limit_tokens)))
+
+    def streams() -> list[Iterator[Batch]]:
+        return [iter(pack(bounded[row::batch])) for row in range(batch)] if carry else [iter(pack(bounded))] * batch
+
+    return HeldoutBatches(bounded, tokenizer.byte_lengths, streams, _empty(window, tokenizer.boundary, carry))
+
+
+class PackedWindows(grain.IterDataset):
+    """Windows, `Batch`es without the batch axis, of documents (n,) int32 that start and end in a boundary."""
+
+    def __init__(self, documents: grain.IterDataset, *, window: int, alignment: int, boundary: int, carry: bool):
+        super().__init__(documents)
+        self._options = {"window": window, "alignment": alignment, "boundary": boundary, "carry": carry}
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedWindowsIterator(iter(self._parent), **self._options)
+
+
+class _PackedWindowsIterator(grain.DatasetIterator):
+    """Its state: the parent's state before the document being read, and how many of its inputs were read."""
+
+    def __init__(self, parent: grain.DatasetIterator, *, window: int, alignment: int, boundary: int, carry: bool):
+        super().__init__(parent)
+        self._window, self._alignment, self._boundary, self._carry = window, alignment, boundary, carry
+        self._document, self._offset = None, 0
+
+    def __next__(self) -> Batch:
+        packed = _empty(self._window, self._boundary, self._carry)
+        slot = 0
+        while slot < self._window:
+            if self._document is None:
+                self._before = self._parent.get_state()
+                try:
+                    self._document = next(self._parent)
+                except StopIteration:
+                    if slot:
+                        break
+                    raise
+            size = min(self._window - slot, len(self._document) - 1 - self._offset)
+            here, there = slice(slot, slot + size), slice(self._offset, self._offset + size)
+            packed.tokens[here] = self._document[:-1][there]
+            packed.targets[here] = self._document[1:][there]
+            packed.weights[here] = 1
+            packed.reset[slot] |= self._offset == 0
+            self._offset += size
+            if self._offset == len(self._document) - 1:
+                self._document, self._offset = None, 0
+            slot = -(-(slot + size) // self._alignment) * self._alignment
+        return packed
+
+    def get_state(self) -> dict[str, Any]:
+        before = self._parent.get_state() if self._document is None else self._before
+        return {"parent": before, "offset": self._offset}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._document, self._offset = None, state["offset"]
+
+
+def _packing(tokenizer: Tokenizer, window: int, batch: int, alignment: int, carry: bool):
+    """A function from a dataset of documents to its windows, the sizes checked."""
+    for name, value in (("window", window), ("batch", batch), ("alignment", alignment)):
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if window % alignment and alignment % window:
+        raise UserError(f"window {window} and alignment {alignment}: one must be a multiple of the other")
+    options = {"window": window, "alignment": min(alignment, window), "boundary": tokenizer.boundary, "carry": carry}
+    return lambda documents: PackedWindows(documents.to_iter_dataset(_READ), **options)
+
+
+def _dataset(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tokenizer) -> grain.MapDataset:
+    """Documents as ids between two boundaries, encoded when fetched."""
+    if len(documents) == 0:
+        raise UserError("no documents to make batches of: give at least one")
+    boundary = np.array([tokenizer.boundary], np.int32)
+    dataset = documents if isinstance(documents, grain.MapDataset) else grain.MapDataset.source(documents)
+    return dataset.map(lambda text: np.concatenate([boundary, tokenizer.encode(text), boundary]))
+
+
+def _first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarray]:
+    for document in documents:
+        yield document[: limit + 1]
+        limit -= len(document) - 1
+        if limit <= 0:
+            return
+
+
+def _empty(window: int, boundary: int, carry: bool) -> Batch:
+    token = np.full(window, boundary, np.int32)
+    reset = np.zeros(window, bool)
+    reset[0] = not carry
+    return Batch(token, token.copy(), np.zeros(window, np.float32), reset)
+
+
+def _stack(windows: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(arrays) for arrays in zip(*windows, strict=True)))

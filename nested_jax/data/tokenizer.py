@@ -1,0 +1,186 @@
+"""Tokenizers: bytes, and SentencePiece pieces trained on the text itself. Both are lossless."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+
+from nested_jax.errors import UserError
+
+_BYTES = b"nested_jax byte tokenizer\n"  # what a saved ByteTokenizer holds
+_BOUNDARY = "<document>"
+_SPACE = "\u2581"  # how SentencePiece writes a space; as a character of the text it is spelled in bytes
+
+
+class Tokenizer(Protocol):
+    """What a tokenizer is: `vocabulary` ids, among them `boundary`, which no text encodes to.
+
+    `byte_lengths` (V,) int32 is how many bytes of text each id stands for, so that bits per byte is defined:
+    the summed loss in bits over `byte_lengths[targets]` summed. The boundary stands for none.
+    """
+
+    vocabulary: int
+    boundary: int
+    byte_lengths: np.ndarray
+
+    def encode(self, text: str | bytes) -> np.ndarray: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def save(self, path: str | os.PathLike) -> None: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens, 256 of them; byte 0, which text does not use, is the document boundary.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("né")
+    array([110, 195, 169], dtype=int32)
+    >>> tokenizer.decode([110, 195, 169])
+    'né'
+    """
+
+    vocabulary = 256
+    boundary = 0
+
+    def __init__(self):
+        self.byte_lengths = np.ones(self.vocabulary, np.int32)
+        self.byte_lengths[self.boundary] = 0
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids (T,) int32 of a text, one for each byte."""
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids (T,); bytes that are not UTF-8 become U+FFFD. Raises UserError for ids out of range."""
+        return _in_range(ids, self.vocabulary).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file for `load_tokenizer`."""
+        Path(path).write_bytes(_BYTES)
+
+
+class SentencePieceTokenizer:
+    """SentencePiece (BPE, byte fallback) without normalization: every text decodes to itself, white space included.
+
+    `SentencePieceTokenizer.train` makes one, `load_tokenizer` reads one back. The boundary is a control symbol.
+
+    >>> tokenizer = SentencePieceTokenizer.train(["to be, or not to be: " * 20], vocabulary=280)
+    >>> tokenizer.decode(tokenizer.encode("  To be\\n\\tis to do ☃"))
+    '  To be\\n\\tis to do ☃'
+    """
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._pieces = pieces = sentencepiece.SentencePieceProcessor()
+        pieces.load_from_serialized_proto(model)
+        self.vocabulary = pieces.vocab_size()
+        self.boundary = pieces.piece_to_id(_BOUNDARY)
+        if not pieces.is_control(self.boundary):
+            raise UserError(f"tokenizer without control symbol {_BOUNDARY}: make one with SentencePieceTokenizer.train")
+        self._text = [self._bytes_of(i) for i in range(self.vocabulary)]
+        self._space = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self.byte_lengths = np.array([len(text) for text in self._text], np.int32)
+
+    @classmethod
+    def train(cls, documents: Iterable[str | bytes], vocabulary: int, *, max_bytes: int = 10**8) -> SentencePieceTokenizer:
+        """Trains on the first `max_bytes` bytes of the documents, to exactly `vocabulary` ids (256 of them bytes).
+
+        Raises UserError when the text has too many characters, or too few, for that vocabulary.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(documents, max_bytes),
+                model_writer=model,
+                vocab_size=vocabulary,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                control_symbols=[_BOUNDARY],
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                max_sentence_length=1 << 20,
+                num_threads=os.cpu_count(),
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = re.sub(r"^.*\] ", "", str(error)).split(" Increase vocab_size")[0].rstrip(". ") or "it is empty"
+            raise UserError(f"vocabulary {vocabulary} does not fit the text: {reason}; choose another size") from error
+        return cls(model.getvalue())
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids (T,) int32 of a text; bytes that are not UTF-8 become U+FFFD."""
+        first, *rest = _utf8(text).decode(errors="replace").split(_SPACE)
+        ids = self._pieces.encode(first)
+        for part in rest:
+            ids += self._space + self._pieces.encode(part)
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids (T,); a boundary has none. Raises UserError for ids out of range."""
+        return b"".join(self._text[i] for i in _in_range(ids, self.vocabulary)).decode(errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the SentencePiece model, a file for `load_tokenizer`."""
+        Path(path).write_bytes(self._model)
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self._pieces.is_control(i) or self._pieces.is_unknown(i):
+            return b""
+        piece = self._pieces.id_to_piece(i)
+        return bytes([int(piece[3:5], 16)]) if self._pieces.is_byte(i) else piece.replace(_SPACE, " ").encode()
+
+
+def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceTokenizer:
+    """The tokenizer that `save` wrote to a file. Raises UserError for any other file.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     ByteTokenizer().save(file.name)
+    ...     load_tokenizer(file.name).vocabulary
+    256
+    """
+    remedy = "give a file written by a tokenizer's save"
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {path}: {error.strerror}; {remedy}") from error
+    if data == _BYTES:
+        return ByteTokenizer()
+    try:
+        return SentencePieceTokenizer(data)
+    except (RuntimeError, UserError) as error:
+        raise UserError(f"tokenizer {path} is damaged or of another kind: {remedy}") from error
+
+
+def _utf8(text: str | bytes) -> bytes:
+    return text.encode(errors="replace") if isinstance(text, str) else bytes(text)
+
+
+def _in_range(ids: Iterable[int], vocabulary: int) -> np.ndarray:
+    ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids), np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.size:
+        raise UserError(f"token id {wrong[0]} is out of range: this tokenizer's ids are 0 to {vocabulary - 1}")
+    return ids
+
+
+def _sentences(documents: Iterable[str | bytes], max_bytes: int, length: int = 4096) -> Iterable[str]:
+    """Stretches of `length` characters: the trainer counts words, which hardly ever straddle two."""
+    for text in documents:
+        text = _utf8(text)[:max_bytes].decode(errors="ignore")
+        max_bytes -= len(text.encode())
+        yield from (text[i : i + length] for i in range(0, len(text), length))
+        if max_bytes <= 0:
+            return

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_jax.data import ByteTokenizer, PackedWindows, SentencePieceTokenizer, heldout_batches, train_batches
+from nested_jax.errors import UserError
+
+BYTES = ByteTokenizer()
+TEXTS = [f"{i:03d}" + "abcdefghij" * (i % 5) for i in range(23)]
+quick = settings(max_examples=60, deadline=None)
+
+
+def texts(min_size=1):
+    return st.lists(st.text("abc", max_size=30).map(lambda text: f"<{text}>"), min_size=min_size, max_size=9)
+
+
+@st.composite
+def sizes(draw):
+    """(window, alignment), the one a multiple of the other."""
+    small, times = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    return draw(st.sampled_from([(small, small * times), (small * times, small)]))
+
+
+def read_row(windows, window, alignment, carry):
+    """The documents, as (inputs, targets), of a row's windows; checks where they start and where the row resets."""
+    documents = []
+    for tokens, targets, weights, reset in windows:
+        assert set(np.unique(weights)) <= {0.0, 1.0}
+        for slot in range(window):
+            if weights[slot]:
+                previous = documents[-1][1][-1] if documents else 0
+                starts = tokens[slot] == 0  # a NUL is the boundary, which only starts a document
+                assert starts or previous == tokens[slot], "inputs are the targets before them"
+                if starts:
+                    assert slot % min(alignment, window) == 0
+                    documents.append(([], []))
+                documents[-1][0].append(int(tokens[slot]))
+                documents[-1][1].append(int(targets[slot]))
+                assert reset[slot] == (starts or (slot == 0 and not carry))
+            else:
+                assert tokens[slot] == targets[slot] == 0
+                assert reset[slot] == (slot == 0 and not carry)
+    return [(bytes(inputs), bytes(targets)) for inputs, targets in documents]
+
+
+def rows_of(batches):
+    return [[tuple(array[row] for array in batch) for batch in batches] for row in range(len(batches[0].tokens))]
+
+
+def same(left, right):
+    for a, b in zip(left, right, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@quick
+@given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.integers(0, 3))
+def test_packing_holds_every_document_whole_and_aligned(documents, size, batch, carry, seed):
+    window, alignment = size
+    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry}
+    batches = list(itertools.islice(train_batches(documents, BYTES, seed=seed, **options), 12))
+    for packed in batches:
+        shapes = [(array.shape, array.dtype.name) for array in packed]
+        assert shapes == [((batch, window), dtype) for dtype in ("int32", "int32", "float32", "bool")]
+    for row in rows_of(batches):
+        *whole, last = read_row(row, window, alignment, carry)
+        for inputs, targets in whole:
+            assert inputs[:1] == b"\0" == targets[-1:]
+            assert inputs[1:] == targets[:-1] and targets[:-1].decode() in documents
+        assert any(text.encode().startswith(last[0][1:]) for text in documents)
+
+
+@quick
+@given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.none() | st.integers(1, 60))
+def test_held_out_targets_are_covered_exactly_once(documents, size, batch, carry, limit):
+    window, alignment = size
+    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry, "limit_tokens": limit}
+    heldout = heldout_batches(documents, BYTES, **options)
+    rows = rows_of(list(heldout))
+    if not carry:  # windows follow one another along the rows
+        rows = [[window for windows in zip(*rows, strict=True) for window in windows]]
+    found = [targets for row in rows for _, targets in (read_row(row, window, alignment, carry) if row else [])]
+    expected, left = [], limit or 10**9
+    for text in documents:
+        expected.append((text.encode() + b"\0")[:left])
+        left -= len(expected[-1])
+    assert sorted(found) == sorted(targets for targets in expected if targets)
+    assert heldout.targets == sum(map(len, found))
+    assert heldout.text_bytes == sum(len(targets.rstrip(b"\0")) for targets in found)
+    same(heldout, heldout)  # any number of times
+
+
+def test_held_out_text_bytes_do_not_depend_on_the_tokenizer():
+    pieces = SentencePieceTokenizer.train(TEXTS, vocabulary=290)
+    options = {"window": 8, "batch": 2, "alignment": 4}
+    by_bytes, by_pieces = heldout_batches(TEXTS, BYTES, **options), heldout_batches(TEXTS, pieces, **options)
+    assert by_bytes.text_bytes == by_pieces.text_bytes == sum(map(len, TEXTS))
+    assert by_pieces.targets < by_bytes.targets == by_bytes.text_bytes + len(TEXTS)
+    for heldout, tokenizer in ((by_bytes, BYTES), (by_pieces, pieces)):
+        assert sum((tokenizer.byte_lengths[b.targets] * b.weights).sum() for b in heldout) == heldout.text_bytes
+    assert sum(batch.weights.sum() for batch in by_pieces) == by_pieces.targets
+
+
+def test_a_document_goes_on_in_its_row_alike_with_and_without_carry():
+    options = {"window": 8, "batch": 2, "alignment": 4, "seed": 3}
+    carrying = train_batches(TEXTS, BYTES, carry=True, **options)
+    for carried, fresh in itertools.islice(zip(carrying, train_batches(TEXTS, BYTES, **options), strict=False), 30):
+        same([carried[:3]], [fresh[:3]])
+        assert fresh.reset[:, 0].all()
+        np.testing.assert_array_equal(carried.reset[:, 0], carried.tokens[:, 0] == 0)
+        np.testing.assert_array_equal(carried.reset[:, 1:], fresh.reset[:, 1:])
+
+
+def test_the_seed_decides_the_order():
+    options = {"window": 16, "batch": 2, "alignment": 8}
+    first, again, other = (
+        list(itertools.islice(train_batches(TEXTS, BYTES, seed=seed, **options), 20)) for seed in (7, 7, 8)
+    )
+    same(first, again)
+    with pytest.raises(AssertionError):
+        same(first, other)
+
+
+def started(batches, steps):
+    """The first three bytes of the documents that start in the batches, in order, row by row."""
+    rows = rows_of(list(itertools.islice(batches, steps)))
+    return [[text[1][:3] for text in read_row(row, 64, 64, False)] for row in rows]
+
+
+def test_every_epoch_holds_every_document_once_in_an_order_of_its_own():
+    (row,) = started(train_batches(TEXTS, BYTES, window=64, batch=1, alignment=64, seed=0), 46)
+    names = {text[:3].encode() for text in TEXTS}
+    assert set(row[:23]) == names == set(row[23:46])
+    assert row[:23] != row[23:46]
+
+
+@pytest.mark.parametrize(("shards", "batch"), [(1, 5), (2, 2), (3, 1)])
+def test_shards_are_disjoint_and_together_complete(shards, batch):
+    options = {"window": 64, "batch": batch, "alignment": 64, "seed": 1, "shard_count": shards}
+    rows = [row for i in range(shards) for row in started(train_batches(TEXTS, BYTES, shard_index=i, **options), 50)]
+    stream = list(itertools.chain.from_iterable(zip(*rows, strict=True)))
+    assert len(rows) == shards * batch
+    for epoch in range(2):
+        assert set(stream[23 * epoch :][:23]) == {text[:3].encode() for text in TEXTS}
+    single = train_batches(TEXTS, BYTES, **{**options, "batch": shards * batch, "shard_count": 1})
+    assert started(single, 50) == rows  # the shards are the rows of one batch
+
+
+@settings(quick, max_examples=25)
+@given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.integers(0, 15))
+def test_resumes_exactly_from_any_step(documents, size, batch, carry, step):
+    window, alignment = size
+    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry, "seed": 5}
+    batches = train_batches(documents, BYTES, **options)
+    for _ in range(step):
+        next(batches)
+    state = json.dumps(batches.get_state())
+    assert len(state) < 100 * (batch + 1)
+    expected = list(itertools.islice(batches, 6))
+    resumed = train_batches(documents, BYTES, **options)
+    resumed.set_state(json.loads(state))
+    assert json.dumps(resumed.get_state()) == state
+    same(itertools.islice(resumed, 6), expected)
+    batches.set_state(json.loads(state))  # and back, on an iterator that has gone on
+    same(itertools.islice(batches, 6), expected)
+
+
+def test_packed_windows_pass_grains_own_check():
+    documents = grain.MapDataset.source([np.array([0, *text, 0], np.int32) for text in ([5] * 7, [6], [], [7] * 9)])
+    options = {"window": 4, "alignment": 2, "boundary": 0, "carry": False}
+    grain.experimental.assert_equal_output_after_checkpoint(PackedWindows(documents.to_iter_dataset(), **options))
+
+
+def test_documents_may_be_a_grain_dataset_of_bytes():
+    documents = grain.MapDataset.source(TEXTS).map(str.encode)
+    options = {"window": 8, "batch": 2, "alignment": 4, "seed": 3}
+    same(
+        itertools.islice(train_batches(documents, BYTES, **options), 9),
+        itertools.islice(train_batches(TEXTS, BYTES, **options), 9),
+    )
+
+
+def test_a_document_is_encoded_once_each_time_it_is_read():
+    class Counting(ByteTokenizer):
+        calls = 0
+
+        def encode(self, text):
+            self.calls += 1
+            return super().encode(text)
+
+    tokenizer = Counting()
+    batches = train_batches(["a" * 100], tokenizer, window=10, batch=1, alignment=1, seed=0)
+    for _ in range(20):  # 200 slots, 101 for each document
+        next(batches)
+    assert tokenizer.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"window": 100, "alignment": 64}, "window 100 and alignment 64: one must be a multiple of the other"),
+        ({"window": 0}, "window 0 must be at least 1"),
+        ({"batch": -2}, "batch -2 must be at least 1"),
+        ({"alignment": 0}, "alignment 0 must be at least 1"),
+        ({"documents": []}, "no documents to make batches of: give at least one"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_in_one_line(wrong, line):
+    options = {"documents": TEXTS, "tokenizer": BYTES, "window": 8, "batch": 1, "alignment": 4} | wrong
+    with pytest.raises(UserError, match=f"^{line}$"):
+        train_batches(**options, seed=0)
+    with pytest.raises(UserError, match=f"^{line}$"):
+        heldout_batches(**options)
+
+
+def test_a_wrong_shard_and_a_wrong_limit_are_told_in_one_line():
+    options = {"window": 8, "batch": 1, "alignment": 4}
+    with pytest.raises(UserError, match="^shard 2 of 2: the index must be at least 0 and below the count$"):
+        train_batches(TEXTS, BYTES, seed=0, shard_index=2, shard_count=2, **options)
+    with pytest.raises(UserError, match="^limit_tokens 0 must be at least 1$"):
+        heldout_batches(TEXTS, BYTES, limit_tokens=0, **options)

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_jax.data import LocalText, ngram_entropies, open_documents
+from nested_jax.data import text as text_module
+from nested_jax.errors import UserError
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("NESTED_JAX_CACHE", str(path))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """30 files, each of which says its name and a line of prose."""
+    for i in range(30):
+        path = tmp_path / f"part{i % 3}" / f"{i:02d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"file {i:02d}\nIt was the best of times, it was the worst of times.\n")
+    return tmp_path
+
+
+def read(source, split, **options):
+    return [bytes(text) for text in open_documents(source, split, **options)]
+
+
+def prepared(cache):
+    return sorted(path.parent.name for path in cache.glob("local_text/*/1.0.0"))
+
+
+def run(code, **environment):
+    """Runs Python code of its own process."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_splits_are_by_file_disjoint_and_complete(folder, cache):
+    train, heldout = read(folder, "train"), read(folder, "heldout")
+    assert len(heldout) >= 1 and len(train) >= 25
+    assert not set(train) & set(heldout)
+    assert sorted(train + heldout) == sorted(path.read_bytes() for path in folder.rglob("*.txt"))
+    assert list(cache.iterdir()), "prepared where $NESTED_JAX_CACHE says"
+
+
+def test_documents_are_the_same_wherever_they_are_prepared(folder, cache, tmp_path_factory):
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / folder.name)
+    for split in ("train", "heldout"):
+        assert read(folder, split) == read(moved, split, data_dir=cache / "other")
+
+
+def test_a_new_file_moves_no_other_between_splits(folder, cache):
+    heldout = set(read(folder, "heldout"))
+    (folder / "new.txt").write_text("a new file")
+    assert len(set(read(folder, "heldout")) ^ heldout) <= 1
+
+
+@pytest.mark.parametrize("change", ["content", "name", "new", "gone"])
+def test_changed_text_is_prepared_again_and_unchanged_text_is_not(change, folder, cache):
+    before = read(folder, "train") + read(folder, "heldout")
+    first = prepared(cache)
+    file = folder / "part0" / "00.txt"
+    text = file.read_bytes()
+    os.utime(file)
+    read(folder, "train")
+    assert prepared(cache) == first and len(first) == 1
+    if change == "content":
+        file.write_bytes(text.replace(b"best", b"rest"))
+    elif change == "name":
+        file.rename(folder / "part0" / "renamed.txt")
+    elif change == "new":
+        (folder / "new.txt").write_bytes(text + b"new")
+    else:
+        file.unlink()
+    after = read(folder, "train") + read(folder, "heldout")
+    assert len(prepared(cache)) == 2
+    assert sorted(after) == sorted(path.read_bytes() for path in folder.rglob("*.txt"))
+    assert (sorted(after) == sorted(before)) == (change == "name")
+
+
+def test_binary_empty_hidden_and_repeated_files_of_a_folder_are_left_out(folder, cache):
+    expected = sorted(read(folder, "train") + read(folder, "heldout"))
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "empty.txt").touch()
+    (folder / "blank.txt").write_text(" \n")
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    shutil.copy(folder / "part0" / "00.txt", folder / "repeated.txt")
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    assert sorted(read(folder, "train") + read(folder, "heldout")) == expected
+
+
+def test_a_cache_within_the_folder_is_no_part_of_it(folder):
+    expected = sorted(path.read_bytes() for path in folder.rglob("*.txt"))
+    for _ in range(2):
+        assert sorted(read(folder, "train", data_dir=folder) + read(folder, "heldout", data_dir=folder)) == expected
+    assert len(prepared(folder)) == 1
+
+
+def test_a_folder_named_stdlib_is_a_folder(folder, cache, monkeypatch):
+    folder.rename(folder.with_name("stdlib"))
+    monkeypatch.chdir(folder.parent)
+    assert len(read("./stdlib", "train") + read("./stdlib", "heldout")) == 30
+
+
+def test_a_single_file_is_cut_at_blank_lines(tmp_path, cache):
+    paragraphs = [f"{i} " + "It is a far, far better thing that I do.\n" * 20 + "\n" for i in range(400)]
+    path = tmp_path / "tale of two cities.txt"
+    path.write_text("".join(paragraphs))
+    train, heldout = read(path, "train"), read(path, "heldout")
+    assert all(text.endswith(b"\n\n") and len(text) <= 2**14 for text in train + heldout)
+    assert sum(len(text) > 2**13 for text in train + heldout) >= len(train + heldout) - 1
+    assert len(heldout) >= 1 and sum(map(len, train + heldout)) == path.stat().st_size
+    assert sorted(b"".join(train + heldout)) == sorted(path.read_bytes())
+
+
+def test_a_few_files_are_cut_too(tmp_path, cache):
+    for i in range(3):
+        (tmp_path / f"{i}.md").write_text(f"{i}: To be, or not to be, that is the question.\n" * 500)
+    train, heldout = read(tmp_path, "train"), read(tmp_path, "heldout")
+    assert len(train) > 15 and len(heldout) >= 1
+    assert sum(map(len, train + heldout)) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_file_without_line_ends_is_cut_between_characters(tmp_path, cache):
+    path = tmp_path / "snow.txt"
+    path.write_text("☃" * 3000)
+    texts = read(path, "train") + read(path, "heldout")
+    assert len(texts) > 5 and "".join(text.decode() for text in texts) == "☃" * 3000
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("aé☃𝕏 \n"), max_size=300), st.integers(32, 80))
+def test_cutting_loses_nothing(text, size):
+    pieces = text_module._cut(text.encode(), size)
+    assert b"".join(pieces) == text.encode()
+    assert all(len(piece) <= size and piece.decode() is not None for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "holds 0 bytes of UTF-8 text: give "),
+        (b" \n ", "holds 0 bytes of UTF-8 text: give "),
+        (b"short", "holds 5 bytes of UTF-8 text: give "),
+        (b"text\0" * 99, "is binary: it holds NUL bytes or is not UTF-8; give UTF-8 text"),
+        ("é".encode("latin-1") * 99, "is binary: it holds NUL bytes or is not UTF-8; give UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_text_is_told_in_one_line(content, line, tmp_path, cache):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path} {line}") as caught:
+        open_documents(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_text_is_told_in_one_line(tmp_path, cache):
+    (tmp_path / "binary").write_bytes(bytes(100))
+    with pytest.raises(UserError, match=f"^{tmp_path} holds 0 bytes of UTF-8 text: give"):
+        open_documents(tmp_path)
+
+
+def test_a_pipe_is_no_source(tmp_path, cache):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is neither a file nor a folder: give"):
+        open_documents(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("cache_dir", ["file", "file/below"])
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(cache_dir, folder, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    (base / "file").touch()
+    with pytest.raises(UserError, match=r"writable \(\$NESTED_JAX_CACHE moves it\)$") as caught:
+        open_documents(folder, data_dir=base / cache_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["./no/such", "/no/such", "~/no_such_folder", "no/such", "no_such.txt"])
+def test_a_missing_path_is_told_in_one_line(source, cache):
+    with pytest.raises(UserError, match=f'^path {source} does not exist: give "stdlib", the path of .* or a TFDS .*$'):
+        open_documents(source)
+
+
+@pytest.mark.parametrize("source", ["no_such_dataset", "no_such:text", "stdlb", ""])
+def test_an_unknown_dataset_is_told_in_one_line(source, cache):
+    with pytest.raises(UserError, match=f"^dataset ({source}|'') is unknown: give \"stdlib\", the path of .*$"):
+        open_documents(source)
+
+
+def test_an_unknown_split_is_told_in_one_line(cache):
+    with pytest.raises(UserError, match="^split 'test' is unknown"):
+        open_documents("stdlib", "test")
+
+
+def test_killed_half_way_leaves_nothing_broken(folder, cache):
+    killed = run(
+        f"""
+        import os, signal
+        from nested_jax.data import LocalText, open_documents
+        whole = LocalText._generate_examples
+        def half(self, heldout):
+            yield from list(whole(self, heldout))[:1]
+            os.kill(os.getpid(), signal.SIGKILL)
+        LocalText._generate_examples = half
+        open_documents({str(folder)!r})
+        """
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list(cache.glob("local_text/*/incomplete*")) and not prepared(cache)
+    assert len(read(folder, "train") + read(folder, "heldout")) == 30
+    assert not list(cache.glob("local_text/*/incomplete*"))
+
+
+def test_two_processes_may_prepare_at_once(folder, cache):
+    code = f"import nested_jax.data as data; print(len(data.open_documents({str(folder)!r})))"
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert counts == {str(len(read(folder, "train")))}
+
+
+def test_no_tensorflow_and_no_chatter(folder, cache):
+    done = run(
+        f"""
+        import sys
+        from nested_jax.data import ByteTokenizer, heldout_batches, open_documents, train_batches
+        options = dict(window=64, batch=2, alignment=16)
+        next(train_batches(open_documents({str(folder)!r}), ByteTokenizer(), seed=0, **options))
+        next(iter(heldout_batches(open_documents({str(folder)!r}, "heldout"), ByteTokenizer(), **options)))
+        assert "tensorflow" not in sys.modules
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_prepared_dataset_is_a_dataset_like_any_other(folder, cache):
+    texts = read(folder, "heldout")
+    (path,) = cache.glob("local_text/*/1.0.0")
+    rows = tfds.builder_from_directory(path).as_data_source("heldout")
+    assert read(path, "heldout") == texts == [row["text"] for row in rows]
+    assert read(f"{path}:name", "heldout") == [row["name"] for row in rows]
+    with pytest.raises(UserError, match=f"^TFDS dataset {path}:nose has no such feature: it has name, text; give"):
+        open_documents(f"{path}:nose")
+    with pytest.raises(UserError, match=f"^TFDS dataset {folder}:text cannot be read: .*"):
+        open_documents(f"{folder}:text")
+
+
+class Headlines(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("plain", "tested", "single", "wordless")]
+
+    def _info(self):
+        texts = {"headline": tfds.features.Text(), "body": tfds.features.Text()}
+        features = {"number": np.int64} if self.builder_config.name == "wordless" else texts
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        count = 1 if self.builder_config.name == "single" else 100
+        splits = {"train": self._generate_examples(0, count)}
+        return splits | ({"test": self._generate_examples(100, 30)} if self.builder_config.name == "tested" else {})
+
+    def _generate_examples(self, first, count):
+        for i in range(first, first + count):
+            yield i, {"headline": f"headline {i}", "body": f"body {i}\n" * (10**4 if count == 1 else 1)}
+
+
+def test_a_tfds_name_is_opened_with_its_own_splits(cache):
+    assert set(read("headlines/tested", "train", data_dir=cache)) == {b"body %d\n" % i for i in range(100)}
+    assert set(read("headlines/tested", "heldout", data_dir=cache)) == {b"body %d\n" % i for i in range(100, 130)}
+
+
+def test_a_tfds_name_without_a_held_out_split_loses_its_last_twentieth(cache):
+    train = read("headlines/plain:headline", "train", data_dir=cache)
+    heldout = read("headlines/plain:1.0.0:headline", "heldout", data_dir=cache)
+    assert (len(train), len(heldout)) == (95, 5)
+    assert set(train + heldout) == {b"headline %d" % i for i in range(100)}
+
+
+def test_a_tfds_split_of_a_few_documents_is_cut(cache):
+    train = read("headlines/single", "train", data_dir=cache)
+    heldout = read("headlines/single", "heldout", data_dir=cache)
+    assert len(train) == 4 and b"".join(train + heldout) == b"body 0\n" * 10**4
+
+
+def test_a_tfds_dataset_that_does_not_fit_is_told_in_one_line(cache):
+    no_feature = "^TFDS dataset headlines{} has no such feature: it has {}; give name:feature$"
+    with pytest.raises(UserError, match=no_feature.format("/wordless", "no text at all")):
+        open_documents("headlines/wordless", data_dir=cache)
+    with pytest.raises(UserError, match=no_feature.format(":nose", "body, headline")):
+        open_documents("headlines:nose", data_dir=cache)
+    with pytest.raises(UserError, match="^TFDS dataset headlines/nose cannot be read: .*; install what it needs"):
+        open_documents("headlines/nose", data_dir=cache)
+    assert not list(cache.glob("headlines")), "told before anything is downloaded"
+
+
+def test_the_standard_library(cache):
+    train, heldout = open_documents("stdlib"), open_documents("stdlib", "heldout")
+    assert 0.01 < len(heldout) / (len(train) + len(heldout)) < 0.1
+    assert sum(map(len, train)) > 5e6 and sum(map(len, heldout)) > 1e5
+    assert not set(map(bytes, train)) & set(map(bytes, heldout))
+    everything = [bytes(text) for documents in (train, heldout) for text in documents]
+    assert all(b"\0" not in text and text.decode() for text in everything)
+    assert any(text.startswith(b'The "assert" statement') for text in everything), "prose"
+    assert any(b"class ThreadPoolExecutor" in text for text in everything), "modules"
+    assert not any(b"class TestCase(unittest.TestCase)" in text for text in everything), "no tests"
+    entropies = ngram_entropies(heldout)
+    assert 4.2 < entropies.unigram < 5.0 and 3.1 < entropies.bigram < 3.8
+
+
+def test_the_builder_is_a_tfds_builder(folder, cache):
+    builder = LocalText(folder, data_dir=cache)
+    builder.download_and_prepare()
+    assert builder.info.splits["train"].num_examples + builder.info.splits["heldout"].num_examples == 30
+    assert builder.info.file_format.value == "array_record"
+
+
+def test_entropies_of_known_sources():
+    assert ngram_entropies(["ab" * 500]) == pytest.approx((1.0, 0.0))
+    assert ngram_entropies([bytes(range(256))] * 3).unigram == pytest.approx(8.0)
+    assert ngram_entropies(["aa", "bb"]) == pytest.approx((1.0, 0.0)), "pairs stay within a document"
+    assert ngram_entropies(["aabb" * 10**4]).bigram == pytest.approx(1.0, abs=1e-3)
+    assert ngram_entropies(["a"]) == (0.0, 0.0)
+    with pytest.raises(UserError, match="^entropies of no text"):
+        ngram_entropies(["", b""])
