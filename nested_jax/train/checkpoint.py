@@ -1,0 +1,133 @@
+"""Checkpoints: parameters, optimizer, carried fast state and the place in the data, together, by Orbax.
+
+Orbax commits a checkpoint by renaming it; a list of its files is then put beside them, so that one that was cut short
+later is told from a whole one before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from nested_jax.errors import UserError
+from nested_jax.train.state import TrainState
+from nested_jax.typing import PyTree
+
+CHECKPOINTS, _FILES = "checkpoints", "files.json"
+
+
+class Checkpoints:
+    """The last two checkpoints of a run folder, in a folder of their own, named by step."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute() / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        tree = ("parameters", "optimizer", "fast")
+        handlers = {name: ocp.StandardCheckpointHandler() for name in tree} | {"progress": ocp.JsonCheckpointHandler()}
+        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self._orbax.latest_step()
+
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Writes a checkpoint named by `state.step`, `progress` (JSON) in it, and drops all but the last two."""
+        step = int(state.step)
+        items = {"progress": ocp.args.JsonSave(progress)}
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        if self._orbax.save(step, args=ocp.args.Composite(**items)):
+            _list_files(self.folder / str(step))
+
+    def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, into the shapes and shardings of an abstract state, and its progress.
+
+        Raises UserError naming the checkpoint where it is cut short, unreadable or of other shapes.
+        """
+        items = self._read(_trees(shapes), progress=ocp.args.JsonRestore())
+        state = TrainState(jnp.int32(self.latest()), items["parameters"], items["optimizer"], items.get("fast"))
+        return state, items["progress"]
+
+    def restore_parameters(self, shapes: PyTree) -> PyTree:
+        """The newest checkpoint's parameters alone. Raises UserError as `restore`."""
+        return self._read({"parameters": shapes})["parameters"]
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._orbax.close()
+
+    def _read(self, trees: dict[str, PyTree], **others: Any):
+        path = self.folder / str(self.latest())
+        older = [step for step in self._orbax.all_steps() if step != self.latest()]
+        remedy = f"delete that folder to go on from step {older[-1]}" if older else "start over with --fresh"
+        if fault := _missing(path):
+            raise UserError(f"checkpoint {path} is cut short: {fault}; {remedy}")
+        try:
+            kept = self._orbax.item_metadata(self.latest())
+            for name, tree in trees.items():
+                if fault := _other_shape(kept[name].tree if name in kept else {}, tree):
+                    raise UserError(f"checkpoint {path} is of another shape: {name} {fault}; {remedy}")
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+            return self._orbax.restore(self.latest(), args=ocp.args.Composite(**items, **others))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the storage layers raise
+            reason = str(error).split("\n")[0][:120] or type(error).__name__
+            raise UserError(f"checkpoint {path} cannot be read: {reason}; {remedy}") from error
+
+
+def _trees(state: TrainState) -> dict[str, PyTree]:
+    trees = {"parameters": state.parameters, "optimizer": state.optimizer, "fast": state.fast}
+    return {name: tree for name, tree in trees.items() if tree is not None}
+
+
+def _list_files(path: Path) -> None:
+    files = {str(f.relative_to(path)): _digest(f) for f in sorted(path.rglob("*")) if f.is_file()}
+    part = path / f"{_FILES}.part"
+    part.write_text(json.dumps(files))
+    part.rename(path / _FILES)
+
+
+def _missing(path: Path) -> str | None:
+    """What is wrong with the first file that is not as listed. (A kill between commit and list leaves none.)"""
+    if not (path / _FILES).exists():
+        return None if (path / "parameters").is_dir() else "parameters is gone"
+    try:
+        files = json.loads((path / _FILES).read_text())
+    except ValueError:
+        return f"{_FILES} has changed"
+    for name, digest in files.items():
+        if not (path / name).is_file():
+            return f"{name} is gone"
+        if _digest(path / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _digest(file: Path) -> list[int]:
+    """Size in bytes and CRC-32."""
+    checksum, size = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return [size, checksum]
+
+
+def _other_shape(kept: PyTree, wanted: PyTree) -> str | None:
+    """The first leaf whose shape or type differs."""
+    theirs, ours = _shapes(kept), _shapes(wanted)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in this run"
+    return None
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    keystr = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {keystr(path): f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}

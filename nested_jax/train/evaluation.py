@@ -1,0 +1,78 @@
+"""Held-out text: a model's bits per byte beside what counting bytes and pairs of bytes gives on the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from flax import nnx
+
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_entropies
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.state import bind
+from nested_jax.train.step import eval_step
+from nested_jax.typing import PyTree
+
+
+class HeldOut:
+    """The first `limit` bytes of some documents, cut into batches for a network.
+
+    `entropies` are the text's unigram and bigram entropies, `text_bytes` its length.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        net: nnx.GraphDef,
+        tokenizer: ByteTokenizer | SentencePieceTokenizer,
+        documents: Sequence[bytes],
+        *,
+        limit: int,
+    ):
+        texts = list(first_bytes(documents, limit))
+        self.entropies = ngram_entropies(texts)
+        self._batches = heldout_batches(
+            texts,
+            tokenizer,
+            window=config.window,
+            batch=config.batch,
+            alignment=alignment(config),
+            carry=config.carry,
+        )
+        self.text_bytes = self._batches.text_bytes
+        start = lambda parameters: bind(net, parameters).init_state(config.batch, max_length=config.window)
+        self._start = jax.jit(start) if config.carry else lambda parameters: None
+        self._step = jax.jit(eval_step(net))
+        self._carry = config.carry
+
+    def bits_per_byte(self, parameters: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Summed cross-entropy of the text in bits, over its bytes; None if `stop()` became true on the way."""
+        nats, fast = 0.0, self._start(parameters)
+        for batch in self._batches:
+            if stop():
+                return None
+            loss, after = self._step(parameters, fast, batch)
+            fast = after if self._carry else None
+            nats += float(loss)
+        return nats / math.log(2) / self.text_bytes
+
+
+def first_bytes(documents: Sequence[bytes], limit: int) -> Iterator[bytes]:
+    """Documents up to `limit` bytes in all, the last one cut between two characters.
+
+    >>> list(first_bytes([b"abc", "d\\u00e9f".encode(), b"ghi"], 5))
+    [b'abc', b'd']
+    """
+    for text in documents:
+        if len(text) >= limit:
+            yield text[:limit].decode(errors="ignore").encode()
+            return
+        yield text
+        limit -= len(text)
+
+
+def alignment(config: TrainConfig) -> int:
+    """Tokens that documents start on multiples of: the model's, or whole windows where the two do not fit."""
+    own = config.model.alignment
+    return own if config.window % own == 0 or own % config.window == 0 else config.window

@@ -1,0 +1,182 @@
+"""The training loop: resume, update, evaluate, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from nested_jax.data import NgramEntropies
+from nested_jax.train import folder as folders
+from nested_jax.train import report
+from nested_jax.train.checkpoint import Checkpoints
+from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.progress import Display, say
+from nested_jax.train.record import Record
+from nested_jax.train.sample import characters, sample
+from nested_jax.train.state import TrainState, learning_rate, network, optimizer, start
+from nested_jax.train.step import Metrics, assert_healthy, train_step
+from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
+from nested_jax.train.text import TOKENIZER, open_text
+
+
+def train(config: TrainConfig, console: Console | None = None) -> TrainState:
+    """Trains in `config.run_dir`, from where a run in it stopped, and returns the last state.
+
+    The folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.model and, at the end, loss.png
+    and report.md. A run that was stopped and resumed has the state and metrics, to the bit, of one that was not.
+
+    Raises:
+        UserError: config, text and folder do not fit; nothing in the folder has changed.
+        NonFinite: the loss, a gradient or the fast state is no longer a number; the last checkpoint is kept.
+        Interrupted: stopped by Ctrl-C or SIGTERM, and saved.
+    """
+    console, folder = console or Console(), Path(config.run_dir)
+    config.check()
+    begun = folders.begun(folder, config)
+    net = network(config.model)
+    state, progress = None, {"tokens": 0, "seconds": 0.0}
+    with contextlib.ExitStack() as stack:
+        if begun:
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+            if checkpoints.latest() is not None:
+                state, progress = checkpoints.restore(jax.eval_shape(lambda: start(config)))
+            if state is not None and state.step == config.steps and report.written(folder, config.steps):
+                say(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
+                return state
+        text = open_text(config, net, folder if begun else None)
+        if begun:
+            folders.assert_same_text(folder, text.fingerprint)
+        elif config.fresh and (aside := folders.set_aside(folder)):
+            say(console, f"the run that was in {folder} is now in {aside}")
+        stack.enter_context(folders.claim(folder))
+        folders.write_config(folder, config, text.fingerprint)
+        text.tokenizer.save(folder / TOKENIZER)
+        if not begun:
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+        if state is None:
+            state = jax.jit(lambda: start(config))()
+        else:
+            text.batches.set_state(progress["data"])
+        record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
+        run = _Run(config, console, net, text, checkpoints, record, state, progress)
+        run.greet()
+        run.update_to_the_end()
+        run.report()
+        return run.state
+
+
+class _Run:
+    """A run under way: the state, and everything that reads it or writes it down."""
+
+    def __init__(self, config, console, net, text, checkpoints, record, state: TrainState, progress: dict[str, Any]):
+        self.config, self.console, self.net, self.text = config, console, net, text
+        self.checkpoints, self.record = checkpoints, record
+        self.state, self.step, self.tokens = state, int(state.step), progress["tokens"]
+        self._begun = time.monotonic() - progress["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent on this run, earlier sessions included."""
+        return time.monotonic() - self._begun
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
+
+    def greet(self) -> None:
+        """Says what is about to be trained, on what."""
+        config, heldout = self.config, self.text.heldout
+        begin = f"from step {self.step}" if self.step else "from the start"
+        say(self.console, f"{config.preset}, {self.size:,} parameters, {begin}; Ctrl-C saves, the same command resumes")
+        say(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out; {_counts(heldout.entropies)}")
+        slowest = max(config.model.cms.periods, default=0)
+        if slowest > config.window and not config.carry:
+            never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
+            say(self.console, f"note: {never}; give --carry or --window {2 * slowest}")
+
+    def update_to_the_end(self) -> None:
+        """All remaining updates, with what is due between them; raises Interrupted on a signal, once saved."""
+        config = self.config
+        update = jax.jit(train_step(self.net, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
+        rate = learning_rate(config)
+        with Interruption() as interruption, Display(self.console, self.step, config.steps) as display:
+            self._evaluate(interruption, display)  # a signal may have come before it
+            while self.step < config.steps and interruption.signal is None:
+                batch = next(self.text.batches)
+                self.state, metrics = update(self.state, batch)
+                self.step += 1
+                self._assert_healthy(metrics)
+                targets, size = (
+                    int(batch.weights.sum()),
+                    self.text.tokenizer.byte_lengths[batch.targets] * batch.weights,
+                )
+                self.tokens += targets
+                row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(size.sum(), 1)}
+                speed = display.update(self.step, targets, **row)
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    row |= {"gradient_norm": float(metrics.gradient_norm), "learning_rate": float(rate(self.step - 1))}
+                    row |= {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": speed}
+                    self.record.add(self.step, **row)
+                self._evaluate(interruption, display)
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self._save()
+            if interruption.signal is not None:
+                self._save()
+                where = f"stopped at step {self.step} of {config.steps}, saved in {config.run_dir}"
+                raise Interrupted(f"{where}; resume with: {command(config)}", interruption.signal)
+
+    def report(self) -> None:
+        """Writes loss.png and report.md and says where they are."""
+        config, heldout = self.config, self.text.heldout
+        bits = self.record.heldout(self.step)["heldout_bits_per_byte"]
+        options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
+        ids = sample(self.net, self.state.parameters, self.text.tokenizer, **options)
+        folder = Path(config.run_dir)
+        report.draw(folder, self.record.rows, heldout.entropies)
+        report.write(
+            folder,
+            config,
+            bits_per_byte=bits,
+            entropies=heldout.entropies,
+            text_bytes=heldout.text_bytes,
+            parameters=self.size,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            sample="".join(characters(self.text.tokenizer, ids)),
+        )
+        say(self.console, f"held-out {bits:.3f} bits per byte; {_counts(heldout.entropies)}")
+        say(self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text")
+
+    def _evaluate(self, interruption: Interruption, display: Display) -> None:
+        """Evaluates where it is due and not done."""
+        every, last = self.config.eval_every, self.step == self.config.steps
+        if not (last or (every and self.step and self.step % every == 0)) or self.record.heldout(self.step):
+            return
+        heldout = self.text.heldout
+        bits = heldout.bits_per_byte(self.state.parameters, stop=lambda: interruption.signal is not None)
+        if bits is not None:
+            self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict())
+            display.say(f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte; {_counts(heldout.entropies)}")
+
+    def _save(self) -> None:
+        progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}
+        self.checkpoints.save(self.state, progress)
+
+    def _assert_healthy(self, metrics: Metrics) -> None:
+        try:
+            assert_healthy(self.step, metrics)
+        except NonFinite as error:
+            last = self.checkpoints.latest()
+            kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} is kept"
+            remedy = "try a lower --learning-rate or --clip, in another --run-dir"
+            raise NonFinite(f"{error}; {kept}; {remedy}") from None
+
+
+def _counts(entropies: NgramEntropies) -> str:
+    return f"counting bytes gives {entropies.unigram:.3f}, pairs of bytes {entropies.bigram:.3f}"

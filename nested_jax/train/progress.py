@@ -1,0 +1,57 @@
+"""What a run shows while it trains: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def say(console: Console, line: str) -> None:
+    """Prints one line as it is."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+class Display:
+    """A context to show updates in, from `step` to `steps`."""
+
+    def __init__(self, console: Console, step: int, steps: int, *, seconds: float = 10):
+        self._console, self._first, self._steps, self._seconds = console, step, steps, seconds
+        self._shown = time.monotonic()
+        self._before: float | None = None  # the last update's time; the first one compiles, and is not counted
+        self._speed = 0.0
+        words = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[numbers]}")
+        self._bar = Progress(*words, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True)
+        self._task = self._bar.add_task("", total=steps, completed=step, numbers="compiling")
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._bar.start()
+        else:
+            say(self._console, "compiling the training step")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints one line, above the bar. The time it took to make is not counted in the speed."""
+        say(self._console, line)
+        self._before = time.monotonic()
+
+    def update(self, step: int, tokens: int, *, loss: float, bits_per_byte: float) -> float:
+        """Shows an update and returns tokens per second, averaged over the last updates."""
+        now = time.monotonic()
+        if self._before is not None:
+            speed = tokens / max(now - self._before, 1e-9)
+            self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
+        self._before = now
+        numbers = f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {self._speed:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        if not self._console.is_terminal and (now - self._shown > self._seconds or step in (self._first + 1, self._steps)):
+            self._shown = now
+            left = (self._steps - step) * tokens / max(self._speed, 1e-9) if self._speed else 0
+            say(self._console, f"step {step}/{self._steps}  {numbers}  {left // 60:.0f}:{left % 60:02.0f} left")
+        return self._speed

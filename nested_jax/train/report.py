@@ -1,0 +1,99 @@
+"""What a finished run leaves to read: the loss figure and report.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nested_jax.data import NgramEntropies
+from nested_jax.train.config import TrainConfig, command
+
+FIGURE, REPORT = "loss.png", "report.md"
+
+
+def draw(folder: Path, rows: list[dict[str, Any]], entropies: NgramEntropies) -> None:
+    """Writes loss.png: bits per byte over steps, of the training windows and of the held-out text."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    for key, style, label in (("bits_per_byte", "-", "training"), ("heldout_bits_per_byte", "o-", "held-out")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+    for name, value, dashes in (("unigram", entropies.unigram, ":"), ("bigram", entropies.bigram, "--")):
+        axes.axhline(value, color="gray", linestyle=dashes, label=f"{name} entropy {value:.2f}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / FIGURE, dpi=120)
+
+
+def write(
+    folder: Path,
+    config: TrainConfig,
+    *,
+    bits_per_byte: float,
+    entropies: NgramEntropies,
+    text_bytes: int,
+    parameters: int,
+    tokens: int,
+    seconds: float,
+    sample: str,
+) -> None:
+    """Writes report.md, which shows loss.png."""
+    verdict = "below" if bits_per_byte < entropies.bigram else "not below"
+    fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
+    lines = f"""\
+# {config.preset} on {config.data}
+
+Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} the bigram entropy.
+
+| held-out text, {text_bytes:,} bytes | bits per byte |
+|---|---|
+| unigram entropy | {entropies.unigram:.3f} |
+| bigram entropy | {entropies.bigram:.3f} |
+| this model | {bits_per_byte:.3f} |
+
+![bits per byte over steps]({FIGURE})
+
+| | |
+|---|---|
+{_steps_line(config.steps)}
+| parameters | {parameters:,} |
+| tokens seen | {tokens:,} |
+| wall time | {seconds / 60:.1f} minutes |
+| tokens per second | {tokens / max(seconds, 1e-9):,.0f} |
+
+Made by
+
+```
+{command(config)}
+```
+
+A sample, seed {config.seed}, temperature {TEMPERATURE}, from the start of a document:
+
+{fence}text
+{sample}
+{fence}
+"""
+    part = folder / f"{REPORT}.part"
+    part.write_text(lines)
+    part.rename(folder / REPORT)
+
+
+TEMPERATURE = 0.8  # of the sample
+
+
+def written(folder: Path, steps: int) -> bool:
+    """Whether the folder's report is of a run of this many steps."""
+    path = folder / REPORT
+    return path.exists() and _steps_line(steps) in path.read_text()
+
+
+def _steps_line(steps: int) -> str:
+    return f"| steps | {steps:,} |"
+
+
+def _backticks(text: str) -> list[str]:
+    return ["`" * n for n in range(1, 100) if "`" * n in text]

@@ -1,0 +1,74 @@
+"""The text of a run: its tokenizer, its training batches and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+from flax import nnx
+
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
+from nested_jax.errors import UserError
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.evaluation import HeldOut, alignment
+from nested_jax.train.folder import fingerprint
+from nested_jax.train.sample import Tokenizer
+
+TOKENIZER = "tokenizer.model"
+
+
+class Text(NamedTuple):
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    batches: grain.DatasetIterator  # of Batch, without end
+    heldout: HeldOut
+    fingerprint: str
+
+
+def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Text:
+    """Opens the text of a config; `folder`, of a run already begun, has its tokenizer.
+
+    Raises UserError where text, tokenizer and model do not fit together.
+    """
+    documents = open_documents(config.data, "train")
+    tokenizer = choose_tokenizer(config, documents, folder)
+    batches = train_batches(
+        documents,
+        tokenizer,
+        window=config.window,
+        batch=config.batch,
+        alignment=alignment(config),
+        seed=config.seed,
+        carry=config.carry,
+    )
+    heldout = HeldOut(config, net, tokenizer, open_documents(config.data, "heldout"), limit=config.eval_bytes)
+    return Text(tokenizer, batches, heldout, fingerprint(documents))
+
+
+def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:
+    """The tokenizer of a run folder, else the one that the config asks for.
+
+    Raises UserError where the model has fewer tokens than the tokenizer.
+    """
+    vocabulary = config.model.vocabulary
+    if folder and (folder / TOKENIZER).exists():
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+    elif config.tokenizer == "byte":
+        tokenizer = ByteTokenizer()
+    elif config.tokenizer == "sentencepiece":
+        if vocabulary <= 2**8:
+            raise UserError(f"--model.vocabulary {vocabulary} is too small for --tokenizer sentencepiece: give 4096, say")
+        tokenizer = SentencePieceTokenizer.train(documents, vocabulary)
+    elif Path(config.tokenizer).is_file():
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        raise UserError(f"--tokenizer {config.tokenizer} is no file: give byte, sentencepiece or a saved tokenizer")
+    if tokenizer.vocabulary > vocabulary:
+        raise UserError(
+            f"--model.vocabulary {vocabulary} is too small for --tokenizer {config.tokenizer}, "
+            f"whose tokens go up to {tokenizer.vocabulary - 1}: give {tokenizer.vocabulary}"
+        )
+    return tokenizer

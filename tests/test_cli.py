@@ -1,0 +1,229 @@
+"""The command line: what it prints, what it refuses in one line, and how it stops."""
+
+import dataclasses
+import os
+import pydoc_data.topics
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nested_jax import cli
+from nested_jax.cli import main
+from nested_jax.train.config import TrainConfig, flag, flatten
+
+SMALL = (
+    "--preset tiny-transformer --window 32 --batch 4 --warmup 2 --eval-bytes 2000 --log-every 1 --checkpoint-every 2 "
+    "--eval-every 0 --sample-tokens 0 --model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16"
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory with text.txt, an empty file, an empty folder and a binary one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NESTED_JAX_CACHE", str(tmp_path / "cache"))
+    Path("text.txt").write_text("\n\n".join(pydoc_data.topics.topics.values())[:100_000])
+    Path("empty.txt").write_text("")
+    Path("picture.png").write_bytes(bytes(range(256)) * 20)
+    Path("folder").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def say(capsys):
+    """A function that runs a command in this process: (exit code, lines of stdout, lines of stderr)."""
+
+    def run(line: str):
+        capsys.readouterr()
+        code = main(shlex.split(line))
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def start(*words: str) -> subprocess.Popen:
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes)
+
+
+def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
+    path, limit = Path(run_dir, "metrics.jsonl"), time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < number:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("trian", r"unknown command trian \(did you mean train\?\)"),
+        ("train --stpes 3", r"unknown flag --stpes \(did you mean --steps\?\); see nested-jax train --help"),
+        ("train --model.widht=3", r"unknown flag --model.widht \(did you mean --model.width\?\)"),
+        ("train 400", "unexpected word 400"),
+        ("train --steps many", "--steps: .*many"),
+        ("train --steps", "--steps"),
+        ("train --steps 0", "--steps 0 must be at least 1"),
+        ("train --learning-rate nan", "--learning-rate nan"),
+        ("train --batch 6 --accumulate 4", "--batch 6 is not a multiple of --accumulate 4"),
+        ("train --preset tiny-hoep", "tiny-hoep.*tiny-hope"),
+        ("train --preset", "--preset"),
+        ("train --model.mixer transformer", "--model.mixer.*attention"),
+        ("train --model.cms.periods 64 x", "--model.cms.periods"),
+        ("train --model.cms.hidden 8 8 --model.cms.periods 100 30", "100.*30"),
+        ("train --model.heads 3", "heads"),
+        ("train --model.vocabulary 100 --data text.txt", "--model.vocabulary 100 is too small.* give 256"),
+        ("train --data nowhere/text.txt", "path nowhere/text.txt does not exist"),
+        ("train --data no_such_dataset", "dataset no_such_dataset is unknown"),
+        ("train --data empty.txt", "empty.txt holds 0 bytes"),
+        ("train --data folder", "folder holds 0 bytes"),
+        ("train --data picture.png", "picture.png is binary"),
+        ("train --data text.txt --tokenizer words", "--tokenizer words is no file"),
+        ("train --data text.txt --tokenizer text.txt", "tokenizer text.txt is damaged or of another kind"),
+        ("train --data text.txt --tokenizer sentencepiece", "--model.vocabulary 256 is too small"),
+        ("train --data text.txt --run-dir text.txt", "--run-dir text.txt"),
+        ("train --data text.txt --run-dir text.txt/run", "--run-dir text.txt/run"),
+        ("eval", "--run-dir runs/tiny-hope holds no run"),
+        ("eval --run-dir nowhere", "--run-dir nowhere holds no run: make one"),
+        ("eval --run-dir cache", "cache holds files and no run"),
+        ("eval --eval-bytes 0", "--eval-bytes 0"),
+        ("generate --run-dir nowhere", "--run-dir nowhere holds no run"),
+        ("generate --tokens 0", "--tokens 0"),
+        ("generate --temperature -1", "--temperature"),
+        ("generate --promt x", r"unknown flag --promt \(did you mean --prompt\?\)"),
+    ],
+)
+def test_bad_input_is_one_line(place, say, line, named):
+    Path("cache").mkdir(exist_ok=True)
+    Path("cache", "file").touch()
+    code, out, err = say(line)
+    assert code == 2 and out == []
+    assert len(err) == 1 and err[0].startswith("nested-jax: ")
+    assert re.search(named, err[0]), err[0]
+    assert not Path("runs").exists() and not Path("nowhere").exists()
+
+
+def test_help_has_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for name, _ in flatten(TrainConfig()):
+        assert flag(name) in said
+    assert ">>>" not in said
+    for command, kind in (("eval", cli.Evaluation), ("generate", cli.Generation)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert all(flag(f.name) in said for f in dataclasses.fields(kind))
+
+
+def test_no_command_is_help(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("train", "eval", "generate"))
+
+
+def test_a_preset_sets_the_other_defaults():
+    read = lambda *words: cli._parse(TrainConfig.from_preset(cli._preset(words)), "train", words)
+    assert read() == TrainConfig()
+    assert read("--preset", "tiny-transformer", "--steps", "3") == TrainConfig.from_preset("tiny-transformer", steps=3)
+    config = read("--model.width", "64", "--preset=tiny-transformer")
+    assert config.model == dataclasses.replace(TrainConfig.from_preset("tiny-transformer").model, width=64)
+
+
+def test_train_resume_evaluate_generate(place, say):
+    command = f"train {SMALL} --data text.txt --run-dir a --steps"
+    code, out, err = say(f"{command} 2")
+    assert (code, err) == (0, []) and "a/report.md" in out[-1]
+    code, out, _ = say(f"{command} 2")
+    assert code == 0 and len(out) == 1 and "a is finished" in out[0]
+    code, out, _ = say(f"{command} 3")
+    assert code == 0 and "from step 2" in out[0]
+    code, out, err = say(f"{command} 3 --batch 2")
+    assert code == 2 and len(err) == 1 and "--batch 4, not 2" in err[0]
+
+    code, out, err = say("eval --run-dir a")
+    assert (code, err) == (0, []) and "step 3" in out[0]
+    told = {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in out[1:]}
+    assert set(told) == {"unigram entropy", "bigram entropy", "this model"}
+    assert f"**{told['this model']:.3f} bits per byte**" in Path("a/report.md").read_text()
+    assert say("eval --run-dir a --data text.txt --eval-bytes 2000")[1][1:] == out[1:]
+    Path("b.txt").write_text("Tyger Tyger, burning bright,\n\n" * 100)
+    assert say("eval --run-dir a --data b.txt")[1][1:] != out[1:]
+
+    code, out, err = say("generate --run-dir a --prompt Assertions --tokens 5")
+    assert (code, err) == (0, []) and "\n".join(out).startswith("Assertions")
+    assert say("generate --run-dir a --tokens 5")[0] == 0
+    assert (
+        say("generate --run-dir a --tokens 5 --temperature 0 --seed 1")[1]
+        == say("generate --run-dir a --tokens 5 --temperature 0 --seed 2")[1]
+    )
+
+    largest = max((f for f in Path("a/checkpoints/3").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(whole[: len(whole) // 2])
+    for line in (f"{command} 3", f"{command} 4", "eval --run-dir a", "generate --run-dir a"):
+        code, out, err = say(line)
+        assert code == 2 and len(err) == 1 and "checkpoints/3 is cut short" in err[0] and out == []
+    largest.write_bytes(whole)
+    assert say(f"{command} 3")[0] == 0
+
+
+def test_a_broken_run_stops_with_one_line(place, say):
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 30 --learning-rate 1e30")
+    assert code == 1 and len(err) == 1
+    assert re.match(r"nested-jax: step \d+, level .+: .+ is not finite; .*--learning-rate", err[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(place, number, code):
+    words = f"train {SMALL} --data text.txt --run-dir a --steps 100000 --checkpoint-every 100000".split()
+    process = start(*words)
+    wait_for_rows(process, "a", 3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    stopped = re.fullmatch(r"nested-jax: stopped at step (\d+) of 100000, saved in a; resume with: (nested-jax .*)\n", err)
+    assert stopped, err
+    saved = Path("a/metrics.jsonl").read_text().splitlines()
+    process = start(*shlex.split(stopped[2])[1:])
+    wait_for_rows(process, "a", int(stopped[1]) + 1)
+    assert Path("a/metrics.jsonl").read_text().splitlines()[: len(saved)] == saved
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    assert process.returncode == code
+
+
+def test_a_killed_run_resumes_to_the_same_rows(place):
+    words = f"train {SMALL} --data text.txt --steps 40 --run-dir".split()
+    assert start(*words, "straight").wait(timeout=120) == 0
+    process = start(*words, "killed")
+    wait_for_rows(process, "killed", 7)
+    process.kill()
+    process.wait()
+    assert start(*words, "killed").wait(timeout=120) == 0
+    timeless = lambda folder: re.sub(r'"(seconds|tokens_per_second)": [^,}]*', "", Path(folder, "metrics.jsonl").read_text())
+    assert timeless("straight") == timeless("killed")
+
+
+def test_mistakes_and_help_are_quick_and_quiet(place):
+    begun = time.monotonic()
+    process = start("train", "--stpes", "3")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, nested_jax.cli; print('jax' in sys.modules)"], capture_output=True, text=True
+    )
+    assert loaded.stdout in ("False\n", ""), "the command line loads jax before it needs it"
+    assert time.monotonic() - begun < 30

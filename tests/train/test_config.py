@@ -1,0 +1,89 @@
+"""A config is flags, JSON and a dataclass, and each gives back the others."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+import tyro
+from tiny_run import small_model
+
+from nested_jax.errors import UserError
+from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
+
+
+def other(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, 7)
+    return value + 1 if isinstance(value, int | float) else 3 if value is None else value
+
+
+def changed(config):
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    new = {name: changed(v) if dataclasses.is_dataclass(v) else other(v) for name, v in values.items()}
+    return dataclasses.replace(config, **new)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig.from_preset("tiny-transformer", run_dir="runs/a b", data="it's"),
+        changed(TrainConfig()),
+        TrainConfig(model=small_model("tiny-transformer", projection_chunk=32)),
+    ],
+)
+def test_flags_and_json_give_the_config_back(config):
+    line = command(config)
+    words = shlex.split(line)[2:]
+    default = TrainConfig.from_preset(config.preset)
+    assert tyro.cli(TrainConfig, args=words, default=default) == dataclasses.replace(config, fresh=False)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_preset_brings_its_sizes():
+    config = TrainConfig.from_preset("140m-hope")
+    assert config.run_dir == "runs/140m-hope" and config.tokenizer == "sentencepiece" and config.window == 2048
+    assert TrainConfig() == TrainConfig.from_preset("tiny-hope")
+    with pytest.raises(UserError, match="tiny-hop"):
+        TrainConfig.from_preset("tiny-hop")
+
+
+def test_the_first_difference_is_told():
+    config = TrainConfig()
+    assert difference(config, config) is None
+    assert difference(config, dataclasses.replace(config, steps=config.steps + 1)) is None
+    assert difference(config, dataclasses.replace(config, steps=10)) == ("--steps", str(config.steps), "10")
+    model = dataclasses.replace(config.model, cms=dataclasses.replace(config.model.cms, periods=()))
+    name, saved, given = difference(config, dataclasses.replace(config, model=model, seed=3))
+    assert (name, saved, given) == ("--seed", "0", "3")
+    name, saved, given = difference(config, dataclasses.replace(config, model=model))
+    assert name == "--model.cms.periods" and saved and given == "nothing"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {name: value}
+        for name in ("steps", "window", "batch", "accumulate", "eval_bytes", "checkpoint_every", "log_every")
+        for value in (0, -1)
+    ]
+    + [{"learning_rate": float("nan")}, {"clip": float("inf")}, {"weight_decay": -0.1}, {"seed": -1}, {"warmup": -1}]
+    + [{"batch": 6, "accumulate": 4}],
+)
+def test_impossible_values_are_named(fields):
+    with pytest.raises(UserError, match=flag(next(iter(fields)))):
+        TrainConfig(**fields).check()
+
+
+def test_every_field_is_documented():
+    for name, _ in flatten(TrainConfig()):
+        assert name == name.strip()
+    source = TrainConfig.__module__
+    text = __import__(source, fromlist=["x"]).__spec__.loader.get_source(source)
+    for f in dataclasses.fields(TrainConfig):
+        after = text.split(f"    {f.name}: ")[1].split("\n", 1)[1].lstrip()
+        assert after.startswith('"""') or f.name == "model"

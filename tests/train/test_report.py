@@ -1,0 +1,94 @@
+"""What a run leaves behind."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_run import rows
+
+from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer, load_tokenizer
+from nested_jax.train import report, trained
+from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.sample import characters, sample
+from nested_jax.train.stopping import NonFinite
+
+
+def test_a_run_folder_is_complete(small, quiet):
+    config = small(sample_tokens=8)
+    state, said = quiet(config)
+    folder = Path(config.run_dir)
+    assert TrainConfig.from_json(json.loads((folder / "config.json").read_text())["train"]) == config
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    heldout = [row for row in rows(config) if "heldout_bits_per_byte" in row]
+    assert [row["step"] for row in heldout] == [3, 6]
+    assert 0 < heldout[0]["bigram"] < heldout[0]["unigram"] < 8
+    assert [row["step"] for row in rows(config) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    text = (folder / "report.md").read_text()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    tokens = [row for row in rows(config) if "tokens" in row][-1]["tokens"]
+    for part in (
+        f"**{heldout[-1]['heldout_bits_per_byte']:.3f} bits per byte**",
+        f"| unigram entropy | {heldout[-1]['unigram']:.3f} |",
+        f"| bigram entropy | {heldout[-1]['bigram']:.3f} |",
+        "(loss.png)",
+        f"| parameters | {parameters:,} |",
+        f"| tokens seen | {tokens:,} |",
+        "| wall time |",
+        command(config),
+        "A sample",
+    ):
+        assert part in text
+    assert f"{parameters:,} parameters" in said and str(folder / "report.md") in said
+
+
+def test_a_sample_cannot_break_the_page(tmp_path):
+    write = {"bits_per_byte": 3.0, "entropies": NgramEntropies(4.5, 3.4), "text_bytes": 10, "parameters": 1}
+    report.write(tmp_path, TrainConfig(), **write, tokens=1, seconds=1.0, sample="a ``` b ````\n# c")
+    assert (tmp_path / "report.md").read_text().count("`````") == 2
+
+
+def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet):
+    config = small(learning_rate=1e30, steps=20, checkpoint_every=1)
+    with pytest.raises(NonFinite, match=r"step \d+, level .* is not finite; the checkpoint of step \d+ is kept; try"):
+        quiet(config)
+    kept = trained.load(Path(config.run_dir))
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.parameters))
+    with pytest.raises(NonFinite):
+        quiet(config)
+
+
+def test_a_sample_is_a_continuation_of_its_prompt(small, quiet):
+    config = small(steps=1)
+    quiet(config)
+    _, net, parameters, tokenizer, _ = trained.load(Path(config.run_dir))
+    draw = lambda prompt, n, **options: list(sample(net, parameters, tokenizer, prompt, tokens=n, **options))
+    assert draw("", 6) == draw("", 6) != draw("", 6, seed=1)
+    greedy = draw("it", 6, temperature=0.0)
+    assert greedy == draw("it", 6, temperature=0.0, seed=1)
+    for n in range(1, 4):  # what was written can as well be read
+        if all(token < 128 for token in greedy[:n]):
+            assert draw("it" + tokenizer.decode(greedy[:n]), 6 - n, temperature=0.0) == greedy[n:]
+
+
+def test_sentencepiece_is_trained_once_and_kept(small, quiet):
+    model = small().model
+    model = type(model)(**{**vars(model), "vocabulary": 400})
+    config = small(model=model, tokenizer="sentencepiece", steps=1)
+    quiet(config)
+    saved = Path(config.run_dir, "tokenizer.model")
+    assert isinstance(load_tokenizer(saved), SentencePieceTokenizer)
+    before = saved.read_bytes()
+    quiet(small(model=model, tokenizer="sentencepiece", steps=2))
+    assert saved.read_bytes() == before
+    quiet(small("other", model=model, tokenizer=str(saved), steps=1))
+    rows_of = [[row for row in rows(c) if row["step"] == 1] for c in (config, small("other"))]
+    assert rows_of[0][0]["loss"] == rows_of[1][0]["loss"]
+
+
+def test_characters_wait_for_their_last_byte():
+    tokenizer = ByteTokenizer()
+    assert list(characters(tokenizer, "é☃😀".encode())) == ["é", "☃", "😀"]
+    assert "".join(characters(tokenizer, [65, 255, 66, 67, 68])) == "A\ufffdBCD"
+    assert list(characters(tokenizer, [0xE2, 0x98])) == ["\ufffd"]

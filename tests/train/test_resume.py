@@ -1,0 +1,186 @@
+"""A run that was stopped and resumed is the run that was not; what makes it another run is told."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+from tiny_run import rows, small_model
+
+from nested_jax.errors import UserError
+from nested_jax.train import evaluation, loop
+from nested_jax.train.checkpoint import Checkpoints
+from nested_jax.train.folder import claim
+from nested_jax.train.stopping import Interrupted
+
+
+def interrupt(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process a signal when an update is shown."""
+    show = loop.Display.update
+
+    def update(self, now, *args, **kwargs):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return show(self, now, *args, **kwargs)
+
+    monkeypatch.setattr(loop.Display, "update", update)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"carry": True, "accumulate": 2},
+        {"model": small_model("tiny-hope"), "carry": True, "preset": "tiny-hope", "window": 64, "eval_bytes": 500},
+    ],
+    ids=["plain", "carry-accumulate", "hope-carry"],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(small, quiet, monkeypatch, fields):
+    straight, _ = quiet(small("straight", **fields))
+    config = small("stopped", **fields)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted, match="stopped at step 4 of 6, saved .* resume with: nested-jax train") as stop:
+            quiet(config)
+    assert stop.value.signal == signal.SIGINT
+    assert Checkpoints(Path(config.run_dir)).latest() == 4
+    resumed, said = quiet(config)
+    assert "from step 4" in said
+    chex.assert_trees_all_equal(straight, resumed)
+    assert rows(small("straight")) == rows(config)
+    if config.carry:
+        assert jax.tree.leaves(resumed.fast)
+
+
+def test_a_signal_during_an_evaluation_postpones_it(small, quiet, monkeypatch):
+    config = small()
+    measure = evaluation.HeldOut.bits_per_byte
+
+    def signalled(self, parameters, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, parameters, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.HeldOut, "bits_per_byte", signalled)
+        with pytest.raises(Interrupted, match="step 3 of 6"):
+            quiet(config)
+    assert not any("heldout_bits_per_byte" in row for row in rows(config))
+    quiet(config)
+    quiet(small("straight"))
+    assert rows(config) == rows(small("straight"))
+
+
+def test_rows_after_the_last_checkpoint_are_dropped(small, quiet, monkeypatch):
+    """As after SIGKILL: updates 5 and half of a row were written, the last checkpoint is of step 4."""
+    config = small()
+    with monkeypatch.context() as patch:
+        save = Checkpoints.save
+        patch.setattr(Checkpoints, "save", lambda self, state, _: save(self, state, _) if state.step < 5 else None)
+        interrupt(patch, 5)
+        with pytest.raises(Interrupted):
+            quiet(config)
+    with Path(config.run_dir, "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert "from step 4" in quiet(config)[1]
+    quiet(small("straight"))
+    assert rows(config) == rows(small("straight"))
+
+
+def test_a_finished_run_says_so_and_stays(small, quiet):
+    config = small()
+    state, _ = quiet(config)
+    files = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*") if path.is_file()}
+    again, said = quiet(config)
+    assert said.startswith(f"{config.run_dir} is finished") and len(said.splitlines()) == 1
+    chex.assert_trees_all_equal(state, again)
+    assert files == {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*") if path.is_file()}
+
+
+def test_a_run_stopped_before_its_report_gets_it(small, quiet):
+    config = small()
+    quiet(config)
+    Path(config.run_dir, "report.md").unlink()
+    quiet(config)
+    assert Path(config.run_dir, "report.md").exists()
+
+
+def test_more_steps_go_on(small, quiet):
+    quiet(small())
+    state, said = quiet(small(steps=9))
+    assert "from step 6" in said and state.step == 9
+    assert [row["step"] for row in rows(small()) if "loss" in row] == [*range(1, 10)]
+    assert "| steps | 9 |" in Path(small().run_dir, "report.md").read_text()
+    with pytest.raises(UserError, match="--steps 9, not 6: give --steps 9 or more"):
+        quiet(small())
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"batch": 2}, "--batch 4, not 2"),
+        ({"model": small_model(width=32)}, "--model.width 16, not 32"),
+        ({"model": dataclasses.replace(small_model(), cms=small_model("tiny-hope").cms)}, "--model.cms."),
+        ({"preset": "tiny-hope", "learning_rate": 1.0}, "--preset tiny-transformer, not tiny-hope"),
+    ],
+)
+def test_another_config_is_refused_and_changes_nothing(small, quiet, fields, named):
+    quiet(small(steps=1))
+    files = {path: path.read_bytes() for path in Path(small().run_dir).rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        quiet(small(steps=1, **fields))
+    assert named in str(error.value) and "--fresh" in str(error.value) and "--run-dir" in str(error.value)
+    assert files == {path: path.read_bytes() for path in Path(small().run_dir).rglob("*") if path.is_file()}
+
+
+def test_how_often_to_report_is_no_other_run(small, quiet):
+    quiet(small(steps=1))
+    quiet(small(steps=2, log_every=5, eval_every=0, checkpoint_every=7, eval_bytes=1000, sample_tokens=2))
+
+
+def test_fresh_keeps_the_old_run_aside(small, quiet):
+    quiet(small(steps=2))
+    old = Path(small().run_dir, "metrics.jsonl").read_text()
+    for n in (1, 2):
+        _, said = quiet(small(steps=1, batch=2, fresh=True))
+        assert f"is now in {small().run_dir}.{n}" in said
+    assert Path(f"{small().run_dir}.1", "metrics.jsonl").read_text() == old
+    assert len([row for row in rows(small()) if "loss" in row]) == 1
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_of_other_things_is_left_alone(small, quiet, fresh):
+    folder = Path(small().run_dir)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="no run|and no run"):
+        quiet(small(fresh=fresh))
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_in_use_is_left_alone(small, quiet):
+    quiet(small(steps=1))
+    with claim(Path(small().run_dir)):
+        for fields in ({"steps": 2}, {"fresh": True}):
+            with pytest.raises(UserError, match="another process is training"):
+                quiet(small(**fields))
+
+
+def test_changed_text_is_another_run(small, quiet, tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text("Tyger Tyger, burning bright,\n\n" * 200)
+    quiet(small(data=str(path), steps=1, eval_bytes=100))
+    path.write_text("In the forests of the night;\n\n" * 200)
+    with pytest.raises(UserError, match="text of --data has changed"):
+        quiet(small(data=str(path), steps=2, eval_bytes=100))
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"train": {"steps": 3}}'])
+def test_a_damaged_config_is_told(small, quiet, damage):
+    quiet(small(steps=1))
+    Path(small().run_dir, "config.json").write_text(damage)
+    with pytest.raises(UserError, match="config.json is damaged or of another version"):
+        quiet(small(steps=1))
+    quiet(small(steps=1, fresh=True))

@@ -1,0 +1,211 @@
+"""One update: what it computes, and that it stays what it is."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import small_model
+
+from nested_jax.data import Batch
+from nested_jax.level import Level, run
+from nested_jax.train import state as states
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.step import assert_healthy, cross_entropy, train_step
+from nested_jax.train.stopping import NonFinite
+
+NAMES = ("tiny-transformer", "tiny-hope")
+
+
+def make(name="tiny-transformer", **fields):
+    sizes = {"window": 32, "batch": 4, "steps": 10, "warmup": 2, "model": small_model(name)}
+    config = TrainConfig.from_preset(name, **(sizes | fields))
+    net, rule = states.network(config.model), states.optimizer(config)
+    return config, net, train_step(net, rule, accumulate=config.accumulate)
+
+
+def batches(config, number=1, seed=0):
+    random = np.random.default_rng(seed)
+    shape = (config.batch, config.window)
+    for _ in range(number):
+        tokens = random.integers(1, 256, (config.batch, config.window + 1)).astype(np.int32)
+        reset = np.zeros(shape, bool)
+        reset[:, 0] = True
+        reset[1, 16] = True
+        weights = np.ones(shape, np.float32)
+        weights[2, 20:] = 0
+        yield Batch(tokens[:, :-1], tokens[:, 1:], weights, reset)
+
+
+def to_float64(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_mean_over_targets(name):
+    config, net, step = make(name)
+    state, batch = states.start(config), next(batches(config))
+    _, metrics = jax.jit(step)(state, batch)
+    total, _ = cross_entropy(net, state.parameters, None, batch)
+    chex.assert_trees_all_close(metrics.loss, total / batch.weights.sum(), rtol=1e-6)
+    assert metrics.loss.dtype == jnp.float32
+    assert metrics.bits == pytest.approx(metrics.loss / math.log(2))
+    assert metrics.loss == pytest.approx(math.log(256), rel=0.05)
+    assert_healthy(1, metrics)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, name, carry):
+    gradients = []
+    for accumulate in (1, 2, 4):
+        config, net, _ = make(name, accumulate=accumulate, carry=carry)
+        step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
+        parameters = to_float64(states.draw_parameters(config.model, 0))
+        state = states.start(config)._replace(parameters=parameters, optimizer=optax.sgd(1.0).init(parameters))
+        state = state._replace(fast=to_float64(state.fast))
+        after, metrics = jax.jit(step)(state, next(batches(config)))
+        gradients.append((metrics.loss, jax.tree.map(jnp.subtract, parameters, after.parameters)))
+        if carry:
+            assert jax.tree.leaves(after.fast)[0].shape[0] == accumulate
+    for other in gradients[1:]:
+        chex.assert_trees_all_close(gradients[0], other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns(name):
+    config, _, step = make(name, window=128)
+    state, update = states.start(config), jax.jit(step)
+    for batch in batches(config, 2):
+        after, _ = update(state, batch)
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(state.optimizer[1][0].mu),
+            jax.tree.leaves(after.optimizer[1][0].mu),
+            strict=True,
+        )
+        if not jnp.any(a != b)
+    ]
+    assert still == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"carry": True, "accumulate": 2}], ids=["plain", "carry"])
+def test_the_second_update_compiles_nothing_and_donates(fields):
+    config, _, step = make(**fields)
+    state, update = jax.jit(lambda: states.start(config))(), jax.jit(step, donate_argnums=0)
+    for batch in batches(config, 3):
+        before = state
+        state, _ = update(state, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.parameters))
+    assert update._cache_size() == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: states.start(config)))
+
+
+def test_carried_state_is_used_until_a_reset():
+    config, _, step = make(carry=True)
+    update, state = jax.jit(step), states.start(config)
+    batch = next(batches(config))
+    state, _ = update(state, batch)
+    goes_on = batch._replace(reset=np.zeros_like(batch.reset))
+    starts = batch._replace(reset=np.eye(1, config.window, dtype=bool).repeat(config.batch, 0))
+    plain = make()[2]
+    carried, fresh = update(state, goes_on)[1].loss, update(state, starts)[1].loss
+    alone = jax.jit(plain)(state._replace(fast=None), starts)[1].loss
+    assert abs(carried - fresh) > 1e-5
+    assert fresh == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_training_is_the_slowest_level():
+    """The loop of updates, written as a Level that reads batches, makes the same parameters."""
+    config, _, step = make(clip=0.0)
+    stream = list(batches(config, 3))
+    looped = states.start(config)
+    for batch in stream:
+        looped, _ = jax.jit(step)(looped, batch)
+    level = Level(
+        init=lambda slower: states.start(config),
+        step=lambda state, context, slower: step(state, jax.tree.map(lambda x: x[0], context)),
+        period=1,
+        name="pre-training",
+    )
+    nested, metrics = run(level, None, jax.tree.map(lambda *x: np.stack(x), *stream))
+    chex.assert_trees_all_close(nested, looped, rtol=1e-5, atol=1e-6)
+    assert metrics.loss.shape == (3,)
+
+
+def test_a_zero_gradient_is_clipped_to_zero():
+    clip = states.clip_by_norm(1.0)
+    zeros = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
+    clipped, _ = clip.update(zeros, clip.init(zeros))
+    chex.assert_trees_all_equal(clipped, zeros)
+    large = jax.tree.map(lambda x: x + 7, zeros)
+    norm = optax.global_norm(clip.update(large, clip.init(large))[0])
+    assert norm == pytest.approx(1.0)
+    chex.assert_trees_all_close(clip.update(large, None)[0], optax.clip_by_global_norm(1.0).update(large, None)[0])
+
+
+def test_schedule_warms_up_and_falls_to_a_tenth():
+    rate = states.learning_rate(TrainConfig(steps=100, warmup=10, learning_rate=1.0))
+    values = [float(rate(step)) for step in range(101)]
+    assert values[0] > 0 and max(values) == values[10] == 1.0 and values[100] == pytest.approx(0.1)
+    assert all(np.isfinite(float(states.learning_rate(TrainConfig(steps=1, warmup=w))(0))) for w in (0, 1, 5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_parameter_is_named(name):
+    config, _, step = make(name)
+    state, update = states.start(config), jax.jit(step)
+    leaves = jax.tree_util.tree_leaves_with_path(state.parameters)
+    for path, _ in leaves[:: max(1, len(leaves) // 3)]:
+        broken = jax.tree_util.tree_map_with_path(
+            lambda p, x, path=path: x.at[(0,) * x.ndim].set(jnp.nan) if p == path else x, state.parameters
+        )
+        _, metrics = update(state._replace(parameters=broken), next(batches(config)))
+        with pytest.raises(NonFinite) as error:
+            assert_healthy(7, metrics)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert str(error.value) == f"step 7, level pre-training: parameter {name} is not finite"
+
+
+def test_a_broken_gradient_or_fast_state_is_named():
+    config, _, step = make("tiny-hope")
+    _, metrics = jax.jit(step)(states.start(config), next(batches(config)))
+    for kind in ("gradients", "fast", "updated"):
+        leaves, tree = jax.tree.flatten(metrics.finite[kind])
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite[kind])):
+            broken = jax.tree.unflatten(tree, leaves[:i] + [jnp.asarray(False)] + leaves[i + 1 :])
+            finite = metrics.finite | {kind: broken}
+            with pytest.raises(NonFinite) as error:
+                assert_healthy(3, metrics._replace(finite=finite, healthy=False))
+            assert jax.tree_util.keystr(path, simple=True, separator="/") in str(error.value)
+            assert ("level pre-training" in str(error.value)) == (kind != "fast")
+
+
+def test_a_carried_state_that_overflows_is_seen_at_once():
+    config, _, step = make("tiny-hope", carry=True)
+    state, update = states.start(config), jax.jit(step)
+    path = jax.tree_util.tree_leaves_with_path(state.fast)
+    i = next(i for i, (_, x) in enumerate(path) if jnp.issubdtype(x.dtype, jnp.floating))
+    leaves, tree = jax.tree.flatten(state.fast)
+    leaves[i] = jnp.full_like(leaves[i], jnp.inf)
+    batch = next(batches(config))
+    batch = batch._replace(reset=np.zeros_like(batch.reset))
+    _, metrics = update(state._replace(fast=jax.tree.unflatten(tree, leaves)), batch)
+    with pytest.raises(NonFinite, match="step 1, level .*: fast state"):
+        assert_healthy(1, metrics)
+
+
+def test_matrices_decay_and_nothing_else():
+    parameters = states.draw_parameters(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
+    decays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): value
+        for path, value in jax.tree_util.tree_leaves_with_path(states.decayed(parameters))
+    }
+    assert decays.pop("embedding")
+    assert any(decays.values())
+    assert not any(value for path, value in decays.items() if "norm" in path or "start" in path or "bias" in path)
