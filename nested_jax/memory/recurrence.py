@@ -20,8 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.typing import Array, Bool, Float
-
+from nested_jax.typing import Array, Bool, Float, PyTree
 
 HIGHEST = jax.lax.Precision.HIGHEST  # for the triangular system: a TPU's default product of float32 is bfloat16
 
@@ -54,7 +53,7 @@ def tokenwise(
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence as it is defined, one token after the other: the slow twin of `chunked`, same arguments."""
     _together(state, gates)
-    state, inputs, errors, gates, queries = _float32(state, inputs, errors, gates, queries)
+    state, inputs, errors, gates, queries = upcast(state, inputs, errors, gates, queries)
     gates, keep = _empty_slots(gates, mask)
     anchor = jnp.zeros_like(state.weights) if anchor is None else anchor
     batch = _batch(state, inputs, errors, gates, queries, anchor)
@@ -141,7 +140,7 @@ class Written(NamedTuple):
 def write(state, inputs, errors, gates, *, anchor=None, mask=None) -> Written:
     """The state after a chunk, and what `read` needs for the states inside it. Arguments as of `chunked`."""
     _together(state, gates)
-    state, inputs, errors, gates = _float32(state, inputs, errors, gates)
+    state, inputs, errors, gates = upcast(state, inputs, errors, gates)
     gates, keep = _empty_slots(gates, mask)
     retained = _decay(gates.retain)
     retention = retained[..., 0] * gates.retain[..., :1]
@@ -177,8 +176,16 @@ def write(state, inputs, errors, gates, *, anchor=None, mask=None) -> Written:
     return Written(after, state, anchor, inputs, written, erased, retained, carried, retention, inertia)
 
 
-def read(chunk: Written, queries: Float[Array, "*batch C K"]) -> Float[Array, "*batch C V"]:
-    """W_t q_t at every token t of a chunk, each after its own write."""
+def read(chunk: Written, queries: Float[Array, "*batch C K"], *, before: bool = False) -> Float[Array, "*batch C V"]:
+    """W_t q_t at every token t of a chunk, each after its own write; W_{t-1} q_t with `before`."""
+    if before:
+        chunk = chunk._replace(
+            retained=_shift_rows(chunk.retained),
+            carried=_shift_rows(chunk.carried),
+            retention=_shift(chunk.retention, 1.0),
+            inertia=None if chunk.inertia is None else _shift(chunk.inertia, 0.0),
+        )
+    queries = queries.astype(chunk.retention.dtype)
     overlap = _mm(queries, _t(chunk.inputs))
     outputs = chunk.retention[..., None] * _mm(queries, _t(_minus(chunk.before.weights, chunk.anchor)))
     if chunk.anchor is not None:
@@ -240,9 +247,10 @@ def _together(state: MemoryState, gates: Gates) -> None:
         raise ValueError(f"{missing} is None: a memory has both a momentum and its decay, or neither")
 
 
-def _float32(*trees):
+def upcast(*trees: PyTree) -> PyTree:
     """Fast state and accumulation are float32 whatever the inputs are (float64 stays)."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trees)
+    trees = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trees)
+    return trees[0] if len(trees) == 1 else trees
 
 
 def _empty_slots(gates: Gates, mask: Array | None) -> tuple[Gates, Array]:

@@ -94,7 +94,7 @@ class _Run:
         config, heldout = self.config, self.text.heldout
         begin = f"from step {self.step}" if self.step else "from the start"
         say(self.console, f"{config.preset}, {self.size:,} parameters, {begin}; Ctrl-C saves, the same command resumes")
-        say(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out; {_counts(heldout.entropies)}")
+        say(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_entropies(heldout.entropies)}")
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
@@ -150,7 +150,7 @@ class _Run:
             seconds=self.seconds,
             sample="".join(characters(self.text.tokenizer, ids)),
         )
-        say(self.console, f"held-out {bits:.3f} bits per byte; {_counts(heldout.entropies)}")
+        say(self.console, f"held-out {bits:.3f} bits per byte, {_entropies(heldout.entropies)}")
         say(self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text")
 
     def _evaluate(self, interruption: Interruption, display: Display) -> None:
@@ -162,7 +162,7 @@ class _Run:
         bits = heldout.bits_per_byte(self.state.parameters, stop=lambda: interruption.signal is not None)
         if bits is not None:
             self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict())
-            display.say(f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte; {_counts(heldout.entropies)}")
+            display.say(f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}")
 
     def _save(self) -> None:
         progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}
@@ -178,5 +178,5 @@ class _Run:
             raise NonFinite(f"{error}; {kept}; {remedy}") from None
 
 
-def _counts(entropies: NgramEntropies) -> str:
-    return f"counting bytes gives {entropies.unigram:.3f}, pairs of bytes {entropies.bigram:.3f}"
+def _entropies(entropies: NgramEntropies) -> str:
+    return f"entropies unigram {entropies.unigram:.3f}, bigram {entropies.bigram:.3f}"

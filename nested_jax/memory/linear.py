@@ -1,0 +1,80 @@
+"""Linear memories with fixed projections: Hebbian with decay, delta rule, gated delta rule.
+
+    linear       M_t = alpha_t M_{t-1} + eta_t v_t k_t^T                                             (NL Eq. 64)
+    delta        M_t = M_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T                               (NL Eq. 65)
+    gated-delta  M_t = alpha_t M_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T                       (GatedDeltaNet)
+
+Each reads y_t = M_t q_t. None depends on where chunks begin: the chunk is only the length of a parallel product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.level import Level
+from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
+from nested_jax.typing import Array, Float, PyTree
+
+
+@dataclass(frozen=True)
+class LinearMemory:
+    """A matrix per head that learns while reading. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D))."""
+
+    width: int
+    heads: int
+    rule: Literal["linear", "delta", "gated-delta"] = "gated-delta"
+    chunk: int = 64
+
+    def init_weights(self, key: Array) -> dict[str, PyTree]:
+        """Learned parameters, float32; start is the memories' initial state (1, 1, H, V, K)."""
+        K = self.width // self.heads
+        weights = init_projections(key, self.width, self.heads, gates=2)
+        return {**weights, "start": jnp.zeros((1, 1, self.heads, K, K))}
+
+    def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
+        """Fast state at the starts: a differentiable function of the weights."""
+        start = MemoryState(jnp.repeat(weights["start"], batch, axis=1))
+        window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
+        return StreamState(start, window, np.int32(0))
+
+    def gates(self, rate: Array, retain: Array) -> Gates:
+        """The rule, as gates of the recurrence with errors -v: the erase acts on the decayed memory."""
+        if self.rule == "linear":
+            return Gates(rate, jnp.zeros_like(rate), retain)
+        if self.rule == "delta":
+            return Gates(rate, rate, jnp.ones_like(rate))
+        return Gates(rate, retain * rate, retain)
+
+    def __call__(self, weights, state, x, *, reset=None, aligned=False):
+        window, (q, k, v), (rate, retain) = project_in(weights, state.window, x, self.heads, reset)
+
+        def step(memory, chunk, slower):
+            q, k, v, rate, retain = (heads_first(part) for part in chunk.tokens)
+            mask = None if chunk.mask is None else chunk.mask[None, None, None]
+            memory, y = chunked(memory, k, -v, self.gates(rate, retain), q, mask=mask)
+            return memory, jnp.moveaxis(y[0], 2, 0)
+
+        level = Level(None, step, self.chunk, f"{self.rule} memory", due=lambda memory: jnp.asarray(True))
+        memory, y = read_stream(
+            level, state.memory, (q, k, v, rate, retain),
+            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
+            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
+        )  # fmt: skip
+        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+
+
+def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same layer for one sequence from its start, through the token-by-token recurrence: the slow twin."""
+    state = layer.init_state(weights, 1)
+    _, tokens, gates = project_in(weights, state.window, x[None], layer.heads, None)
+    q, k, v, rate, retain = (heads_first(part) for part in (*tokens, *gates))
+    _, y = tokenwise(state.memory, k, -v, layer.gates(rate, retain), q)
+    return project_out(weights, jnp.moveaxis(y[0], 2, 0), x.dtype)[0]
+
+

@@ -1,0 +1,146 @@
+"""Reading a stream in pieces of any length: the chunk grid, and the short convolution before a memory.
+
+A memory's chunks count from the start of its document, never from the start of a call, so that any split of the input
+gives the same result. A piece that starts on the grid is read as it lies; any other is laid on the grid, with empty slots
+before and after it, in static shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.level import Level, run
+from nested_jax.typing import Array, Bool, Float, PyTree
+
+CONVOLUTION = 4  # taps of the causal depthwise convolution
+
+
+class Chunk(NamedTuple):
+    """Context of a memory's level: leaves have a leading time axis."""
+
+    tokens: PyTree  # (C, B, ...)
+    mask: Bool[Array, " C"] | None  # False: an empty slot; None: all are full
+    reset: Bool[Array, "C B"] | None  # True at the first token of a new document
+
+
+class StreamState(NamedTuple):
+    """Fast state of a sequence layer that is built on a memory.
+
+    memory: the state of the memory's level; window: the last inputs of the convolution; position: tokens read so far,
+    one number for the whole batch (a NumPy integer where it is known while tracing, as in a fresh state).
+    """
+
+    memory: PyTree
+    window: Float[Array, "B W D"]
+    position: Array | np.int32
+
+
+def on_grid(position: Array | np.int32, period: int) -> bool:
+    """Whether a position is known, while tracing, to be a multiple of the period."""
+    return not isinstance(position, jax.Array) and int(position) % period == 0
+
+
+def advance(position: Array | np.int32, tokens: int) -> Array | np.int32:
+    """The position after some more tokens; stays a NumPy integer if it is one."""
+    return position + np.int32(tokens) if isinstance(position, jax.Array) else np.int32(position + tokens)
+
+
+def read_stream(
+    level: Level,
+    state: PyTree,
+    tokens: PyTree,
+    *,
+    position: Array | np.int32,
+    aligned: bool,
+    reset: Bool[Array, "B T"] | None = None,
+    fresh: PyTree = None,
+    tight=lambda state: state,
+    loose=lambda state: state,
+) -> tuple[PyTree, PyTree]:
+    """Let a memory's level read T more tokens, wherever the last piece ended.
+
+    Args:
+        level: reads `Chunk`s of `period` slots, counts its own tokens, and emits (C, B, ...) per chunk.
+        tokens: pytree of (T, B, ...).
+        position: tokens read before this piece.
+        aligned: the piece is known to start on the chunk grid.
+        reset: starts of documents, on the grid; `fresh` is the state that such a row restarts from.
+        tight, loose: convert the state to and from a form that holds no more than what whole chunks need.
+
+    Returns:
+        (state, outputs), outputs (T, B, ...).
+    """
+    length = jax.tree.leaves(tokens)[0].shape[0]
+    reset = None if reset is None else reset.T
+    period = level.period
+    if fresh is not None and reset is not None:
+        level = _restarting(level, fresh)
+    if aligned or length == 1:
+        outputs = []
+        whole = length - length % period
+        if whole:
+            state, emitted = run(
+                level, tight(state), _cut(Chunk(tokens, None, reset), slice(0, whole)), checkpoint="full"
+            )
+            state = loose(state)
+            outputs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), emitted))
+        if length > whole:
+            state, emitted = run(level, state, _cut(Chunk(tokens, None, reset), slice(whole, length)))
+            outputs.extend(emitted)
+        return state, jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *outputs)
+
+    offset = position % period
+    slots = -(-(length + period - 1) // period) * period
+    lay = lambda x: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((slots, *x.shape[1:]), x.dtype), x, offset, axis=0)
+    at = jnp.arange(slots)
+    laid = Chunk(jax.tree.map(lay, tokens), (at >= offset) & (at < offset + length), jax.tree.map(lay, reset))
+    state, emitted = run(level, state, laid, checkpoint="full")
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(slots, *x.shape[2:]), offset, length, axis=0)
+    return state, jax.tree.map(take, emitted)
+
+
+def _restarting(level: Level, fresh: PyTree) -> Level:
+    """The level, started anew where a chunk's first slot starts a document."""
+
+    def step(state, chunk, slower):
+        return level.step(where_rows(chunk.reset[0], fresh, state), chunk, slower)
+
+    return Level(level.init, step, level.period, level.name, level.due, level.restart)
+
+
+def where_rows(rows: Bool[Array, " B"], fresh: PyTree, state: PyTree) -> PyTree:
+    """`fresh` in some rows of the batch. Leaves of a memory's state end in (B, H, V, K); scalars are the batch's."""
+
+    def choose(new, old):
+        return old if old.ndim == 0 else jnp.where(rows.reshape((1,) * (old.ndim - 4) + (-1, 1, 1, 1)), new, old)
+
+    return jax.tree.map(choose, fresh, state)
+
+
+def _cut(chunk: Chunk, piece: slice) -> Chunk:
+    return jax.tree.map(lambda x: x[piece], chunk)
+
+
+def convolve(
+    taps: Float[Array, "W D"], window: Float[Array, "B W-1 D"], x: Float[Array, "B T D"], reset: Bool[Array, "B T"] | None
+) -> tuple[Float[Array, "B W-1 D"], Float[Array, "B T D"]]:
+    """Causal depthwise convolution that continues from the last inputs and does not look across a document's start."""
+    length, width = x.shape[1], taps.shape[0]
+    padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+    if reset is not None:
+        document = jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (width - 1, 0)))
+    total = 0
+    for tap in range(width):
+        shifted = padded[:, tap : tap + length]
+        if reset is not None and tap < width - 1:
+            same = document[:, tap : tap + length] == document[:, width - 1 :]
+            shifted = jnp.where(same[..., None], shifted, 0)
+        total += taps[tap].astype(x.dtype)[None, None] * shifted
+    window = padded[:, length:].astype(window.dtype)
+    if reset is not None:
+        window = jnp.where((document[:, length:] == document[:, -1:])[..., None], window, 0)
+    return window, total

@@ -1,0 +1,74 @@
+"""Self-modifying Titans against a plain token loop; starts that learn; any split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory.deep import Rule
+from nested_jax.memory.self_modifying import SelfModifyingTitans, definition
+
+D, H = 8, 2
+
+
+def layer_and_weights(key=0, **options):
+    layer = SelfModifyingTitans(D, H, 3, **options)
+    weights = layer.init_weights(jax.random.key(key))
+    noise = iter(jax.random.split(jax.random.key(key + 1), 99))
+    jitter = lambda w: w + 0.3 * jax.random.normal(next(noise), w.shape)
+    weights = jax.tree.map(lambda w: jitter(w).astype(jnp.float64), weights)
+    return layer, {**weights, "retention_bias": jnp.linspace(1.0, 3.0, H)}
+
+
+def read(layer, weights, x, **keywords):
+    state = layer.init_state(weights, len(x))
+    return layer(weights, state, x, **keywords)[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(chunk=1),
+        dict(chunk=1, momentum=False, rule=Rule(retention="zero")),
+        dict(chunk=4),
+        dict(chunk=4, projection_chunk=8),
+        dict(chunk=1, projection_chunk=4, adaptive_query=True),
+        dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
+    ],
+    ids=str,
+)
+def test_layer_is_its_definition(x64, options):
+    """Values, and gradients with respect to all weights and inputs; T is not a multiple of the chunk."""
+    layer, weights = layer_and_weights(**options)
+    x = jax.random.normal(jax.random.key(9), (1, 13, D), jnp.float64)
+    with jax.default_matmul_precision("highest"):
+        fast = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(read(layer, w, x))), (0, 1)))(weights, x)
+        slow = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1)))(weights, x)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("options", [dict(chunk=4), dict(chunk=4, projection_chunk=8)], ids=str)
+def test_every_start_gets_an_outer_gradient(x64, options):
+    layer, _ = layer_and_weights(**options, adaptive_query=True)
+    weights = layer.init_weights(jax.random.key(0))  # as a new model has them
+    x = jax.random.normal(jax.random.key(9), (2, 24, D))
+    gradient = jax.grad(lambda w: jnp.sum(read(layer, w, x) ** 2))(weights)["start"]
+    for part, g in gradient.items():
+        for name, of_memory in zip(layer.memories, g, strict=True):
+            assert float(jnp.max(jnp.abs(of_memory))) > 1e-8, (part, name)
+
+
+def test_a_start_gate_near_one_and_what_is_stored_decays_by_it(x64):
+    """With later keys orthogonal to its own, a stored pair keeps exactly the product of the retentions."""
+    layer = SelfModifyingTitans(D, H, 3)
+    bias = layer.init_weights(jax.random.key(0))["retention_bias"]
+    assert float(jax.nn.sigmoid(bias).min()) > 0.99
+    from nested_jax.memory.recurrence import Gates, MemoryState, chunked
+
+    keys = jnp.eye(8)
+    value = jnp.arange(1.0, 4.0)
+    errors = jnp.zeros((8, 3)).at[0].set(-value)
+    alpha = jnp.linspace(0.9, 0.99, 8)
+    state, _ = chunked(MemoryState(jnp.zeros((3, 8))), keys, errors, Gates(jnp.ones(8), jnp.ones(8), alpha), None)
+    np.testing.assert_allclose(state.weights @ keys[0], value * jnp.prod(alpha[1:]), rtol=1e-12)
