@@ -1,0 +1,167 @@
+"""Softmax attention, full and sliding-window: the non-parametric memories (NL Eq. 62-63).
+
+    y_t = sum_i softmax_i(q_t . k_i / sqrt(K)) v_i        over i <= t of the same document (and i > t - window)
+
+They solve their objective anew for every query, so their update frequency is infinite and their state is the tokens
+themselves: keys, values and where each row's document began. Positions are rotary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.memory.recurrence import upcast
+from nested_jax.memory.stream import advance
+from nested_jax.typing import Array, Bool, Float, Int, PyTree
+
+BLOCK = 512  # queries whose scores are held at once
+
+
+class AttentionState(NamedTuple):
+    """The last S tokens, a ring: token i lies in slot i mod S.
+
+    limit: S, where the cache is bounded and the oldest token is overwritten; None where each call makes room for its
+    tokens, so that none is ever lost.
+    """
+
+    keys: Float[Array, "B S H K"]
+    values: Float[Array, "B S H K"]
+    document: Int[Array, " B"]  # position of the first token of each row's document
+    position: Array | np.int32  # tokens read so far
+    limit: Array | np.int32 | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal softmax attention with rotary positions. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+
+    Args:
+        width, heads: D and H, K = D / H.
+        window: tokens that a query sees, itself included; None for all that the state's bound leaves.
+        implementation: of `jax.nn.dot_product_attention`. A fused kernel ("cudnn") has no second derivative and no
+            forward mode: a model that differentiates through inner gradients needs "xla".
+
+    Source: NL Eq. 62-63.
+    """
+
+    width: int
+    heads: int
+    window: int | None = None
+    implementation: Literal["xla", "cudnn"] | None = None
+
+    def init_weights(self, key: Array) -> dict[str, Array]:
+        """Learned parameters, float32."""
+        project, out = jax.random.split(key)
+        D = self.width
+        return {
+            "project": jax.random.normal(project, (D, 3 * D)) * D**-0.5,
+            "out": jax.random.normal(out, (D, D)) * D**-0.5,
+        }
+
+    def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> AttentionState:
+        """An empty cache for at most `max_length` tokens, or the window if that is less; None and None: it grows."""
+        bounds = [bound for bound in (self.window, max_length) if bound is not None]
+        size = min(bounds, default=0)
+        empty = jnp.zeros((batch, size, self.heads, self.width // self.heads), weights["out"].dtype)
+        limit = np.int32(size) if bounds else None
+        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32), np.int32(0), limit)
+
+    def __call__(self, weights, state, x, *, reset=None, aligned=False):
+        B, T, D = x.shape
+        position = state.position
+        fresh = not isinstance(position, jax.Array) and position == 0
+        state = state if state.limit is not None else reserve(state, T)._replace(limit=None)
+        size = state.keys.shape[1]
+
+        project = (x @ weights["project"].astype(x.dtype)).reshape(B, T, 3 * self.heads, -1)
+        q, k, v = jnp.split(project, 3, axis=2)
+        at = position + jnp.arange(T)
+        q, k = rotate(q, at), rotate(k, at)
+        document = jnp.broadcast_to(state.document[:, None], (B, T))
+        if reset is not None:
+            document = jnp.maximum(document, jax.lax.cummax(jnp.where(reset, at[None], 0), axis=1))
+
+        last = min(T, size)  # what the ring keeps of the new tokens
+        slots = (position + jnp.arange(T - last, T)) % size
+        put = lambda cache, new: cache.at[:, slots].set(new[:, T - last :].astype(cache.dtype), unique_indices=True)
+        after = AttentionState(
+            put(state.keys, k), put(state.values, v), document[:, -1], advance(position, T), state.limit
+        )
+        if T == 1:
+            keys, values, where = after.keys, after.values, position - (position - jnp.arange(size)) % size
+        elif fresh:
+            keys, values, where = k, v, at
+        else:  # the ring in the order of time, then the new tokens
+            in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -(position % size), 1).astype(x.dtype), new], 1)
+            keys, values, where = in_order(state.keys, k), in_order(state.values, v), position - size + jnp.arange(size + T)
+        causal = fresh and reset is None and T <= min(size, 2 * BLOCK)
+        y = self._attend(q, keys.astype(x.dtype), values.astype(x.dtype), at, where, document, size, causal)
+        return after, y.reshape(B, T, D) @ weights["out"].astype(x.dtype)
+
+    def _attend(self, q, keys, values, at, where, document, size, causal):
+        """Reads of queries (B, T, H, K) at positions `at` from keys at positions `where`, the last of them T's own."""
+        T = q.shape[1]
+
+        def read(seen, q, at, document):
+            mask = None
+            if not causal:
+                past = where[seen][None]
+                mask = (past <= at[:, None]) & (past > at[:, None] - size) & (past >= 0)
+                mask = (mask[None] & (past[None] >= document[..., None]))[:, None]
+            return jax.nn.dot_product_attention(
+                q, keys[:, seen], values[:, seen], mask=mask, is_causal=causal, implementation=self.implementation
+            )
+
+        if T <= 2 * BLOCK:
+            return read(slice(None), q, at, document)
+        # An eighth of the queries shares a range of keys; of these queries, a block at a time has its scores in memory.
+        group, before = max(1, T // (8 * BLOCK)) * BLOCK, keys.shape[1] - T
+        outputs = []
+        for start in range(0, T, group):
+            end = min(start + group, T)
+            seen = slice(max(0, before + start + 1 - size), before + end)
+            some = jax.checkpoint(lambda block, seen=seen: read(seen, *block))
+            whole = start + (end - start) // BLOCK * BLOCK
+            if whole > start:
+                blocks = lambda x, cut=slice(start, whole): x[:, cut].reshape(len(x), -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+                y = jax.lax.map(some, (blocks(q), blocks(at[None])[:, 0], blocks(document)))
+                outputs.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:]))
+            if end > whole:
+                outputs.append(some((q[:, whole:end], at[whole:end], document[:, whole:end])))
+        return jnp.concatenate(outputs, axis=1)
+
+
+def reserve(state: AttentionState, tokens: int) -> AttentionState:
+    """A growing cache with room for so many more tokens, bounded from now on."""
+    room = lambda cache: jnp.pad(cache, ((0, 0), (0, tokens), (0, 0), (0, 0)))
+    keys, values = room(state.keys), room(state.values)
+    return state._replace(keys=keys, values=values, limit=np.int32(keys.shape[1]))
+
+
+def rotate(x: Float[Array, "B T H K"], at: Int[Array, " T"]) -> Float[Array, "B T H K"]:
+    """Rotary position embedding, base 10,000: pairs (x_i, x_{i + K/2}) turned by an angle of position x 10000^(-2i/K)."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** (-jnp.arange(half) / half)
+    angle = (at[:, None] * frequency[None])[None, :, None]
+    first, second, rest = jnp.split(upcast(x), [half, 2 * half], axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def definition(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same layer for one document, query by query: the slow twin."""
+    T, D = x.shape
+    q, k, v = jnp.split((x @ weights["project"]).reshape(1, T, 3 * layer.heads, -1), 3, axis=2)
+    q, k, v = rotate(q, jnp.arange(T))[0], rotate(k, jnp.arange(T))[0], v[0]
+    rows = []
+    for t in range(T):
+        seen = slice(max(0, t + 1 - (layer.window or T)), t + 1)
+        scores = jnp.einsum("hk,shk->hs", q[t], k[seen]) * q.shape[-1] ** -0.5
+        rows.append(jnp.einsum("hs,shk->hk", jax.nn.softmax(scores, axis=-1), v[seen]).reshape(D))
+    return jnp.stack(rows) @ weights["out"]

@@ -1,0 +1,91 @@
+"""Attention against its definition, query by query; caches that grow, are bounded, or slide.
+
+`jax.nn.dot_product_attention` takes its softmax in float32 whatever the inputs are: tolerances are those of float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory import attention
+from nested_jax.memory.attention import Attention, definition
+
+D, H = 8, 2
+
+
+def make(window=None, T=13, B=1):
+    layer = Attention(D, H, window)
+    weights = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0)))
+    return layer, weights, jax.random.normal(jax.random.key(1), (B, T, D), jnp.float64)
+
+
+def read(layer, weights, x, max_length=None, **keywords):
+    return layer(weights, layer.init_state(weights, len(x), max_length), x, **keywords)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_layer_is_its_definition(x64, window):
+    layer, weights, x = make(window)
+    fast = jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(read(layer, w, x)[1])), (0, 1))(weights, x)
+    slow = jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1))(weights, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fast, slow)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
+    """Long inputs, a block of queries at a time, with a piece left over, after a cache and from none."""
+    layer, weights, x = make(window, T=37, B=2)
+    reset = jnp.zeros((2, 37), bool).at[1, 17].set(True)
+    whole = read(layer, weights, x, reset=reset)[1]
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    np.testing.assert_allclose(read(layer, weights, x, reset=reset)[1], whole, rtol=1e-5, atol=1e-6)
+    state, first = read(layer, weights, x[:, :11], reset=reset[:, :11])
+    _, second = layer(weights, state, x[:, 11:], reset=reset[:, 11:])
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window, max_length", [(None, None), (None, 13), (None, 6), (4, None), (4, 13), (6, 3)])
+@pytest.mark.parametrize("pieces", [(1,) * 13, (3, 1, 6, 2, 1), (9, 4)], ids=str)
+def test_any_split(x64, window, max_length, pieces):
+    """Cache that grows, cache that holds all, ring that overwrites; the position concrete or traced."""
+    layer, weights, x = make(window, B=2)
+    state, whole = read(layer, weights, x, max_length)
+    grows = window is None and max_length is None
+    call = layer if grows else jax.jit(layer.__call__)
+    parts, now = [], layer.init_state(weights, 2, max_length)
+    for i, piece in enumerate(pieces):
+        start = sum(pieces[:i])
+        now, y = call(weights, now, x[:, start : start + piece])
+        parts.append(y)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), now, state)
+
+
+def test_a_bound_is_a_window(x64):
+    """A cache of six tokens reads what a window of six does."""
+    layer, weights, x = make()
+    bounded = read(layer, weights, x, 6)[1]
+    np.testing.assert_allclose(bounded, read(Attention(D, H, 6), weights, x)[1], rtol=1e-12)
+
+
+def test_reset_starts_a_document(x64):
+    """Tokens before it are not seen. Rotary positions are relative, so that the rest equals a fresh call."""
+    layer, weights, x = make(B=2)
+    _, y = read(layer, weights, x, reset=jnp.zeros((2, 13), bool).at[1, 5].set(True))
+    np.testing.assert_allclose(y[0], read(layer, weights, x)[1][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[1, 5:], read(layer, weights, x[1:, 5:])[1][0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_finite_at_zero(x64):
+    layer, weights, x = make()
+    loss = lambda x: jnp.sum(read(layer, weights, x)[1] ** 2)
+    assert jnp.isfinite(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(0 * x)).all()
+
+
+def test_bfloat16(x64):
+    layer, weights, x = make()
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    state, y = read(layer, weights, x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and state.keys.dtype == jnp.float32
+    np.testing.assert_allclose(y.astype(jnp.float32), read(layer, weights, x.astype(jnp.float32))[1], atol=0.1)
