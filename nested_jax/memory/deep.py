@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.level import Level
-from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out
+from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out
 from nested_jax.memory.recurrence import Gates, MemoryState, read, upcast, write
 from nested_jax.memory.stream import CONVOLUTION, Chunk, StreamState, advance, on_grid, read_stream
 from nested_jax.typing import Array, Bool, Float, PyTree
@@ -85,6 +85,9 @@ def learn(
 ) -> tuple[Deep, Float[Array, "*batch C K"] | None]:
     """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads along the way.
 
+    With momentum the writes have strength eta (1 - theta): S is a running mean of surprises and not their sum. A sum takes
+    steps 1 / (1 - theta) times as long, and memories of random weights overflow at theta = 0.95.
+
     Args:
         running, snapshot, start: `MemoryState`s now, weights at the last boundary, learned starts.
         queries: which memories of the leading axis are read, and where; None to read none.
@@ -102,9 +105,9 @@ def learn(
         rate = strengths.rate
         if rule.step == "proximal":
             rate = rate / (1 + rate * jnp.sum(inputs**2, -1))
-        gates = Gates(
-            rate, rate if rule.erase == "layer" else jnp.zeros_like(rate), strengths.retain, strengths.momentum
-        )
+        theta = strengths.momentum
+        push = rate if theta is None else rate * (1 - theta)
+        gates = Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), strengths.retain, theta)
         return write(state, inputs, errors, gates, anchor=anchor if rule.retention == "initial" else None, mask=mask)
 
     first = layer(running.first, start.first, keys, inner_error)
@@ -196,7 +199,15 @@ class Titans:
 
         S_t = theta_t S_{t-1} - eta_t grad 1/2 |M(k_t) - v_t|^2        M_t = alpha_t M_{t-1} + S_t        y_t = M_t(q_t)
 
-    The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+    with keys, values and queries of unit norm. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+
+    Args:
+        width, heads: D and H, K = D / H.
+        hidden: hidden width F of the memory.
+        chunk: tokens between two refreshes of the errors.
+        momentum: writes carry momentum; their strength is then eta (1 - theta), see `learn`.
+        max_rate: largest eta; None for 4 / chunk.
+        rule: see `Rule`.
     """
 
     width: int
@@ -204,7 +215,13 @@ class Titans:
     hidden: int
     chunk: int = 64
     momentum: bool = True
+    max_rate: float | None = None
     rule: Rule = Rule(erase="none")
+
+    @property
+    def largest_rate(self) -> float:
+        """eta_max; all errors of a chunk are taken at its start, so that their steps must not add up to much more than one."""
+        return 4 / self.chunk if self.max_rate is None else self.max_rate
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state."""
@@ -225,9 +242,9 @@ class Titans:
 
         def act(running, snapshot, chunk, slower):
             q, k, v, *gates = (heads_first(part) for part in chunk.tokens)
-            strengths = Strengths(gates[0], gates[1], gates[2] if self.momentum else None)
+            strengths = Strengths(self.largest_rate * gates[0], gates[1], gates[2] if self.momentum else None)
             mask = None if chunk.mask is None else chunk.mask[None, None, None]
-            running, y = learn(running, snapshot, start, k, v, strengths, self.rule, mask, (slice(None), q))
+            running, y = learn(running, snapshot, start, k, l2norm(v), strengths, self.rule, mask, (slice(None), q))
             return running, jnp.moveaxis(y[0], 2, 0), count(chunk)
 
         level = memory_level(None, act, self.chunk, "memory")
@@ -250,13 +267,14 @@ def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[
         def token(carry, now):
             running, snapshot, velocity = carry
             t, q, k, v, eta, alpha, theta = now
+            eta, v = layer.largest_rate * eta, l2norm(v)
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             surprise = jax.grad(lambda w: 0.5 * jnp.sum((memory(w, k) - v) ** 2))(renewed)
             after = {}
             pushes = {}
             for part, z in {"first": k, "second": jax.nn.silu(renewed["first"] @ k)}.items():
                 step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
-                pushes[part] = theta * velocity[part] - step * surprise[part]
+                pushes[part] = theta * velocity[part] - (1 - theta) * step * surprise[part]
                 erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
                 origin = start[part] if rule.retention == "initial" else 0.0
                 after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]

@@ -42,7 +42,7 @@ def project_in(
 
 def project_out(weights: PyTree, y: Float[Array, "T B H K"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """RMS norm of every head, then the output map."""
-    y = head_norm(weights["norm"], y.swapaxes(0, 1))
+    y = rms_norm(weights["norm"], y.swapaxes(0, 1))
     return y.reshape(*y.shape[:2], -1).astype(dtype) @ weights["out"].astype(dtype)
 
 
@@ -51,9 +51,11 @@ def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
 
 
-def head_norm(scale: Float[Array, "H K"], y: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-    """RMS norm of every head."""
-    return y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6) * scale[None, None]
+def rms_norm(scale: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """x over its root mean square, times a scale for the last axes; in float32."""
+    y = upcast(x)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
+    return (y * jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))).astype(x.dtype)
 
 
 def retention_bias(heads: int) -> Float[Array, " H"]:

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nested_jax.cms import CMSConfig
+from nested_jax.errors import UserError
+
 Mixer = Literal["self-modifying", "titans", "gated-delta", "delta", "linear", "attention", "sliding-window"]
-
-
-@dataclass(frozen=True)
-class CMSConfig:
-    """The Continuum Memory System of every block: a chain or a sum of MLPs with periods of their own (NL Eq. 70-74).
-
-    Levels run from slow to fast, so `hidden` and `periods` are in that order.
-    """
-
-    hidden: tuple[int, ...] = (256,)
-    """Hidden width of each level's MLP, from the slowest level to the fastest."""
-    periods: tuple[int, ...] = ()
-    """Tokens between two updates of each level, slowest first; each a multiple of the next. Empty: frozen."""
-    variant: Literal["sequential", "nested", "independent"] = "sequential"
-    """sequential: a chain (Eq. 73). nested: a faster level restarts from the slower one (Eq. 72). independent: a
-    weighted sum (Eq. 74)."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Non-linearity of the MLPs; swiglu adds a gate matrix."""
-    meta_gradient: Literal["full", "first-order"] = "full"
-    """Whether outer training differentiates through the inner gradients or takes them as constants."""
-    scope: Literal["sequence", "batch"] = "sequence"
-    """One set of fast weights for every sequence, or one for the whole batch."""
-    blocks: int | None = None
-    """How many of the last blocks learn in context; None: all of them."""
-    rule: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Inner rule of every level; any optax transformation can be given to LanguageModel instead."""
-    rate: float = 0.1
-    """Start of the learned inner learning rate of every level."""
-    clip: float = 1.0
-    """Largest norm of a level's summed inner gradient, per sequence; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +36,7 @@ class ModelConfig:
     momentum: bool = True
     """Whether the deep memories' writes carry momentum."""
     retention: Literal["zero", "initial"] = "initial"
-    """Where a memory's content decays to: nothing, or its learned start."""
+    """Where a deep memory's content decays to: nothing, or its learned start."""
     window: int = 256
     """Tokens that sliding-window attention looks back on."""
     cms: CMSConfig = field(default_factory=CMSConfig)
@@ -74,6 +47,90 @@ class ModelConfig:
     """Type of activations and matrix products; fast state and parameters stay in float32."""
 
     @property
+    def adapting(self) -> int:
+        """How many of the last blocks learn in context."""
+        return (self.layers if self.cms.blocks is None else self.cms.blocks) if self.cms.periods else 0
+
+    @property
+    def reading(self) -> int:
+        """Tokens of the sequence layer's longest chunk; 1 for attention."""
+        if self.mixer in ("attention", "sliding-window"):
+            return 1
+        return self.projection_chunk or self.chunk if self.mixer == "self-modifying" else self.chunk
+
+    @property
     def alignment(self) -> int:
         """Documents start on multiples of this many tokens: the longest period that counts from a document's start."""
-        return math.lcm(self.chunk, self.projection_chunk or self.chunk, *self.cms.periods)
+        return math.lcm(self.reading, *self.cms.periods)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that makes no model."""
+        for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} {getattr(self, name)} must be at least 1")
+        if self.width % self.heads:
+            raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
+        if self.projection_chunk is not None and (self.projection_chunk < 1 or self.projection_chunk % self.chunk):
+            raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
+        if self.cms.blocks is not None and not 0 < self.cms.blocks <= self.layers:
+            raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
+        self.cms.check()
+
+
+# Hidden widths of the CMS make the families of one size equal in parameters.
+_SIZES = {
+    "tiny": dict(vocabulary=256, width=128, layers=4, heads=4, memory_hidden=32),
+    "140m": dict(vocabulary=32_000, width=768, layers=12, heads=12, memory_hidden=64),
+    "340m": dict(vocabulary=32_000, width=1024, layers=24, heads=16, memory_hidden=64),
+    "760m": dict(vocabulary=32_000, width=1536, layers=24, heads=16, memory_hidden=96),
+    "1.3b": dict(vocabulary=32_000, width=2048, layers=24, heads=32, memory_hidden=64),
+}
+_MIXERS: dict[str, Mixer] = {
+    "hope": "self-modifying",
+    "hope-attention": "attention",
+    "titans": "titans",
+    "transformer": "attention",
+    "linear": "linear",
+    "delta": "delta",
+    "gated-delta": "gated-delta",
+}
+PRESETS = tuple(f"{size}-{family}" for size in _SIZES for family in _MIXERS)
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration of a preset SIZE-FAMILY.
+
+    Sizes: tiny (bytes, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention, titans,
+    transformer, linear, delta, gated-delta; those of one size are within 3 % of one another in parameters. `tiny-hope`
+    and `tiny-hope-attention` learn in context, with CMS periods of 256 and 64 tokens.
+
+    Raises UserError for an unknown name.
+
+    >>> preset("tiny-hope").cms.periods
+    (256, 64)
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 3, 0.3)
+        raise UserError(f"preset {name!r} is unknown: give SIZE-FAMILY, such as {' or '.join(near) or 'tiny-hope'}")
+    size, family = name.split("-", 1)
+    sizes = _SIZES[size]
+    hope = family.startswith("hope")
+    hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 16 if size == "tiny" else 64)
+    cms = CMSConfig(
+        hidden=(hidden,) * (2 if hope else 1),
+        activation="gelu" if hope else "swiglu",
+        periods=(256, 64) if hope and size == "tiny" else (),
+        blocks=1 if hope and size == "tiny" else None,
+    )
+    return ModelConfig(
+        **sizes, mixer=_MIXERS[family], cms=cms, dtype="float32" if size == "tiny" else "bfloat16", tie_embeddings=True
+    )
+
+
+def _cms_hidden(width: int, heads: int, memory_hidden: int, family: str, multiple: int) -> int:
+    """Hidden width of each CMS level that gives a block of 12 D^2 parameters, counting its matrices."""
+    memories = {"hope": 5, "titans": 1}.get(family, 0) * 2 * heads * (width // heads) * memory_hidden
+    linear = heads * (width // heads) ** 2 if family in ("linear", "delta", "gated-delta") else 0
+    mixer = (2 if family == "hope" else 4) * width**2 + memories + linear
+    matrices = 4 if family.startswith("hope") else 3  # two levels of two, or one gated level
+    return round((12 * width**2 - mixer) / (matrices * width) / multiple) * multiple

@@ -11,6 +11,7 @@ from flax import nnx
 
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import LanguageModel
+from nested_jax.optim import clip_by_norm
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import Array, PyTree
 
@@ -67,24 +68,6 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (0.9, 0.95) that decays matrices only."""
     adamw = optax.adamw(learning_rate(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed)
     return optax.chain(clip_by_norm(config.clip), adamw) if config.clip else adamw
-
-
-def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """As `optax.clip_by_global_norm`, with a derivative that is finite where the gradient is exactly zero.
-
-    >>> clip = clip_by_norm(1.0)
-    >>> [jax.grad(lambda g: clip.update(g, clip.init(g))[0])(g).item() for g in (0.0, 0.5, 2.0)]
-    [1.0, 1.0, 0.0]
-    """
-
-    def update(updates, state, params=None):
-        del params
-        squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(updates))
-        over = squares > largest**2
-        scale = jnp.where(over, largest * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
-        return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def decayed(parameters: PyTree) -> PyTree:

@@ -1,0 +1,1 @@
+"""Models: configurations, blocks and the language model."""
