@@ -221,7 +221,7 @@ def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Le
         after = SegmentState(mixers, state.mixers, state.position + length)
         return after, Emitted(logits.swapaxes(0, 1), gradients, closed.astype(jnp.int32) * length)
 
-    return Level(init, step, config.periods[-1], "segment")
+    return Level(init, step, config.periods[-1], "segment", restart=lambda state, slower: state)
 
 
 def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch: int, rule: optax.GradientTransformation) -> Level:

@@ -101,7 +101,8 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
         return Nested(slow_state, fast_state), emitted[0] if len(emitted) == 1 else _Pieces(emitted)
 
     def restart(state, slower):
-        return state._replace(slow=_restart(slow, state.slow, slower))
+        slow_state = _restart(slow, state.slow, slower)
+        return Nested(slow_state, _restart(fast, state.fast, (slow_state, *slower)) if reset else state.fast)
 
     # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
     due = (lambda state: slow.due(state.slow)) if slow.due else (lambda state: jnp.asarray(False))

@@ -1,7 +1,12 @@
 """Every test runs in float64-capable JAX, with implicit rank promotion an error."""
 
-import jax
-import pytest
+import os
+
+# Tests compile much and run little: less effort in code generation halves their time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -190,7 +190,7 @@ def deep_start(key: Array, memories: int, heads: int, width: int, hidden: int) -
 
 def count(chunk: Chunk) -> int | Array:
     """Tokens of a chunk that are not empty slots."""
-    return jax.tree.leaves(chunk.tokens)[0].shape[0] if chunk.mask is None else chunk.mask.sum()
+    return jax.tree.leaves(chunk.tokens)[0].shape[0] if chunk.mask is None else chunk.mask.sum(dtype=jnp.int32)
 
 
 @dataclass(frozen=True)

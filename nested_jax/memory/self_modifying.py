@@ -144,7 +144,7 @@ class SelfModifyingTitans:
             generated, mask = jax.tree.map(join, generated), None if mask is None else mask.reshape(-1)
             running, _ = self._learn(running, snapshot, of(others), generated, mask, read=None)
             y = y.reshape(-1, *y.shape[2:])
-            return running, y, y.shape[0] if mask is None else mask.sum()
+            return running, y, y.shape[0] if mask is None else mask.sum(dtype=jnp.int32)
 
         if self.period == self.chunk:
             return memory_level(init(every), together, self.chunk, "self-modifying memories")

@@ -212,19 +212,21 @@ def definition(
             x = cms.apply(settings, block["cms"], [fast[name][i - first] for name in names] if i >= first else [], x)
         return head(config, weights, x), after
 
+    forward = jax.jit(forward)
+
+    @jax.jit
+    def learn(fast, mixers, tokens, targets):
+        loss = lambda fast: optax.softmax_cross_entropy_with_integer_labels(forward(fast, mixers, tokens)[0], targets).mean()
+        gradient = jax.grad(loss)(fast)
+        return jax.lax.stop_gradient(gradient) if settings.meta_gradient == "first-order" else gradient
+
     outputs = []
     for start in range(0, tokens.shape[1], P):
         now, targets = tokens[:, start : start + P], tokens[:, start + 1 : start + P + 1]
         logits, after = forward(fast, mixers, now)
         outputs.append(logits)
         if targets.shape[1] == P:
-
-            def loss(fast, now=now, targets=targets, mixers=mixers):
-                return optax.softmax_cross_entropy_with_integer_labels(forward(fast, mixers, now)[0], targets).mean()
-
-            new = jax.grad(loss)(fast)
-            new = jax.lax.stop_gradient(new) if settings.meta_gradient == "first-order" else new
-            gradient = jax.tree.map(jnp.add, gradient, new)
+            gradient = jax.tree.map(jnp.add, gradient, learn(fast, mixers, now, targets))
             for i, (name, period) in enumerate(zip(names, settings.periods, strict=True)):
                 if (start + P) % period == 0:
                     updates, memory[name] = rules[i].update(gradient[name], memory[name], fast[name])

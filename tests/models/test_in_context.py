@@ -1,4 +1,4 @@
-"""CMS that learns in context against a plain loop of `jax.grad` per segment; splits, causality, rates of zero."""
+"""CMS that learns in context against a plain loop of `jax.grad` per segment."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from tiny import config, differentiable, model, read, tokens
 
-from nested_jax import cms
+from nested_jax.errors import UserError
 from nested_jax.models.in_context import definition
 
 CASES = {
@@ -18,35 +18,81 @@ CASES = {
     "three levels": dict(hidden=(5, 4, 3), periods=(16, 8, 4)),
     "nested": dict(hidden=(4, 4, 4), periods=(16, 8, 4), variant="nested"),
     "independent": dict(periods=(8, 8), variant="independent", rule="momentum"),
-    "first order, adam": dict(periods=(8, 4), meta_gradient="first-order", rule="adam"),
+    "first order": dict(periods=(8, 4), blocks=1, meta_gradient="first-order", rule="adam"),
     "self-modifying": dict(periods=(8, 4), mixer="self-modifying"),
     "shorter than a chunk": dict(periods=(6, 2), mixer="titans", clip=0.0),
     "shared by the batch": dict(periods=(8, 4), scope="batch"),
 }
-SLOW = {"three levels", "nested"}
 
 
-def slow_read(made, tokens):
-    weights = made._weights
-    if made.config.cms.scope == "batch":
-        return definition(made.config, weights, made._rules, tokens)
-    return jnp.concatenate([definition(made.config, weights, made._rules, row[None]) for row in tokens])
+def by_definition(made, text):
+    return definition(made.config, made._weights, made._rules, text)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_loop_of_gradients(x64, case):
-    """Logits, and the outer gradient of every weight: the starts of all levels, their rates, the sequence layers."""
-    made, text = model(config(**CASES[case])), tokens(2)
+    """Logits, which depend on every update before them."""
+    made = model(config(**CASES[case]))
+    text = tokens(2 if made.config.cms.scope == "batch" else 1, 20)
+    fast = jax.jit(lambda: read(made, text, 40)[0])()
+    np.testing.assert_allclose(fast, by_definition(made, text), rtol=1e-10, atol=1e-12)
     net, weights = differentiable(made)
+    still = jax.tree_util.tree_map_with_path(lambda path, w: 0 * w if "rate" in str(path[-2:]) else w, weights)
+    assert not np.allclose(fast, jax.jit(lambda w: read(nnx.merge(net, w), text, 40)[0])(still))
+
+
+@pytest.mark.parametrize("case", ["last block", "nested", "first order"])
+def test_outer_gradient_equals_that_of_the_loop(x64, case):
+    """For every weight: the starts of all levels, their rates, the sequence layers."""
+    made = model(config(**CASES[case]))
+    text, (net, weights) = tokens(1, 18 if case == "nested" else 10), differentiable(made)
 
     def outer(read):
         loss = lambda w: optax.softmax_cross_entropy_with_integer_labels(read(nnx.merge(net, w))[:, :-1], text[:, 1:]).mean()
-        return jax.jit(jax.value_and_grad(loss))(weights)
+        return jax.grad(loss)
 
-    fast, slow = outer(lambda made: read(made, text, 40)[0]), outer(lambda made: slow_read(made, text))
-    np.testing.assert_allclose(fast[0], slow[0], rtol=1e-12)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow[1]), jax.tree.leaves(fast[1]), strict=True):
+    fast = jax.jit(outer(lambda made: read(made, text, 40)[0]))(weights)
+    slow = outer(lambda made: by_definition(made, text))(weights)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-8, atol=1e-11, err_msg=jax.tree_util.keystr(path))
-    if made.config.cms.meta_gradient == "full":
-        for level in range(made.config.cms.frozen, len(made.config.cms.hidden)):
-            assert jnp.abs(fast[1]["blocks"]["cms"][f"level{level + 1}"]["rate"][...][-1]) > 0
+    rates = [level["rate"][...] for level in fast["blocks"]["cms"].values()]
+    assert all(jnp.abs(rate[-1]) > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("case", ["two levels", "nested", "self-modifying"])
+def test_rates_of_zero_are_the_frozen_model(x64, case):
+    """The same weights read by the same architecture, with no period at all."""
+    made = model(config(**CASES[case] | {"variant": "sequential", "rate": 0.0}))
+    net, weights = differentiable(made)
+    weights = jax.tree_util.tree_map_with_path(lambda path, w: 0 * w if "rate" in str(path[-2:]) else w, weights)
+    frozen_net, frozen = differentiable(model(config(**CASES[case] | {"variant": "sequential", "periods": ()})))
+    given = nnx.to_pure_dict(weights)
+    given["blocks"]["cms"] = {k: {n: w for n, w in v.items() if n != "rate"} for k, v in given["blocks"]["cms"].items()}
+    frozen = nnx.State(given)
+    text = tokens(2, 19)
+    fast = jax.jit(lambda: read(nnx.merge(net, weights), text, 40)[0])()
+    np.testing.assert_allclose(fast, jax.jit(lambda: read(nnx.merge(frozen_net, frozen), text, 40)[0])(), rtol=1e-11)
+
+
+def test_starts_and_rates_learn_and_finite_at_zero_gradient(x64):
+    """With adam inside, and a zero inner gradient (the head is zero), outer gradients are finite."""
+    made = model(config(periods=(8, 4), blocks=1, rule="adam", tie_embeddings=False))
+    text, (net, weights) = tokens(1, 20), differentiable(made)
+    weights["head"] = jax.tree.map(jnp.zeros_like, weights["head"])
+    loss = lambda w: optax.softmax_cross_entropy_with_integer_labels(
+        read(nnx.merge(net, w), text, 40)[0][:, :-1], text[:, 1:]
+    ).mean()
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(weights)))
+
+
+def test_any_optax_rule_for_any_level(x64):
+    """One rule a level; rate 1 and sgd are the config's own rule without a clip."""
+    settings = config(periods=(8, 4), blocks=1, clip=0.0)
+    text = tokens(1, 20)
+    own = jax.jit(lambda: read(model(settings), text, 40)[0])()
+    given = jax.jit(lambda: read(model(settings, rule=[optax.sgd(1.0), optax.sgd(1.0)]), text, 40)[0])()
+    np.testing.assert_allclose(given, own, rtol=1e-12)
+    other = jax.jit(lambda: read(model(settings, rule=[optax.sgd(1.0), optax.lion(0.1)]), text, 40)[0])()
+    assert not np.allclose(other, own)
+    with pytest.raises(UserError, match="3 inner rules for the 2 levels"):
+        model(settings, rule=[optax.sgd(1.0)] * 3)
