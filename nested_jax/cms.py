@@ -71,7 +71,9 @@ class CMSConfig:
         if self.variant == "nested" and len(set(self.hidden)) > 1:
             raise UserError(f"cms.hidden {self.hidden}: levels of a nested CMS restart from one another, give equal widths")
         if self.variant == "nested" and self.periods and self.frozen:
-            raise UserError(f"cms.periods {self.periods}: a nested CMS needs a period for each of its {len(self.hidden)} levels")
+            raise UserError(
+                f"cms.periods {self.periods}: a nested CMS needs a period for each of its {len(self.hidden)} levels"
+            )
 
 
 MATRICES = ("up", "gate", "down")  # what is fast in a level's weights
@@ -155,7 +157,9 @@ def apply(config: CMSConfig, weights: PyTree, fast: Sequence[PyTree], x: Float[A
 
 
 def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    product = lambda x, w: jnp.matmul(x, w.astype(x.dtype)) if w.ndim == 3 else jnp.einsum("btd,df->btf", x, w.astype(x.dtype))
+    product = lambda x, w: (
+        jnp.matmul(x, w.astype(x.dtype)) if w.ndim == 3 else jnp.einsum("btd,df->btf", x, w.astype(x.dtype))
+    )
     hidden = product(x, matrices["up"])
     gated = "gate" in matrices
     hidden = jax.nn.silu(product(x, matrices["gate"])) * hidden if gated else jax.nn.gelu(hidden)

@@ -17,7 +17,7 @@ import numpy as np
 
 from nested_jax.memory.recurrence import upcast
 from nested_jax.memory.stream import advance
-from nested_jax.typing import Array, Bool, Float, Int, PyTree
+from nested_jax.typing import Array, Float, Int, PyTree
 
 BLOCK = 512  # queries whose scores are held at once
 
@@ -89,9 +89,7 @@ class Attention:
         last = min(T, size)  # what the ring keeps of the new tokens
         slots = (position + jnp.arange(T - last, T)) % size
         put = lambda cache, new: cache.at[:, slots].set(new[:, T - last :].astype(cache.dtype), unique_indices=True)
-        after = AttentionState(
-            put(state.keys, k), put(state.values, v), document[:, -1], advance(position, T), state.limit
-        )
+        after = AttentionState(put(state.keys, k), put(state.values, v), document[:, -1], advance(position, T), state.limit)
         if T == 1:
             keys, values, where = after.keys, after.values, position - (position - jnp.arange(size)) % size
         elif fresh:
@@ -99,7 +97,7 @@ class Attention:
         else:  # the ring in the order of time, then the new tokens
             in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -(position % size), 1).astype(x.dtype), new], 1)
             keys, values, where = in_order(state.keys, k), in_order(state.values, v), position - size + jnp.arange(size + T)
-        causal = fresh and reset is None and T <= min(size, 2 * BLOCK)
+        causal = fresh and reset is None and min(size, 2 * BLOCK) >= T
         y = self._attend(q, keys.astype(x.dtype), values.astype(x.dtype), at, where, document, size, causal)
         return after, y.reshape(B, T, D) @ weights["out"].astype(x.dtype)
 

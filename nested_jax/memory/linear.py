@@ -76,5 +76,3 @@ def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> 
     q, k, v, rate, retain = (heads_first(part) for part in (*tokens, *gates))
     _, y = tokenwise(state.memory, k, -v, layer.gates(rate, retain), q)
     return project_out(weights, jnp.moveaxis(y[0], 2, 0), x.dtype)[0]
-
-

@@ -77,19 +77,17 @@ def read_stream(
     length = jax.tree.leaves(tokens)[0].shape[0]
     reset = None if reset is None else reset.T
     period = level.period
-    if fresh is not None and reset is not None:
-        level = _restarting(level, fresh)
+    starting = lambda form: level if reset is None or fresh is None else _restarting(level, form(fresh))
     if aligned or length == 1:
         outputs = []
         whole = length - length % period
         if whole:
-            state, emitted = run(
-                level, tight(state), _cut(Chunk(tokens, None, reset), slice(0, whole)), checkpoint="full"
-            )
+            chunks = _cut(Chunk(tokens, None, reset), slice(0, whole))
+            state, emitted = run(starting(tight), tight(state), chunks, checkpoint="full")
             state = loose(state)
             outputs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), emitted))
         if length > whole:
-            state, emitted = run(level, state, _cut(Chunk(tokens, None, reset), slice(whole, length)))
+            state, emitted = run(starting(loose), state, _cut(Chunk(tokens, None, reset), slice(whole, length)))
             outputs.extend(emitted)
         return state, jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *outputs)
 
@@ -98,7 +96,7 @@ def read_stream(
     lay = lambda x: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((slots, *x.shape[1:]), x.dtype), x, offset, axis=0)
     at = jnp.arange(slots)
     laid = Chunk(jax.tree.map(lay, tokens), (at >= offset) & (at < offset + length), jax.tree.map(lay, reset))
-    state, emitted = run(level, state, laid, checkpoint="full")
+    state, emitted = run(starting(loose), state, laid, checkpoint="full")
     take = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(slots, *x.shape[2:]), offset, length, axis=0)
     return state, jax.tree.map(take, emitted)
 

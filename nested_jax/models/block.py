@@ -31,7 +31,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             )
         case "titans":
             rule = Rule(erase="none", retention=config.retention)
-            return Titans(D, H, F, config.chunk, config.momentum, rule)
+            return Titans(D, H, F, config.chunk, config.momentum, rule=rule)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"

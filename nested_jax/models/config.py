@@ -101,8 +101,8 @@ def preset(name: str) -> ModelConfig:
     """The configuration of a preset SIZE-FAMILY.
 
     Sizes: tiny (bytes, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention, titans,
-    transformer, linear, delta, gated-delta; those of one size are within 3 % of one another in parameters. `tiny-hope`
-    and `tiny-hope-attention` learn in context, with CMS periods of 256 and 64 tokens.
+    transformer, linear, delta, gated-delta; those of one size are within 3 % of one another in parameters. The last block of
+    `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and 64 tokens.
 
     Raises UserError for an unknown name.
 
@@ -123,7 +123,11 @@ def preset(name: str) -> ModelConfig:
         blocks=1 if hope and size == "tiny" else None,
     )
     return ModelConfig(
-        **sizes, mixer=_MIXERS[family], cms=cms, dtype="float32" if size == "tiny" else "bfloat16", tie_embeddings=True
+        **sizes,
+        mixer=_MIXERS[family],
+        cms=cms,
+        dtype="float32" if size == "tiny" else "bfloat16",
+        tie_embeddings=size != "tiny",
     )
 
 

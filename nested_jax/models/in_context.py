@@ -68,7 +68,11 @@ class Reader:
         if known:
             offset = int(position) % group
         elif multiple % P:
-            return self._read_token(state, position, x, tokens, reset) if T == 1 else self._scan(state, position, x, tokens, reset)
+            return (
+                self._read_token(state, position, x, tokens, reset)
+                if T == 1
+                else self._scan(state, position, x, tokens, reset)
+            )
         else:
             offset = 0
         whole_groups = known or multiple % group == 0

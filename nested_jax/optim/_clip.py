@@ -19,7 +19,9 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        squares = sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(updates))
+        squares = sum(
+            jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(updates)
+        )
         over = squares > largest**2
         scale = jnp.where(over, largest * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
         return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state

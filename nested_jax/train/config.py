@@ -24,7 +24,7 @@ class TrainConfig:
     """Model to start from, SIZE-FAMILY, such as tiny-hope or 140m-transformer; --model.FIELD flags change it."""
     data: str = "stdlib"
     """Text to learn: "stdlib" (what every Python carries), the path of a text file or folder, or a TFDS name."""
-    steps: int = 400
+    steps: int = 160
     """Updates of the parameters in all. More than a run was made with: it goes on, its rate on the longer schedule."""
     run_dir: str = "runs/tiny-hope"
     """Folder that the run is written to, and resumed from."""
@@ -34,16 +34,16 @@ class TrainConfig:
     """byte, sentencepiece (learned from the text, with --model.vocabulary pieces), or the path of a saved tokenizer."""
     window: int = 512
     """Tokens T of one training window."""
-    batch: int = 8
+    batch: int = 2
     """Windows B of one update."""
     accumulate: int = 1
     """Pieces that a batch is computed in, one after the other, to save memory; the update is the same."""
     carry: bool = False
     """Carry the fast state from one window of a document to the next (truncated back-propagation), instead of
     starting each window afresh."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 8e-3
     """Largest learning rate of AdamW."""
-    warmup: int = 40
+    warmup: int = 20
     """Updates over which the learning rate grows to its largest; it then falls along a cosine to a tenth."""
     weight_decay: float = 0.1
     """Decoupled decay of the matrices; norms, biases and the starts of memories do not decay."""
@@ -51,7 +51,7 @@ class TrainConfig:
     """Largest norm of the whole gradient; 0 for none."""
     seed: int = 0
     """Seed of the parameters, of the order of the text, and of the sample."""
-    eval_every: int = 200
+    eval_every: int = 100
     """Updates between two evaluations on held-out text; 0 for one at the end only."""
     eval_bytes: int = 2**16
     """Bytes of held-out text that an evaluation reads, the same ones every time."""

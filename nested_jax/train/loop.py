@@ -162,7 +162,9 @@ class _Run:
         bits = heldout.bits_per_byte(self.state.parameters, stop=lambda: interruption.signal is not None)
         if bits is not None:
             self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict())
-            display.say(f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}")
+            display.say(
+                f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}"
+            )
 
     def _save(self) -> None:
         progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}

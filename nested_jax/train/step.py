@@ -47,7 +47,7 @@ def cross_entropy(net: nnx.GraphDef, parameters: PyTree, fast: PyTree | None, ba
     model = bind(net, parameters)
     if fast is None:
         fast = model.init_state(rows, max_length=window)
-    logits, fast = model(batch.tokens, fast, reset=batch.reset)
+    logits, fast = model(batch.tokens, fast, reset=batch.reset, multiple=window)  # windows of one length follow one another
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
     return (losses * batch.weights).sum(), fast
 
