@@ -80,7 +80,7 @@ class Attention:
 
         project = (x @ weights["project"].astype(x.dtype)).reshape(B, T, 3 * self.heads, -1)
         q, k, v = jnp.split(project, 3, axis=2)
-        at = position + jnp.arange(T)
+        at = position + jnp.arange(T, dtype=jnp.int32)
         q, k = rotate(q, at), rotate(k, at)
         document = jnp.broadcast_to(state.document[:, None], (B, T))
         if reset is not None:

@@ -77,7 +77,7 @@ class TrainConfig:
         if model.vocabulary > 2**8:
             own["tokenizer"] = "sentencepiece"
         if not name.startswith("tiny-"):
-            own |= {"window": 2048, "steps": 20_000, "warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
+            own |= {"window": 2048, "batch": 8, "steps": 20_000, "warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
         return cls(**(own | fields))
 
     def check(self) -> None:

@@ -1,0 +1,170 @@
+"""LanguageModel: any split, causality, no leaks, resets, presets, what is refused."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny import config, differentiable, model, read, tokens
+
+from nested_jax import PRESETS, LanguageModel, preset
+from nested_jax.errors import UserError
+
+IN_CONTEXT = dict(periods=(8, 4))
+MODELS = {
+    "hope": dict(mixer="self-modifying", **IN_CONTEXT),
+    "hope, last block": dict(mixer="self-modifying", projection_chunk=8, blocks=1, **IN_CONTEXT),
+    "hope-attention": dict(mixer="attention", **IN_CONTEXT),
+    "sliding-window": dict(mixer="sliding-window"),
+    "titans": dict(mixer="titans"),
+    "gated-delta": dict(mixer="gated-delta", **IN_CONTEXT),
+}
+LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
+CLOSE = dict(rtol=1e-9, atol=1e-11)
+
+
+def tolerance(name):
+    return LOOSE if name in ("hope-attention", "sliding-window") else CLOSE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_split_is_one_call(x64, name):
+    """Token by token with the position traced, in uneven pieces with it known, and promised to be aligned."""
+    made, text = model(config(**MODELS[name])), tokens(2, 26)
+    state, whole = (lambda out: (out[1], out[0]))(jax.jit(lambda: read(made, text, 32))())
+    net, weights = differentiable(made)
+    token = jax.jit(lambda weights, token, state: nnx.merge(net, weights)(token, state))
+    now, parts = made.init_state(2, max_length=32), []
+    for t in range(26):
+        logits, now = token(weights, text[:, t : t + 1], now)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **tolerance(name))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(name)), now.mixers, state.mixers)
+
+    @jax.jit
+    def pieces(text):
+        now, parts, start = made.init_state(2, max_length=32), [], 0
+        for length in (3, 10, 4, 9):
+            logits, now = made(text[:, start : start + length], now)
+            parts.append(logits)
+            start += length
+        return jnp.concatenate(parts, 1)
+
+    np.testing.assert_allclose(pieces(text), whole, **tolerance(name))
+    half = jax.jit(lambda text, state: made(text, state, multiple=16))
+    first, now = half(text[:, :16], made.init_state(2, max_length=32))
+    second, _ = half(text[:, 16:], now)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **tolerance(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_and_rows_apart(x64, name):
+    """Changing token t leaves logits before t as they are, CMS updates included, and does not touch another row."""
+    made, text = model(config(**MODELS[name])), tokens(2, 18)
+    call = jax.jit(lambda text: read(made, text, 18)[0])
+    whole = call(text)
+    for t in (4, 9, 17):
+        other = call(text.at[0, t].set((text[0, t] + 1) % 11))
+        np.testing.assert_array_equal(other[0, :t], whole[0, :t])
+        assert not np.allclose(other[0, t], whole[0, t])
+        np.testing.assert_array_equal(other[1], whole[1])
+    np.testing.assert_allclose(call(text[::-1]), whole[::-1], **CLOSE)
+    alone = jax.jit(lambda text: read(made, text, 18)[0])(text[:1])
+    np.testing.assert_allclose(alone, whole[:1], **tolerance(name))
+
+
+@pytest.mark.parametrize("name", ["hope", "hope, last block", "hope-attention"])
+def test_a_reset_is_a_fresh_start(x64, name):
+    """Of one row, on the grid of documents; the other row goes on."""
+    made, text = model(config(**MODELS[name])), tokens(2, 24)
+    assert made.config.alignment == 8
+    call = jax.jit(lambda text, reset: read(made, text, 24, reset=reset)[0])
+    logits = call(text, jnp.zeros((2, 24), bool).at[1, 8].set(True))
+    whole = jax.jit(lambda text: read(made, text, 24)[0])
+    np.testing.assert_allclose(logits[0], whole(text)[0], **tolerance(name))
+    np.testing.assert_allclose(logits[1, :8], whole(text)[1, :8], **tolerance(name))
+    np.testing.assert_allclose(logits[1, 8:], whole(text[:, 8:])[1], **tolerance(name))
+    assert jnp.isnan(call(text, jnp.zeros((2, 24), bool).at[1, 5].set(True))[1]).all()
+    with pytest.raises(UserError, match="reset at token 5: documents start on multiples of 8"):
+        read(made, text, reset=np.arange(24)[None].repeat(2, 0) == 5)
+
+
+def test_every_weight_learns_from_the_start():
+    """A new tiny Hope: non-zero, finite gradients for every leaf, the starts of all memories and CMS levels included."""
+    small = dataclasses.replace(preset("tiny-hope"), width=16, layers=2, heads=2, chunk=8, memory_hidden=4)
+    small = dataclasses.replace(small, cms=dataclasses.replace(small.cms, hidden=(8, 8), periods=(16, 8)))
+    net, weights = nnx.split(LanguageModel(small, rngs=nnx.Rngs(0)), nnx.Param)
+    text = jax.random.randint(jax.random.key(0), (2, 49), 0, 256)
+
+    def loss(weights):
+        logits, _ = read(nnx.merge(net, weights), text[:, :-1], 48)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+    for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(weights)):
+        name = jax.tree_util.keystr(path)
+        assert jnp.isfinite(g).all(), name
+        assert jnp.abs(g).max() > 0, name
+        if "start" in name:  # (L, M, 1, H, ...): every memory of every block
+            assert (jnp.abs(g).max(axis=(2, 3, 4, 5)) > 0).all(), name
+
+
+def test_presets_are_equal_in_parameters_within_a_size():
+    sizes = {}
+    for name in PRESETS:
+        made = nnx.eval_shape(lambda name=name: LanguageModel(preset(name), rngs=nnx.Rngs(0)))
+        sizes.setdefault(name.split("-")[0], []).append(made.parameters)
+    for size, counts in sizes.items():
+        assert max(counts) / min(counts) < 1.03, (size, counts)
+    nominal = {"140m": 1.4e8, "340m": 3.4e8, "760m": 7.6e8, "1.3b": 1.3e9}
+    assert all(sizes[size][0] == pytest.approx(count, rel=0.25) for size, count in nominal.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_first_loss_is_near_chance(tied):
+    made = LanguageModel(dataclasses.replace(preset("tiny-hope-attention"), tie_embeddings=tied), rngs=nnx.Rngs(0))
+    text = jax.random.randint(jax.random.key(0), (2, 65), 0, 256)
+    logits = jax.jit(lambda: read(made, text[:, :-1], 64)[0])()
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+    assert loss == pytest.approx(math.log(256), rel=0.05)
+
+
+def test_bfloat16_keeps_fast_state_in_float32():
+    small = dataclasses.replace(config(mixer="self-modifying", **IN_CONTEXT), dtype="bfloat16")
+    made = LanguageModel(small, rngs=nnx.Rngs(0))
+    text = tokens(1, 20)
+    logits, state = jax.jit(lambda: read(made, text, 20))()
+    assert logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(state.learning.levels)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    exact = LanguageModel(dataclasses.replace(small, dtype="float32"), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(logits, jax.jit(lambda: read(exact, text, 20)[0])(), atol=0.15)
+
+
+def test_second_call_does_not_compile():
+    made = LanguageModel(config(mixer="self-modifying", **IN_CONTEXT), rngs=nnx.Rngs(0))
+    call = jax.jit(lambda text, state: made(text, state, multiple=8))
+    _, state = call(tokens(1, 8), jax.tree.map(jnp.asarray, made.init_state(1)))
+    call(tokens(1, 8), state)
+    assert call._cache_size() == 1
+
+
+def test_what_is_refused():
+    made = LanguageModel(config(), rngs=nnx.Rngs(0))
+    for wrong in (-1, 11):
+        with pytest.raises(UserError, match=f"token {wrong} is out of range"):
+            read(made, np.array([[1, wrong]]))
+        assert jnp.isnan(jax.jit(lambda text: read(made, text)[0])(jnp.array([[1, wrong]]))[0, 1]).all()
+    with pytest.raises(UserError, match="preset 'tiny-hop' is unknown.*tiny-hope"):
+        preset("tiny-hop")
+    for fields, message in [
+        (dict(periods=(6, 4)), "6 is not a multiple of 4"),
+        (dict(periods=(8, 4, 2)), "more than the 2 levels"),
+        (dict(variant="nested", hidden=(4, 5), periods=(8, 4)), "equal widths"),
+        (dict(width=9), "width 9 is not a multiple of model.heads 2"),
+        (dict(projection_chunk=6), "6 is not a multiple of model.chunk 4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            LanguageModel(config(**fields), rngs=nnx.Rngs(0))
