@@ -79,7 +79,7 @@ class ModelConfig:
 
 # Hidden widths of the CMS make the families of one size equal in parameters.
 _SIZES = {
-    "tiny": dict(vocabulary=256, width=128, layers=4, heads=4, memory_hidden=32),
+    "tiny": dict(vocabulary=256, width=128, layers=4, heads=4, memory_hidden=16),
     "140m": dict(vocabulary=32_000, width=768, layers=12, heads=12, memory_hidden=64),
     "340m": dict(vocabulary=32_000, width=1024, layers=24, heads=16, memory_hidden=64),
     "760m": dict(vocabulary=32_000, width=1536, layers=24, heads=16, memory_hidden=96),
