@@ -10,7 +10,8 @@ from nested_jax.train.config import TrainConfig
 
 def small_model(name: str = "tiny-transformer", **fields) -> ModelConfig:
     model = preset(name)
-    cms = dataclasses.replace(model.cms, hidden=tuple(16 for _ in model.cms.hidden))
+    periods = (16, 8) if model.cms.periods else ()
+    cms = dataclasses.replace(model.cms, hidden=tuple(16 for _ in model.cms.hidden), periods=periods)
     small = {"width": 16, "layers": 1, "heads": 2, "chunk": 16, "memory_hidden": 8, "cms": cms}
     return dataclasses.replace(model, **(small | fields))
 
