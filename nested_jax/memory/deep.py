@@ -220,7 +220,7 @@ class Titans:
 
     @property
     def largest_rate(self) -> float:
-        """eta_max; all errors of a chunk are taken at its start, so that their steps must not add up to much more than one."""
+        """eta_max: errors are those of the chunk's start, so its steps must not add up to much more than one."""
         return 4 / self.chunk if self.max_rate is None else self.max_rate
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nested_jax.memory.deep import Rule
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.self_modifying import SelfModifyingTitans, definition
 
 D, H = 8, 2
@@ -64,8 +65,6 @@ def test_a_start_gate_near_one_and_what_is_stored_decays_by_it(x64):
     layer = SelfModifyingTitans(D, H, 3)
     bias = layer.init_weights(jax.random.key(0))["retention_bias"]
     assert float(jax.nn.sigmoid(bias).min()) > 0.99
-    from nested_jax.memory.recurrence import Gates, MemoryState, chunked
-
     keys = jnp.eye(8)
     value = jnp.arange(1.0, 4.0)
     errors = jnp.zeros((8, 3)).at[0].set(-value)

@@ -1,0 +1,179 @@
+"""What every layer built on a parametric memory keeps: definitions, splits, causality, rows, documents, types, bounds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory import deep, linear
+from nested_jax.memory.deep import Titans
+from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+
+D, H, F = 8, 2, 3
+T = 13  # a multiple of no chunk but 1
+BOUNDARY = 8  # of every chunk grid
+LAYERS = {
+    "linear": LinearMemory(D, H, "linear", chunk=4),
+    "delta": LinearMemory(D, H, "delta", chunk=4),
+    "gated-delta": LinearMemory(D, H, "gated-delta", chunk=4),
+    "titans-1": Titans(D, H, F, chunk=1, momentum=False),
+    "titans-4": Titans(D, H, F, chunk=4),
+    "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
+    "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
+}
+DEFINITIONS = {LinearMemory: linear.definition, Titans: deep.definition}  # self-modifying Titans': test_self_modifying.py
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def random_weights(layer):
+    """Float64 weights around the initial ones, with gates that are far from their ends."""
+    weights = layer.init_weights(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(weights)
+    rng = np.random.default_rng(1)
+    weights = jax.tree.unflatten(tree, [np.asarray(w, np.float64) + 0.3 * rng.normal(size=w.shape) for w in leaves])
+    for name in ("gates_bias", "retention_bias"):
+        if name in weights:
+            weights[name] = np.linspace(-1.0, 2.0, len(weights[name]))
+    return jax.tree.map(jnp.asarray, weights)
+
+
+def inputs(batch=2, seed=2):
+    return jax.random.normal(jax.random.key(seed), (batch, T, D), jnp.float64)
+
+
+@functools.cache
+def jitted(layer):
+    """The layer's call with the state traced."""
+    return jax.jit(layer.__call__)
+
+
+@functools.cache
+def whole(layer):
+    """(weights, x, reset=None) -> (state, y) from a fresh state, position known while tracing."""
+    return jax.jit(lambda weights, x, reset=None: layer(weights, layer.init_state(weights, len(x)), x, reset=reset))
+
+
+@functools.cache
+def gradients(layer):
+    """(weights, x) -> value and gradients of a read-out of all outputs that no normalisation makes constant."""
+
+    def loss(weights, x):
+        return jnp.sum(jnp.sin(layer(weights, layer.init_state(weights, len(x)), x)[1]))
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+
+def assert_close(got, expected, rtol=1e-9):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if type(layer) in DEFINITIONS])
+def test_layer_is_its_definition(x64, name):
+    """Values, and gradients with respect to all weights and inputs."""
+    layer = LAYERS[name]
+    weights, x = random_weights(layer), inputs(1)
+    definition = DEFINITIONS[type(layer)]
+    slow = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1)))
+    assert_close(gradients(layer)(weights, x), slow(weights, x))
+
+
+@every_layer
+@pytest.mark.parametrize("pieces", [(1,) * T, (3, 1, 6, 2, 1)], ids=["tokens", "pieces"])
+def test_any_split(x64, name, pieces):
+    """Outputs and the final state, wherever pieces begin and end; one token at a time is one trace."""
+    layer = LAYERS[name]
+    weights, x = random_weights(layer), inputs()
+    state, parts, start = layer.init_state(weights, 2), [], 0
+    before = jitted(layer)._cache_size()
+    for piece in pieces:
+        state, y = jitted(layer)(weights, state, x[:, start : start + piece])
+        parts.append(y)
+        start += piece
+    assert jitted(layer)._cache_size() - before <= len(set(pieces))
+    expected = whole(layer)(weights, x)
+    assert_close(jnp.concatenate(parts, 1), expected[1])
+    assert_close(state, expected[0])
+
+
+@every_layer
+def test_causal_and_rows_apart(x64, name):
+    """What comes later changes nothing, and neither does the other row."""
+    layer = LAYERS[name]
+    weights, x = random_weights(layer), inputs()
+    y = whole(layer)(weights, x)[1]
+    for cut in (1, 6, 8):
+        changed = whole(layer)(weights, x.at[:, cut:].set(inputs(seed=3)[:, cut:]))[1]
+        assert_close(changed[:, :cut], y[:, :cut])
+        assert jnp.min(jnp.max(jnp.abs(changed - y)[:, cut:], axis=-1)) > 1e-3
+    for row in (0, 1):
+        assert_close(whole(layer)(weights, x[row : row + 1])[1], y[row : row + 1])
+
+
+@every_layer
+def test_reset_starts_a_document(x64, name):
+    """At a chunk boundary of one row: the rest is that of a fresh call. The other row does not notice."""
+    layer = LAYERS[name]
+    weights, x = random_weights(layer), inputs()
+    reset = jnp.zeros((2, T), bool).at[1, BOUNDARY].set(True)
+    _, y = whole(layer)(weights, x, reset)
+    without = whole(layer)(weights, x)[1]
+    fresh = whole(layer)(weights, jnp.roll(x, -BOUNDARY, axis=1))[1]
+    assert_close(y[0], without[0])
+    assert_close(y[1, :BOUNDARY], without[1, :BOUNDARY])
+    assert_close(y[1, BOUNDARY:], fresh[1, : T - BOUNDARY])
+    assert jnp.max(jnp.abs(y - without)[1, BOUNDARY]) > 1e-3
+
+
+@every_layer
+def test_gradients_from_initial_weights(x64, name):
+    """Every learned leaf gets one, every memory's start too; they are finite where the input is zero."""
+    layer = LAYERS[name]
+    weights = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0)))
+    for path, g in jax.tree_util.tree_leaves_with_path(gradients(layer)(weights, inputs(1))[1]):
+        each = g if "start" in jax.tree_util.keystr(path) else g[None]
+        for i, part in enumerate(each):
+            assert jnp.max(jnp.abs(part)) > 1e-8, (jax.tree_util.keystr(path), i)
+    for leaf in jax.tree.leaves(gradients(layer)(weights, jnp.zeros((1, T, D)))):
+        assert jnp.isfinite(leaf).all()
+
+
+@every_layer
+def test_bfloat16_in_and_out_with_a_float32_state(name):
+    """The second call continues from the first without another trace."""
+    layer = LAYERS[name]
+    weights = layer.init_weights(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 2, 5, D))
+    call = jax.jit(layer.__call__)
+    state = layer.init_state(weights, 2)
+    types = jax.tree.map(lambda s: (s.shape, s.dtype), state)
+    for piece in x.astype(jnp.bfloat16):
+        state, y = call(weights, state, piece)
+        assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
+        assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == types
+    assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert call._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
+def test_self_modification_stays_bounded(chunk):
+    """20,480 random tokens in float32, at learning rates as they start and with all of them next to their maximum."""
+    layer = SelfModifyingTitans(16, 2, 4, chunk=chunk)
+    weights = layer.init_weights(jax.random.key(0))
+    bias = weights["rate_bias"] + jnp.array([[0.0], [12.0]])
+    x = jax.random.normal(jax.random.key(1), (4, 1, 5_120, 16))
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def call(bias, state, x):
+        return layer({**weights, "rate_bias": bias}, state, x, aligned=True)
+
+    state = jax.tree.map(lambda s: jnp.stack([s, s]), layer.init_state(weights, 1))
+    for piece in x:
+        state, y = call(bias, state, piece)
+        assert jnp.isfinite(y).all()
+        for weights_now in jax.tree.leaves(deep.weights_of(state.memory.running)):
+            assert jnp.max(jnp.abs(weights_now)) < 10
