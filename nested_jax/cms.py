@@ -119,13 +119,13 @@ class Emitted(NamedTuple):
 def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[str, Array]]:
     """Slow weights of one block's CMS: level1 (slowest), level2, ... and, if independent, mix (N,)."""
     weights = {}
-    for i, (hidden, key) in enumerate(zip(config.hidden, jax.random.split(key, len(config.hidden)), strict=True)):
+    for i, (hidden, own) in enumerate(zip(config.hidden, jax.random.split(key, len(config.hidden)), strict=True)):
         shapes = {"up": (width, hidden), "gate": (width, hidden), "down": (hidden, width)}
         if config.activation != "swiglu":
             del shapes["gate"]
         if config.variant == "nested" and i and config.periods:
             shapes = {}  # starts as the slower level is
-        keys = dict(zip(shapes, jax.random.split(key, 3), strict=False))
+        keys = dict(zip(shapes, jax.random.split(own, 3), strict=False))
         level = {name: jax.random.normal(keys[name], shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
         level["norm"] = jnp.ones(width)
         if i >= config.frozen:
