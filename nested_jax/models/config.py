@@ -115,7 +115,7 @@ def preset(name: str) -> ModelConfig:
     size, family = name.split("-", 1)
     sizes = _SIZES[size]
     hope = family.startswith("hope")
-    hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 16 if size == "tiny" else 64)
+    hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 8 if size == "tiny" else 64)
     cms = CMSConfig(
         hidden=(hidden,) * (2 if hope else 1),
         activation="gelu" if hope else "swiglu",
