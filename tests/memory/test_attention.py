@@ -3,6 +3,8 @@
 `jax.nn.dot_product_attention` takes its softmax in float32 whatever the inputs are: tolerances are those of float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,8 @@ def read(layer, weights, x, max_length=None, **keywords):
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_layer_is_its_definition(x64, window):
     layer, weights, x = make(window)
-    fast = jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(read(layer, w, x)[1])), (0, 1))(weights, x)
-    slow = jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1))(weights, x)
+    both = lambda f: jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(f(w, x))), (0, 1)))(weights, x)
+    fast, slow = both(lambda w, x: read(layer, w, x)[1]), both(lambda w, x: definition(layer, w, x[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fast, slow)
 
 
@@ -37,29 +39,49 @@ def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
     """Long inputs, a block of queries at a time, with a piece left over, after a cache and from none."""
     layer, weights, x = make(window, T=37, B=2)
     reset = jnp.zeros((2, 37), bool).at[1, 17].set(True)
-    whole = read(layer, weights, x, reset=reset)[1]
+
+    def in_two(weights, x, reset):
+        state, first = read(layer, weights, x[:, :11], reset=reset[:, :11])
+        return first, layer(weights, state, x[:, 11:], reset=reset[:, 11:])[1]
+
+    at_once = lambda weights, x, reset: read(layer, weights, x, reset=reset)[1]
+    whole = at_once(weights, x, reset)
     monkeypatch.setattr(attention, "BLOCK", 2)
-    np.testing.assert_allclose(read(layer, weights, x, reset=reset)[1], whole, rtol=1e-5, atol=1e-6)
-    state, first = read(layer, weights, x[:, :11], reset=reset[:, :11])
-    _, second = layer(weights, state, x[:, 11:], reset=reset[:, 11:])
+    np.testing.assert_allclose(jax.jit(at_once)(weights, x, reset), whole, rtol=1e-5, atol=1e-6)
+    first, second = jax.jit(in_two)(weights, x, reset)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window, max_length", [(None, None), (None, 13), (None, 6), (4, None), (4, 13), (6, 3)])
+@pytest.mark.parametrize("window, max_length", [(None, 13), (None, 6), (4, None), (4, 13), (6, 3)])
 @pytest.mark.parametrize("pieces", [(1,) * 13, (3, 1, 6, 2, 1), (9, 4)], ids=str)
 def test_any_split(x64, window, max_length, pieces):
-    """Cache that grows, cache that holds all, ring that overwrites; the position concrete or traced."""
+    """Cache that holds all, ring that overwrites; the position traced."""
     layer, weights, x = make(window, B=2)
-    state, whole = read(layer, weights, x, max_length)
-    grows = window is None and max_length is None
-    call = layer if grows else jax.jit(layer.__call__)
+    assert_split(layer, jitted(layer), weights, x, max_length, pieces)
+
+
+@pytest.mark.parametrize("pieces", [(11, 1, 1), (3, 1, 9)], ids=str)
+def test_any_split_of_a_cache_that_grows(x64, pieces):
+    """The position concrete."""
+    layer, weights, x = make(B=2)
+    assert_split(layer, layer, weights, x, None, pieces)
+
+
+@functools.cache
+def jitted(layer):
+    return jax.jit(layer.__call__)
+
+
+def assert_split(layer, call, weights, x, max_length, pieces):
+    """The outputs and the last state are those of one call from a fresh state."""
+    state, whole = jax.jit(lambda weights, x: read(layer, weights, x, max_length))(weights, x)
     parts, now = [], layer.init_state(weights, 2, max_length)
-    for i, piece in enumerate(pieces):
-        start = sum(pieces[:i])
-        now, y = call(weights, now, x[:, start : start + piece])
+    for end, piece in zip(np.cumsum(pieces), pieces, strict=True):
+        now, y = call(weights, now, x[:, end - piece : end])
         parts.append(y)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), now, state)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    close(jnp.concatenate(parts, 1), whole)
+    jax.tree.map(close, now, state)
 
 
 def test_a_bound_is_a_window(x64):
@@ -72,15 +94,16 @@ def test_a_bound_is_a_window(x64):
 def test_reset_starts_a_document(x64):
     """Tokens before it are not seen. Rotary positions are relative, so that the rest equals a fresh call."""
     layer, weights, x = make(B=2)
-    _, y = read(layer, weights, x, reset=jnp.zeros((2, 13), bool).at[1, 5].set(True))
-    np.testing.assert_allclose(y[0], read(layer, weights, x)[1][0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(y[1, 5:], read(layer, weights, x[1:, 5:])[1][0], rtol=1e-5, atol=1e-6)
+    call = jax.jit(lambda x, reset=None: read(layer, weights, x, reset=reset)[1])
+    y = call(x, jnp.zeros((2, 13), bool).at[1, 5].set(True))
+    np.testing.assert_allclose(y[0], call(x)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[1, 5:], call(x[1:, 5:])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_finite_at_zero(x64):
     layer, weights, x = make()
     loss = lambda x: jnp.sum(read(layer, weights, x)[1] ** 2)
-    assert jnp.isfinite(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(0 * x)).all()
+    assert jnp.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(0 * x)).all()
 
 
 def test_bfloat16(x64):

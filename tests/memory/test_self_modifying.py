@@ -54,7 +54,7 @@ def test_every_start_gets_an_outer_gradient(x64, options):
     layer, _ = layer_and_weights(**options, adaptive_query=True)
     weights = layer.init_weights(jax.random.key(0))  # as a new model has them
     x = jax.random.normal(jax.random.key(9), (2, 24, D))
-    gradient = jax.grad(lambda w: jnp.sum(read(layer, w, x) ** 2))(weights)["start"]
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(read(layer, w, x) ** 2)))(weights)["start"]
     for part, g in gradient.items():
         for name, of_memory in zip(layer.memories, g, strict=True):
             assert float(jnp.max(jnp.abs(of_memory))) > 1e-8, (part, name)
