@@ -157,9 +157,7 @@ def apply(config: CMSConfig, weights: PyTree, fast: Sequence[PyTree], x: Float[A
 
 
 def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    product = lambda x, w: (
-        jnp.matmul(x, w.astype(x.dtype)) if w.ndim == 3 else jnp.einsum("btd,df->btf", x, w.astype(x.dtype))
-    )
+    product = lambda x, w: jnp.matmul(x, w.astype(x.dtype))  # w is (D, F) or one for each row, (B, D, F)
     hidden = product(x, matrices["up"])
     gated = "gate" in matrices
     hidden = jax.nn.silu(product(x, matrices["gate"])) * hidden if gated else jax.nn.gelu(hidden)

@@ -85,8 +85,8 @@ def learn(
 ) -> tuple[Deep, Float[Array, "*batch C K"] | None]:
     """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads along the way.
 
-    With momentum the writes have strength eta (1 - theta): S is a running mean of surprises and not their sum. A sum takes
-    steps 1 / (1 - theta) times as long, and memories of random weights overflow at theta = 0.95.
+    With momentum the writes have strength eta (1 - theta): S is a running mean of surprises and not their sum, whose steps
+    would be 1 / (1 - theta) times as long. So memories stay bounded at any theta.
 
     Args:
         running, snapshot, start: `MemoryState`s now, weights at the last boundary, learned starts.

@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.level import Level
 from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
 from nested_jax.typing import Array, Float, PyTree
 
@@ -34,7 +35,7 @@ class LinearMemory:
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (1, 1, H, V, K)."""
         K = self.width // self.heads
-        weights = init_projections(key, self.width, self.heads, gates=2)
+        weights = init_projections(key, self.width, self.heads, gates=1 if self.rule == "delta" else 2)
         return {**weights, "start": jnp.zeros((1, 1, self.heads, K, K))}
 
     def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
@@ -43,7 +44,7 @@ class LinearMemory:
         window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
         return StreamState(start, window, np.int32(0))
 
-    def gates(self, rate: Array, retain: Array) -> Gates:
+    def gates(self, rate: Array, retain: Array | None) -> Gates:
         """The rule, as gates of the recurrence with errors -v: the erase acts on the decayed memory."""
         if self.rule == "linear":
             return Gates(rate, jnp.zeros_like(rate), retain)
@@ -52,17 +53,17 @@ class LinearMemory:
         return Gates(rate, retain * rate, retain)
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
-        window, (q, k, v), (rate, retain) = project_in(weights, state.window, x, self.heads, reset)
+        window, (q, k, v), (rate, *retain) = project_in(weights, state.window, x, self.heads, reset)
 
         def step(memory, chunk, slower):
-            q, k, v, rate, retain = (heads_first(part) for part in chunk.tokens)
+            q, k, v, rate, *retain = (heads_first(part) for part in chunk.tokens)
             mask = None if chunk.mask is None else chunk.mask[None, None, None]
-            memory, y = chunked(memory, k, -v, self.gates(rate, retain), q, mask=mask)
+            memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
             return memory, jnp.moveaxis(y[0], 2, 0)
 
         level = Level(None, step, self.chunk, f"{self.rule} memory", due=lambda memory: jnp.asarray(True))
         memory, y = read_stream(
-            level, state.memory, (q, k, v, rate, retain),
+            level, state.memory, (q, k, v, rate, *retain),
             position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
             reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
         )  # fmt: skip
@@ -70,9 +71,18 @@ class LinearMemory:
 
 
 def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one sequence from its start, through the token-by-token recurrence: the slow twin."""
-    state = layer.init_state(weights, 1)
-    _, tokens, gates = project_in(weights, state.window, x[None], layer.heads, None)
-    q, k, v, rate, retain = (heads_first(part) for part in (*tokens, *gates))
-    _, y = tokenwise(state.memory, k, -v, layer.gates(rate, retain), q)
-    return project_out(weights, jnp.moveaxis(y[0], 2, 0), x.dtype)[0]
+    """The same layer for one sequence from its start, token by token, in the words of the rule: the slow twin."""
+    window = layer.init_state(weights, 1).window
+    _, tokens, gates = project_in(weights, window, x[None], layer.heads, None)
+    q, k, v, rate, *retain = (part[:, 0] for part in (*tokens, *gates))  # (T, H, ...)
+
+    def token(memory, now):
+        q, k, v, rate, *retain = now
+        if layer.rule != "delta":
+            memory = retain[0][:, None, None] * memory
+        held = jnp.einsum("hvk,hk->hv", memory, k) if layer.rule != "linear" else 0.0
+        memory = memory + jnp.einsum("h,hv,hk->hvk", rate, v - held, k)
+        return memory, jnp.einsum("hvk,hk->hv", memory, q)
+
+    _, y = jax.lax.scan(token, weights["start"][0, 0], (q, k, v, rate, *retain))
+    return project_out(weights, y[:, None], x.dtype)[0]

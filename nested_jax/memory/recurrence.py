@@ -220,17 +220,20 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
     """
     size, block = lower.shape[-1], 8
     full = max(block, 1 << (size - 1).bit_length())
-    batch = lower.shape[:-2]
-    lower = jnp.pad(lower, [(0, 0)] * len(batch) + [(0, full - size)] * 2)
-    cuts = [slice(start, start + block) for start in range(0, full, block)]
-    tiles = jnp.stack([lower[..., cut, cut] for cut in cuts], axis=-3)
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, full - size)] * 2)
+
+    def blocks(row, column, every):
+        """Blocks of the matrix at (row, column), (row + every, column + every), ..., stacked."""
+        corners = range(0, full, every)
+        cut = [lower[..., i + row : i + row + block, i + column : i + column + block] for i in corners]
+        return jnp.stack(cut, axis=-3)
+
+    tiles = blocks(0, 0, block)
     square = _mm(tiles, tiles, HIGHEST)
     one = jnp.expand_dims(jnp.eye(block, dtype=lower.dtype), tuple(range(tiles.ndim - 2)))
     inverse = _mm(_mm(one - tiles, one + square, HIGHEST), one + _mm(square, square, HIGHEST), HIGHEST)
     while block < full:
-        pairs = full // (2 * block)
-        tiles = lower.reshape(*batch, pairs, 2, block, pairs, 2, block)
-        below = jnp.moveaxis(jnp.diagonal(tiles[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        below = blocks(block, 0, 2 * block)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         corner = -_mm(_mm(second, below, HIGHEST), first, HIGHEST)
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)

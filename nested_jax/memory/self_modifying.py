@@ -88,45 +88,49 @@ class SelfModifyingTitans:
         D, H = self.width, self.heads
         K = D // H
         keys = jax.random.split(key, 5)
-        return {
+        weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
-            "query": jax.random.normal(keys[0], (D, D)) * D**-0.5,
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),
             "rate": jax.random.normal(keys[2], (H, K)) * 0.1 * K**-0.5,
             "rate_bias": jnp.full(H, -1.0),
             "retention": jax.random.normal(keys[4], (H, K)) * 0.1 * K**-0.5,
             "retention_bias": retention_bias(H),
-            "momentum": jnp.zeros((D, H)),
-            "momentum_bias": jnp.zeros(H),
             "norm": jnp.ones((H, K)),
             "out": jax.random.normal(keys[3], (D, D)) * D**-0.5,
         }
+        if self.momentum:
+            weights |= {"momentum": jnp.zeros((D, H)), "momentum_bias": jnp.zeros(H)}
+        if not self.adaptive_query:
+            weights["query"] = jax.random.normal(keys[0], (D, D)) * D**-0.5
+        return weights
 
     def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
         """Fast state at the starts: a differentiable function of the weights."""
-        memory = self._level(weights).init(())
-        memory = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.repeat(x, batch, axis=1), memory)
-        return StreamState(memory, jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype), np.int32(0))
+        window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
+        return StreamState(self._level(weights, batch).init(()), window, np.int32(0))
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         B, T, _ = x.shape
         window, x = convolve(weights["taps"], state.window, x, reset)
         split = lambda y: upcast(y).reshape(B, T, self.heads, -1).swapaxes(0, 1)
-        theta = upcast(x @ weights["momentum"].astype(x.dtype)) + weights["momentum_bias"][None, None]
-        tokens = (split(x), l2norm(split(x @ weights["query"].astype(x.dtype))), jax.nn.sigmoid(theta).swapaxes(0, 1))
+        query = None if self.adaptive_query else l2norm(split(x @ weights["query"].astype(x.dtype)))
+        theta = None
+        if self.momentum:
+            theta = upcast(x @ weights["momentum"].astype(x.dtype)) + weights["momentum_bias"][None, None]
+            theta = jax.nn.sigmoid(theta).swapaxes(0, 1)
         memory, y = read_stream(
-            self._level(weights), state.memory, tokens,
+            self._level(weights, B), state.memory, (split(x), query, theta),
             position=state.position, aligned=aligned or on_grid(state.position, self.period),
             reset=reset, fresh=None if reset is None else self.init_state(weights, B).memory, tight=tight, loose=loose,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, T)), project_out(weights, y, x.dtype)
 
-    def _level(self, weights: PyTree) -> Level:
+    def _level(self, weights: PyTree, batch: int) -> Level:
         """All memories as one level, or the main memory nested in the level of the others."""
         starts = Deep(**weights["start"])
         of = lambda which: jax.tree.map(lambda x: x[which], starts)
         main, others, every = slice(-1, None), slice(None, -1), slice(None)
-        init = lambda which: lambda slower: begin(of(which), 1, self.momentum)
+        init = lambda which: lambda slower: begin(of(which), batch, self.momentum)
 
         def together(running, snapshot, chunk, slower):
             generated = self.generate(weights, jax.tree.map(lambda x: x[:-1], snapshot), *chunk.tokens)
@@ -190,7 +194,10 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
     padded = jnp.pad(x, ((CONVOLUTION - 1, 0), (0, 0)))
     x = sum(weights["taps"][i][None] * padded[i : i + len(x)] for i in range(CONVOLUTION))
     heads = lambda y: y.reshape(len(x), layer.heads, -1)
-    theta = jax.nn.sigmoid(x @ weights["momentum"] + weights["momentum_bias"][None])
+    if layer.momentum:
+        theta = jax.nn.sigmoid(x @ weights["momentum"] + weights["momentum_bias"][None])
+    else:
+        theta = jnp.zeros((len(x), layer.heads))
 
     def one_head(start, gates, x, fixed_query, theta):
         def token(carry, now):
@@ -214,8 +221,7 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
                 running[name], velocity[name] = {}, {}
                 for part, z in inputs.items():
                     rate = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
-                    decay = theta if layer.momentum else 0.0
-                    push = decay * carry[2][name][part] - (1 - decay) * rate * surprise[part]
+                    push = theta * carry[2][name][part] - (1 - theta) * rate * surprise[part]
                     erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
                     origin = start[name][part] if rule.retention == "initial" else 0.0
                     running[name][part] = origin + alpha * (w[part] - origin) - erased + push
@@ -228,6 +234,6 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
 
     starts = {n: {part: w[i, 0] for part, w in weights["start"].items()} for i, n in enumerate(names)}
     gates = {k: weights[k] for k in ("rate", "rate_bias", "retention", "retention_bias")}
-    query = l2norm(heads(x @ weights["query"]))
+    query = heads(x) if layer.adaptive_query else l2norm(heads(x @ weights["query"]))
     y = jax.vmap(one_head, in_axes=(0, 0, 1, 1, 1), out_axes=1)(starts, gates, heads(x), query, theta)
     return rms_norm(weights["norm"], y[None]).reshape(len(x), -1) @ weights["out"]

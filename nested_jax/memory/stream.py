@@ -7,6 +7,7 @@ before and after it, in static shapes.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def _restarting(level: Level, fresh: PyTree) -> Level:
     def step(state, chunk, slower):
         return level.step(where_rows(chunk.reset[0], fresh, state), chunk, slower)
 
-    return Level(level.init, step, level.period, level.name, level.due, level.restart)
+    return dataclasses.replace(level, step=step)
 
 
 def where_rows(rows: Bool[Array, " B"], fresh: PyTree, state: PyTree) -> PyTree:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax import cms
-from nested_jax.memory import attention
-from nested_jax.memory.attention import Attention, AttentionState
+from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import Rule, Titans
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.projections import rms_norm
@@ -63,18 +62,17 @@ def init_mixers(layer: SequenceLayer, weights: PyTree, batch: int, max_length: i
     return jax.vmap(init)(weights["mixer"])
 
 
-def reserve(mixers: PyTree, tokens: int) -> PyTree:
-    """Stacked caches that grow, with room for so many tokens at once; other states as they are."""
-    if isinstance(mixers, AttentionState) and mixers.limit is None:
-        return jax.vmap(lambda cache: attention.reserve(cache, tokens))(mixers)
-    return mixers
+def compute_dtype(config: ModelConfig, weights: PyTree) -> jnp.dtype:
+    """Type of activations: the config's, or float64 if the weights are."""
+    own = weights["embedding"].dtype
+    return own if own == jnp.float64 else jnp.dtype(config.dtype)
 
 
 def embed(config: ModelConfig, weights: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Embeddings of unit mean square; NaN for a token out of range."""
     tokens = jnp.where(tokens < 0, config.vocabulary, tokens)  # a negative index would count from the end
     x = weights["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan) * config.width**0.5
-    return x if x.dtype == jnp.float64 else x.astype(config.dtype)
+    return x.astype(compute_dtype(config, weights))
 
 
 def head(config: ModelConfig, weights: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -7,6 +7,7 @@ read again from its start when it closes. So any split of the input gives the sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,11 +69,7 @@ class Reader:
         if known:
             offset = int(position) % group
         elif multiple % P:
-            return (
-                self._read_token(state, position, x, tokens, reset)
-                if T == 1
-                else self._scan(state, position, x, tokens, reset)
-            )
+            return (self._read_token if T == 1 else self._scan)(state, position, x, tokens, reset)
         else:
             offset = 0
         whole_groups = known or multiple % group == 0
@@ -94,7 +91,7 @@ class Reader:
             else:
                 end = start + min(P - here % P, rest)
                 cut = [None if part is None else part[:, start:end] for part in (x, tokens, reset)]
-                if reset is not None and here % group == 0:
+                if reset is not None and here % P == 0:
                     state = self._restart(state, reset[:, start])
                 logits, state = self._read_piece(state, here % P, advance(position, start), *cut)
                 if end < T and (offset + end) % P == 0:
@@ -189,7 +186,7 @@ class Reader:
         def step(levels, context, slower):
             return self.level.step(cms.restart(self.config, context.reset[0], self.fresh(), levels), context, slower)
 
-        return Level(self.level.init, step, self.level.period, self.level.name, self.level.due, self.level.restart)
+        return dataclasses.replace(self.level, step=step)
 
 
 def definition(

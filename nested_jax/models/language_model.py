@@ -13,9 +13,9 @@ from flax import nnx
 
 from nested_jax import cms
 from nested_jax.errors import UserError
-from nested_jax.memory.attention import AttentionState
+from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import advance
-from nested_jax.models.block import embed, head, init_block, init_mixers, mix, reserve, sequence_layer
+from nested_jax.models.block import compute_dtype, embed, head, init_block, init_mixers, mix, sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.in_context import InContext, OpenSegment, Reader
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
@@ -134,11 +134,9 @@ def _init_state(config: ModelConfig, rules, weights: PyTree, batch: int, max_len
     if not config.adapting:
         return ModelState(np.int32(0), mixers, None)
     levels = _reader(config, rules, weights, split, batch, max_length).fresh()
-    P, dtype = config.cms.periods[-1], jnp.dtype(config.dtype)
-    dtype = jnp.promote_types(dtype, jnp.float64) if weights["norm"].dtype == jnp.float64 else dtype
-    segment = OpenSegment(
-        jnp.zeros((batch, P, config.width), dtype), jnp.zeros((batch, P), jnp.int32), jnp.zeros(batch, bool)
-    )
+    P = config.cms.periods[-1]
+    inputs = jnp.zeros((batch, P, config.width), compute_dtype(config, weights))
+    segment = OpenSegment(inputs, jnp.zeros((batch, P), jnp.int32), jnp.zeros(batch, bool))
     return ModelState(np.int32(0), mixers, InContext(levels, segment))
 
 
@@ -195,7 +193,7 @@ def _read(config: ModelConfig, rules, weights, tokens, state: ModelState, reset,
         inner = cms.segment_state(learning.levels)
         grows = isinstance(inner.mixers, AttentionState) and inner.mixers.limit is None
         if grows:
-            room = lambda mixers: reserve(mixers, x.shape[1])
+            room = jax.vmap(lambda cache: reserve(cache, x.shape[1]))
             learning = _with_mixers(learning, room(inner.mixers), room(inner.begun))
         logits, learning = reader.read(learning, position, x, tokens, reset, multiple)
         if grows:

@@ -160,22 +160,34 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
-def test_self_modification_stays_bounded(chunk):
-    """20,480 random tokens in float32, at learning rates as they start and with all of them next to their maximum."""
-    layer = SelfModifyingTitans(16, 2, 4, chunk=chunk)
+def assert_bounded(layer, biases):
+    """20,480 random tokens in float32, for each row of the biases."""
     weights = layer.init_weights(jax.random.key(0))
-    bias = weights["rate_bias"][None] + jnp.array([[0.0], [12.0]])
     x = jax.random.normal(jax.random.key(1), (4, 1, 5_120, 16))
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
-    def call(bias, state, x):
-        return layer({**weights, "rate_bias": bias}, state, x, aligned=True)
+    def call(more, state, x):
+        return layer({**weights, **{name: weights[name] + bias for name, bias in more.items()}}, state, x, aligned=True)
 
-    state = jax.tree.map(lambda s: jnp.stack([s, s]), layer.init_state(weights, 1))
+    rows = len(next(iter(biases.values())))
+    state = jax.tree.map(lambda s: jnp.stack([s] * rows), layer.init_state(weights, 1))
     for piece in x:
-        state, y = call(bias, state, piece)
+        state, y = call(biases, state, piece)
         assert jnp.isfinite(y).all()
         for weights_now in jax.tree.leaves(deep.weights_of(state.memory.running)):
             assert jnp.max(jnp.abs(weights_now)) < 10
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
+def test_self_modification_stays_bounded(chunk):
+    """As the gates start, with learning rates next to their maximum, and with momentum decays of 0.998 as well."""
+    biases = {"rate_bias": jnp.array([[0.0], [12.0], [12.0]]), "momentum_bias": jnp.array([[0.0], [0.0], [6.0]])}
+    assert_bounded(SelfModifyingTitans(16, 2, 4, chunk=chunk), biases)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_titans_stay_bounded(chunk):
+    """The same, though nothing is erased: the largest rate is what a chunk allows."""
+    gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 6.0]])  # rate, retention, momentum
+    assert_bounded(Titans(16, 2, 4, chunk=chunk), {"gates_bias": jnp.repeat(gates, 2, axis=1)})

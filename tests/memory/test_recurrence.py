@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+from nested_jax.memory.recurrence import Gates, MemoryState, _unit_lower_inverse, chunked, tokenwise
 
 
 def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, queries=True, dtype=np.float64):
@@ -101,6 +101,14 @@ def test_identical_keys_with_erase_near_one(x64, dtype, tolerance):
     fast = jax.jit(chunked)(*jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments))
     assert fast[1].dtype == dtype
     assert_close(exact, fast, tolerance)
+
+
+@pytest.mark.parametrize("C", [1, 7, 32, 40])
+def test_inverse_of_the_triangular_system(x64, C):
+    """Under several batch axes, where a product of blocks taken by `jnp.diagonal` made XLA's CPU compiler abort."""
+    lower = np.tril(np.random.default_rng(0).normal(size=(5, 2, 2, C, C)), -1) / C**0.5
+    inverse = jax.jit(_unit_lower_inverse)(jnp.asarray(lower))
+    np.testing.assert_allclose(inverse, np.linalg.inv(np.eye(C) + lower), rtol=1e-10, atol=1e-12)
 
 
 def test_bfloat16_inputs_accumulate_in_float32():

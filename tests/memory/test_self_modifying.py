@@ -1,4 +1,4 @@
-"""Self-modifying Titans against a plain token loop; starts that learn; any split."""
+"""Self-modifying Titans against a plain token loop; starts that learn; retention."""
 
 import jax
 import jax.numpy as jnp

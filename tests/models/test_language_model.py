@@ -43,7 +43,7 @@ def test_any_split_is_one_call(x64, name):
         logits, now = token(weights, text[:, t : t + 1], now)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **tolerance(name))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(name)), now.mixers, state.mixers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(name)), now, state)
 
     @jax.jit
     def pieces(text):
@@ -91,6 +91,23 @@ def test_a_reset_is_a_fresh_start(x64, name):
     assert jnp.isnan(call(text, jnp.zeros((2, 24), bool).at[1, 5].set(True))[1]).all()
     with pytest.raises(UserError, match="reset at token 5: documents start on multiples of 8"):
         read(made, text, reset=np.arange(24)[None].repeat(2, 0) == 5)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_reset_is_seen_wherever_the_call_begins(x64, scope):
+    """A promise of whole segments does not say where the slowest period ends: token 8 starts one inside the call."""
+    made, text = model(config(scope=scope, **IN_CONTEXT)), tokens(2, 18)
+    reset = jnp.zeros((2, 18), bool).at[:, 8].set(True)
+    whole = jax.jit(lambda: read(made, text, reset=reset)[0])()
+    np.testing.assert_allclose(whole[:, 8:], jax.jit(lambda: read(made, text[:, 8:])[0])(), **CLOSE)
+    _, state = jax.jit(lambda: read(made, text[:, :4]))()
+    call = jax.jit(
+        lambda state, multiple: made(text[:, 4:], state, reset=reset[:, 4:], multiple=multiple)[0], static_argnums=1
+    )
+    for multiple in (4, 1):  # segment by segment; token by token
+        np.testing.assert_allclose(call(state, multiple), whole[:, 4:], **CLOSE)
+    short = jax.jit(lambda state: made(text[:, 4:10], state, reset=reset[:, 4:10], multiple=4)[0])
+    np.testing.assert_allclose(short(state), whole[:, 4:10], **CLOSE)
 
 
 def test_every_weight_learns_from_the_start():

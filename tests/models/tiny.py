@@ -33,5 +33,11 @@ def differentiable(model: LanguageModel):
     return nnx.split(model, nnx.Param)
 
 
+def without_rates(weights):
+    """The weights with the CMS's inner learning rates at zero."""
+    still = lambda path, w: 0 * w if {"cms", "rate"} <= {getattr(key, "key", None) for key in path} else w
+    return jax.tree_util.tree_map_with_path(still, weights)
+
+
 def read(model: LanguageModel, tokens, max_length=None, **keywords):
     return model(tokens, model.init_state(len(tokens), max_length=max_length), **keywords)
