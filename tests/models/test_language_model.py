@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tiny import config, differentiable, model, read, tokens
 
 from nested_jax import PRESETS, LanguageModel, preset
 from nested_jax.errors import UserError
+from nested_jax.models.__main__ import table
 
 IN_CONTEXT = dict(periods=(8, 4))
 MODELS = {
@@ -138,6 +140,10 @@ def test_presets_are_equal_in_parameters_within_a_size():
         assert max(counts) / min(counts) < 1.03, (size, counts)
     nominal = {"140m": 1.4e8, "340m": 3.4e8, "760m": 7.6e8, "1.3b": 1.3e9}
     assert all(sizes[size][0] == pytest.approx(count, rel=0.25) for size, count in nominal.items())
+
+
+def test_the_readme_has_the_table_of_parameters():
+    assert table() in Path(__file__, "../../../README.md").resolve().read_text()
 
 
 @pytest.mark.parametrize("tied", [True, False])
