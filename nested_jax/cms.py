@@ -129,7 +129,7 @@ def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[st
         level = {name: jax.random.normal(keys[name], shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
         level["norm"] = jnp.ones(width)
         if i >= config.frozen:
-            level["rate"] = jnp.full((), config.rate)
+            level["rate"] = jnp.full((), config.rate, jnp.float32)
         weights[f"level{i + 1}"] = level
     if config.variant == "independent":
         weights["mix"] = jnp.ones(len(config.hidden))

@@ -17,7 +17,7 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
     """
     D, H = width, heads
     keys = jax.random.split(key, 3)
-    biases = [jnp.full(H, -1.0), retention_bias(H), jnp.zeros(H)]
+    biases = [jnp.full(H, -1.0, jnp.float32), retention_bias(H), jnp.zeros(H)]
     return {
         "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
         "project": jax.random.normal(keys[0], (D, 3 * D)) * D**-0.5,

@@ -92,7 +92,7 @@ class SelfModifyingTitans:
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),
             "rate": jax.random.normal(keys[2], (H, K)) * 0.1 * K**-0.5,
-            "rate_bias": jnp.full(H, -1.0),
+            "rate_bias": jnp.full(H, -1.0, jnp.float32),
             "retention": jax.random.normal(keys[4], (H, K)) * 0.1 * K**-0.5,
             "retention_bias": retention_bias(H),
             "norm": jnp.ones((H, K)),

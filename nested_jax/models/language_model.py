@@ -72,7 +72,7 @@ class LanguageModel(nnx.Module):
         stacked = jax.vmap(lambda key: init_block(key, config))(jax.random.split(blocks, config.layers))
         self.blocks = nnx.data(jax.tree.map(nnx.Param, stacked))
         # A token's logit at itself starts at 1 if the embeddings are tied: the loss starts near ln V.
-        self.norm = nnx.Param(jnp.full(D, D**-0.5 if config.tie_embeddings else 1.0))
+        self.norm = nnx.Param(jnp.full(D, D**-0.5 if config.tie_embeddings else 1.0, jnp.float32))
         if not config.tie_embeddings:
             self.head = nnx.Param(jax.random.normal(out, (D, V)) / D)
 

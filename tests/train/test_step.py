@@ -94,9 +94,10 @@ def test_every_parameter_learns(name):
     assert still == []
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fields", [{}, {"carry": True, "accumulate": 2}], ids=["plain", "carry"])
-def test_the_second_update_compiles_nothing_and_donates(fields):
-    config, _, step = make(**fields)
+def test_the_second_update_compiles_nothing_and_donates(name, fields):
+    config, _, step = make(name, **fields)
     state, update = jax.jit(lambda: states.start(config))(), jax.jit(step, donate_argnums=0)
     for batch in batches(config, 3):
         before = state
