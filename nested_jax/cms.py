@@ -160,8 +160,24 @@ def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     product = lambda x, w: jnp.matmul(x, w.astype(x.dtype))  # w is (D, F) or one for each row, (B, D, F)
     hidden = product(x, matrices["up"])
     gated = "gate" in matrices
-    hidden = jax.nn.silu(product(x, matrices["gate"])) * hidden if gated else jax.nn.gelu(hidden)
+    hidden = _silu(product(x, matrices["gate"])) * hidden if gated else _gelu(hidden)
     return product(hidden, matrices["down"])
+
+
+def _with_slope(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The function, its derivative computed beside its value: the backward pass, which XLA's CPU would compute along a
+    transposed operand, is then one product."""
+
+    def jvp(primals, tangents):
+        value, slope = jax.jvp(function, primals, (jnp.ones_like(primals[0]),))
+        return value, slope * tangents[0]
+
+    with_slope = jax.custom_jvp(lambda x: function(x))
+    with_slope.defjvp(jvp)
+    return with_slope
+
+
+_gelu, _silu = _with_slope(jax.nn.gelu), _with_slope(jax.nn.silu)
 
 
 def inner_rule(config: CMSConfig) -> optax.GradientTransformation:

@@ -222,8 +222,4 @@ def test_mistakes_and_help_are_quick_and_quiet(place):
     process = start("train", "--stpes", "3")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, nested_jax.cli; print('jax' in sys.modules)"], capture_output=True, text=True
-    )
-    assert loaded.stdout in ("False\n", ""), "the command line loads jax before it needs it"
     assert time.monotonic() - begun < 30

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.level import Level
-from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out
-from nested_jax.memory.recurrence import Gates, MemoryState, read, upcast, write
+from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
+from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, scale, square, upcast, write
 from nested_jax.memory.stream import CONVOLUTION, Chunk, StreamState, advance, on_grid, read_stream
 from nested_jax.typing import Array, Bool, Float, PyTree
 
@@ -58,72 +58,119 @@ class Rule:
     step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "raw": eta' = eta.
     retention: where decay leads, to zero or to the learned start.
     read: "after" or "before" the token's own write.
+    surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it; for the
+        second layer that is Huber's objective in place of the square (MIRAS). The default is the largest distance of two
+        unit vectors. Errors are as old as the chunk: on a run of equal keys both layers correct the same error in full,
+        and where W_1 is large the memory overshoots by more each time, up to overflow, if nothing bounds it.
     """
 
     erase: Literal["layer", "none"] = "layer"
     step: Literal["proximal", "raw"] = "proximal"
     retention: Literal["zero", "initial"] = "initial"
     read: Literal["after", "before"] = "after"
+    surprise: float = 2.0
 
 
-def apply(weights: Deep, z: Float[Array, "*batch C K"]) -> Float[Array, "*batch C K"]:
-    """M(z)."""
-    hidden = jax.nn.silu(jnp.matmul(z, jnp.swapaxes(weights.first, -1, -2)))
-    return z + jnp.matmul(hidden, jnp.swapaxes(weights.second, -1, -2))
+class Pass(NamedTuple):
+    """One pass of the same inputs through M memories."""
+
+    inputs: Float[Array, "B H C K"]
+    before: Float[Array, "B H C MF"]  # W_2 z, of all memories side by side
+    hidden: Float[Array, "B H M C F"]  # silu(W_2 z)
+    second: Float[Array, "B H M C K"]  # W_1 silu(W_2 z)
+
+    @property
+    def output(self) -> Float[Array, "B H M C K"]:
+        """M(z)."""
+        return _each(self.inputs, self.hidden.shape[2]) + self.second
+
+
+def look(weights: Deep, z: Float[Array, "B H C K"]) -> Pass:
+    """What the memories (B, H, M, ., .) hold at z."""
+    before = jnp.matmul(z, jnp.swapaxes(_beside(weights.first), -1, -2))
+    hidden = jax.nn.silu(before).reshape(*z.shape[:3], weights.first.shape[2], -1).swapaxes(2, 3)
+    return Pass(z, before, hidden, jnp.matmul(hidden, jnp.swapaxes(weights.second, -1, -2)))
+
+
+def _beside(w: Float[Array, "B H M F K"]) -> Float[Array, "B H MF K"]:
+    """Memories that read the same inputs are one map of many outputs."""
+    return w.reshape(*w.shape[:2], -1, w.shape[-1])
+
+
+def _each(x: Float[Array, "B H ..."], memories: int) -> Float[Array, "B H M ..."]:
+    """The same for each memory; by copies, since XLA's CPU adds M arrays faster than it reduces over M (the transpose)."""
+    return jnp.concatenate([x[:, :, None]] * memories, axis=2)
+
+
+def bounded(surprise: Float[Array, "*batch V"], largest: float) -> Float[Array, "*batch V"]:
+    """The surprise, scaled down to a norm of at most `largest`."""
+    return scale(largest * jax.lax.rsqrt(jnp.maximum(square(surprise), largest**2)), surprise)
 
 
 def learn(
     running: Deep,
     snapshot: Deep,
     start: Deep,
-    keys: Float[Array, "*batch C K"],
-    targets: Float[Array, "*batch C K"],
+    keys: Pass,
+    targets: Float[Array, "B H M C K"],
     strengths: Strengths,
     rule: Rule,
-    mask: Bool[Array, "*batch C"] | None = None,
-    queries: tuple[slice, Float[Array, "*batch C K"]] | None = None,
-) -> tuple[Deep, Float[Array, "*batch C K"] | None]:
-    """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads along the way.
+    mask: Bool[Array, " C"] | None = None,
+    queries: Float[Array, "B H C K"] | None = None,
+) -> tuple[Deep, Float[Array, "B H C K"] | None]:
+    """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads of the last memory along the way.
 
     With momentum the writes have strength eta (1 - theta): S is a running mean of surprises and not their sum, whose steps
     would be 1 / (1 - theta) times as long. So memories stay bounded at any theta.
 
     Args:
-        running, snapshot, start: `MemoryState`s now, weights at the last boundary, learned starts.
-        queries: which memories of the leading axis are read, and where; None to read none.
+        running: `MemoryState`s now, (B, H, M, ., .).
+        snapshot, start: weights at the last boundary, and learned starts, of the same shape.
+        keys: what the snapshot holds at the keys, see `look`.
 
     Returns:
         (running after the chunk, outputs or None).
     """
-    before = jnp.matmul(keys, jnp.swapaxes(snapshot.first, -1, -2))
-    gate = jax.nn.sigmoid(before)
-    hidden = before * gate
-    error = keys + jnp.matmul(hidden, jnp.swapaxes(snapshot.second, -1, -2)) - targets
-    inner_error = jnp.matmul(error, snapshot.second) * gate * (1 + before * (1 - gate))
+    B, H, M, C, F = keys.hidden.shape
+    boundary = snapshot.first is running.first.weights  # then what the weights hold at the keys is known
+    mask = None if mask is None else mask[None, None]
+    decay = decays(strengths.retain, strengths.momentum, mask)
+    anchor = start if rule.retention == "initial" else Deep(None, None)
 
-    def layer(state, anchor, inputs, errors):
-        rate = strengths.rate
+    gate = jax.nn.sigmoid(keys.before)
+    error = bounded(keys.output - targets, rule.surprise)
+    inner_error = jnp.matmul(error, snapshot.second).swapaxes(2, 3).reshape(B, H, C, M * F)
+    inner_error *= gate * (1 + keys.before * (1 - gate))
+    inner_error = bounded(inner_error.reshape(B, H, C, M, F), rule.surprise).reshape(B, H, C, M * F)
+
+    def gates(inputs, rate, retain, theta):
         if rule.step == "proximal":
-            rate = rate / (1 + rate * jnp.sum(inputs**2, -1))
-        theta = strengths.momentum
+            rate = rate / (1 + rate * square(inputs))
         push = rate if theta is None else rate * (1 - theta)
-        gates = Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), strengths.retain, theta)
-        return write(state, inputs, errors, gates, anchor=anchor if rule.retention == "initial" else None, mask=mask)
+        return Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), retain, theta)
 
-    first = layer(running.first, start.first, keys, inner_error)
-    second = layer(running.second, start.second, hidden, error)
-    outputs = None
-    if queries is not None:
-        which, q = queries
-        early = rule.read == "before"
-        inner = jax.nn.silu(read(_select(first, which), q, before=early))
-        outputs = q + read(_select(second, which), inner, before=early)
-    return Deep(first.state, second.state), outputs
-
-
-def _select(chunk: PyTree, which: slice) -> PyTree:
-    """Some memories of the leading axis; what all of them share has length 1 there."""
-    return jax.tree.map(lambda x: x if x.shape[0] == 1 else x[which], chunk)
+    first = write(
+        jax.tree.map(_beside, running.first), keys.inputs, inner_error, gates(keys.inputs, *strengths),
+        anchor=None if anchor.first is None else _beside(anchor.first), mask=mask, decay=decay,
+        held=keys.before if boundary else None,
+    )  # fmt: skip
+    each = lambda tree: jax.tree.map(lambda x: _each(x, M), tree)
+    second = write(
+        running.second, keys.hidden, error, gates(keys.hidden, *each(strengths)), anchor=anchor.second,
+        mask=None if mask is None else mask[:, :, None], decay=each(decay), held=keys.second if boundary else None,
+    )  # fmt: skip
+    after = Deep(jax.tree.map(lambda w: w.reshape(B, H, M, F, -1), first.state), second.state)
+    if queries is None:
+        return after, None
+    first = first._replace(
+        before=jax.tree.map(lambda w: w[:, :, -F:], first.before),
+        anchor=None if first.anchor is None else first.anchor[:, :, -F:],
+        written=first.written[..., -F:],
+        erased=first.erased[..., -F:],
+    )
+    second = jax.tree.map(lambda x: x[:, :, -1], second)
+    early = rule.read == "before"
+    return after, queries + read(second, jax.nn.silu(read(first, queries, before=early)), before=early)
 
 
 def weights_of(memory: Deep) -> Deep:
@@ -136,14 +183,17 @@ def view(state: LevelState) -> Deep:
     return weights_of(state.running) if state.snapshot is None else state.snapshot
 
 
+def in_batch(start: Deep, batch: int) -> Deep:
+    """The learned starts (H, M, ., .) of every sequence."""
+    return jax.tree.map(lambda w: upcast(jnp.broadcast_to(w, (batch, *w.shape))), start)
+
+
 def begin(start: Deep, batch: int, momentum: bool) -> LevelState:
-    """Level state of `batch` sequences at the learned starts (M, 1, H, ., .)."""
+    """Level state of `batch` sequences at the learned starts (H, M, ., .)."""
 
-    def memory(weights):
-        weights = upcast(jnp.broadcast_to(weights, (weights.shape[0], batch, *weights.shape[2:])))
-        return MemoryState(weights, jnp.zeros_like(weights) if momentum else None)
-
-    running = Deep(memory(start.first), memory(start.second))
+    start = in_batch(start, batch)
+    zeros = jax.tree.map(jnp.zeros_like, start) if momentum else Deep(None, None)
+    running = Deep(MemoryState(start.first, zeros.first), MemoryState(start.second, zeros.second))
     return LevelState(running, weights_of(running), jnp.zeros((), jnp.int32))
 
 
@@ -180,11 +230,11 @@ def loose(state: PyTree) -> PyTree:
 
 
 def deep_start(key: Array, memories: int, heads: int, width: int, hidden: int) -> dict[str, Array]:
-    """Random starts (M, 1, H, ., .); the second layer is small, so that a memory begins near the identity."""
+    """Random starts (H, M, ., .); the second layer is small, so that a memory begins near the identity."""
     first, second = jax.random.split(key)
     return {
-        "first": jax.random.normal(first, (memories, 1, heads, hidden, width)) * width**-0.5,
-        "second": jax.random.normal(second, (memories, 1, heads, width, hidden)) * 0.5 * hidden**-0.5,
+        "first": jax.random.normal(first, (heads, memories, hidden, width)) * width**-0.5,
+        "second": jax.random.normal(second, (heads, memories, width, hidden)) * 0.5 * hidden**-0.5,
     }
 
 
@@ -238,14 +288,14 @@ class Titans:
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
-        start = Deep(**weights["start"])
+        start = in_batch(Deep(**weights["start"]), len(x))
 
         def act(running, snapshot, chunk, slower):
             q, k, v, *gates = (heads_first(part) for part in chunk.tokens)
             strengths = Strengths(self.largest_rate * gates[0], gates[1], gates[2] if self.momentum else None)
-            mask = None if chunk.mask is None else chunk.mask[None, None, None]
-            running, y = learn(running, snapshot, start, k, l2norm(v), strengths, self.rule, mask, (slice(None), q))
-            return running, jnp.moveaxis(y[0], 2, 0), count(chunk)
+            keys, targets = look(snapshot, k), l2norm(v)[:, :, None]
+            running, y = learn(running, snapshot, start, keys, targets, strengths, self.rule, chunk.mask, q)
+            return running, time_first(y), count(chunk)
 
         level = memory_level(None, act, self.chunk, "memory")
         memory, y = read_stream(
@@ -257,11 +307,14 @@ class Titans:
 
 
 def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.grad` for the surprise."""
+    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
     window = layer.init_state(weights, 1).window
     _, tokens, gates = project_in(weights, window, x[None], layer.heads, None)
-    memory = lambda w, z: z + w["second"] @ jax.nn.silu(w["first"] @ z)
     rule = layer.rule
+
+    def memory(w, z, pushed=None):
+        first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
+        return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
 
     def one_head(start, q, k, v, rate, retain, momentum=None):
         def token(carry, now):
@@ -269,12 +322,15 @@ def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[
             t, q, k, v, eta, alpha, theta = now
             eta, v = layer.largest_rate * eta, l2norm(v)
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
-            surprise = jax.grad(lambda w: 0.5 * jnp.sum((memory(w, k) - v) ** 2))(renewed)
-            after = {}
-            pushes = {}
-            for part, z in {"first": k, "second": jax.nn.silu(renewed["first"] @ k)}.items():
+            inputs = {"first": k, "second": jax.nn.silu(renewed["first"] @ k)}
+            still = {"first": jnp.zeros(len(inputs["second"])), "second": jnp.zeros(len(k))}
+            output, pull = jax.vjp(lambda pushed: memory(renewed, k, pushed), still)
+            (surprise,) = pull(bounded(output - v, rule.surprise))
+            after, pushes = {}, {}
+            for part, z in inputs.items():
                 step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
-                pushes[part] = theta * velocity[part] - (1 - theta) * step * surprise[part]
+                pushes[part] = theta * velocity[part]
+                pushes[part] -= (1 - theta) * step * jnp.outer(bounded(surprise[part], rule.surprise), z)
                 erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
                 origin = start[part] if rule.retention == "initial" else 0.0
                 after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]
@@ -284,7 +340,7 @@ def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))
         return jax.lax.scan(token, carry, (jnp.arange(len(q)), q, k, v, rate, retain, theta))[1]
 
-    starts = {part: w[0, 0] for part, w in weights["start"].items()}
+    starts = {part: w[:, 0] for part, w in weights["start"].items()}
     tokens, gates = ([part[:, 0] for part in parts] for parts in (tokens, gates))
     axes = (0,) + (1,) * (len(tokens) + len(gates))
     y = jax.vmap(one_head, in_axes=axes, out_axes=1)(starts, *tokens, *gates)

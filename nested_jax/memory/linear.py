@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.level import Level
-from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out
+from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
 from nested_jax.typing import Array, Float, PyTree
@@ -33,14 +33,14 @@ class LinearMemory:
     chunk: int = 64
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
-        """Learned parameters, float32; start is the memories' initial state (1, 1, H, V, K)."""
+        """Learned parameters, float32; start is the memories' initial state (H, V, K)."""
         K = self.width // self.heads
         weights = init_projections(key, self.width, self.heads, gates=1 if self.rule == "delta" else 2)
-        return {**weights, "start": jnp.zeros((1, 1, self.heads, K, K))}
+        return {**weights, "start": jnp.zeros((self.heads, K, K))}
 
     def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
         """Fast state at the starts: a differentiable function of the weights."""
-        start = MemoryState(jnp.repeat(weights["start"], batch, axis=1))
+        start = MemoryState(jnp.repeat(weights["start"][None], batch, axis=0))
         window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
         return StreamState(start, window, np.int32(0))
 
@@ -57,9 +57,9 @@ class LinearMemory:
 
         def step(memory, chunk, slower):
             q, k, v, rate, *retain = (heads_first(part) for part in chunk.tokens)
-            mask = None if chunk.mask is None else chunk.mask[None, None, None]
+            mask = None if chunk.mask is None else chunk.mask[None, None]
             memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
-            return memory, jnp.moveaxis(y[0], 2, 0)
+            return memory, time_first(y)
 
         level = Level(None, step, self.chunk, f"{self.rule} memory", due=lambda memory: jnp.asarray(True))
         memory, y = read_stream(
@@ -84,5 +84,5 @@ def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> 
         memory = memory + jnp.einsum("h,hv,hk->hvk", rate, v - held, k)
         return memory, jnp.einsum("hvk,hk->hv", memory, q)
 
-    _, y = jax.lax.scan(token, weights["start"][0, 0], (q, k, v, rate, *retain))
+    _, y = jax.lax.scan(token, weights["start"], (q, k, v, rate, *retain))
     return project_out(weights, y[:, None], x.dtype)[0]

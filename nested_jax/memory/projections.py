@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from nested_jax.memory.recurrence import upcast
+from nested_jax.memory.recurrence import scale, square, upcast
 from nested_jax.memory.stream import CONVOLUTION, convolve
 from nested_jax.typing import Array, Bool, Float, PyTree
 
@@ -48,14 +48,14 @@ def project_out(weights: PyTree, y: Float[Array, "T B H K"], dtype: jnp.dtype) -
 
 def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """x / |x|, with finite values and gradients of every order at zero."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+    return scale(jax.lax.rsqrt(square(x) + 1e-6), x)
 
 
-def rms_norm(scale: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+def rms_norm(weight: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x over its root mean square, times a scale for the last axes; in float32."""
     y = upcast(x)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
-    return (y * jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))).astype(x.dtype)
+    y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + 1e-6), y)
+    return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
 
 
 def retention_bias(heads: int) -> Float[Array, " H"]:
@@ -63,6 +63,11 @@ def retention_bias(heads: int) -> Float[Array, " H"]:
     return jnp.linspace(5.0, 8.0, heads)
 
 
-def heads_first(x: Float[Array, "C B H ..."]) -> Float[Array, "1 B H C ..."]:
-    """From the layout of a stream to that of the recurrence, with one leading axis for the memories."""
-    return jnp.moveaxis(x, 0, 2)[None]
+def heads_first(x: Float[Array, "C B H ..."]) -> Float[Array, "B H C ..."]:
+    """From the layout of a stream to that of the recurrence."""
+    return jnp.moveaxis(x, 0, 2)
+
+
+def time_first(x: Float[Array, "B H C ..."]) -> Float[Array, "C B H ..."]:
+    """The inverse of `heads_first`."""
+    return jnp.moveaxis(x, 2, 0)

@@ -122,6 +122,42 @@ def chunked(
     return written.state, None if queries is None else read(written, queries)
 
 
+class Decays(NamedTuple):
+    """What a chunk's retention and momentum leave, from one token to another and from its start."""
+
+    retained: Float[Array, "*batch C C"]  # A: retention from after token s to after token t
+    carried: Float[Array, "*batch C C"]  # c = A diag(m) Theta: the same for writes, through momentum
+    retention: Float[Array, "*batch C"]  # gamma: retention from the chunk's start
+    inertia: Float[Array, "*batch C"] | None  # pi: weight of the starting momentum in the weights
+    last: Float[Array, "*batch C"] | None  # Theta's last row: weight of each write in the momentum after the chunk
+    coasting: Float[Array, "*batch"] | None  # weight of the starting momentum in the momentum after the chunk
+
+
+def decays(
+    retain: Float[Array, "*batch C"],
+    momentum: Float[Array, "*batch C"] | None = None,
+    mask: Bool[Array, "*batch C"] | None = None,
+) -> Decays:
+    """What `write` makes of the gates alpha and theta: maps that share these can share the work."""
+    if mask is not None:
+        retain, momentum = (None if gate is None else jnp.where(mask, gate, 1.0) for gate in (retain, momentum))
+    keep = jnp.ones_like(retain) if mask is None else jnp.broadcast_to(mask, retain.shape).astype(retain.dtype)
+    retained = _decay(retain)
+    retention = retained[..., 0] * retain[..., :1]
+    if momentum is None:
+        return Decays(retained, retained * keep[..., None, :], retention, None, None, None)
+    momentum_decay = _decay(momentum)
+    from_start = momentum_decay[..., 0] * momentum[..., :1]
+    return Decays(
+        retained=retained,
+        carried=_mm(retained * keep[..., None, :], momentum_decay),
+        retention=retention,
+        inertia=_mm(retained, (keep * from_start)[..., None])[..., 0],
+        last=momentum_decay[..., -1, :],
+        coasting=from_start[..., -1],
+    )
+
+
 class Written(NamedTuple):
     """One chunk's writes, ready to be read at any of its tokens (`read`)."""
 
@@ -131,68 +167,58 @@ class Written(NamedTuple):
     inputs: Array
     written: Array  # diag(eta) errors
     erased: Array  # diag(beta) W_{t-1} x_t
-    retained: Array  # A, (C, C): retention from after token s to after token t
-    carried: Array  # c = A diag(m) Theta, (C, C): the same for writes, through momentum
-    retention: Array  # gamma, (C): retention from the chunk's start
-    inertia: Array | None  # pi, (C): weight of the starting momentum
+    decays: Decays
 
 
-def write(state, inputs, errors, gates, *, anchor=None, mask=None) -> Written:
-    """The state after a chunk, and what `read` needs for the states inside it. Arguments as of `chunked`."""
+def write(state, inputs, errors, gates, *, anchor=None, mask=None, decay=None, held=None) -> Written:
+    """The state after a chunk, and what `read` needs for the states inside it.
+
+    Arguments as of `chunked`, and what the caller already has: decay, the gates' `decays`; held, W_0 x (..., C, V).
+    """
     _together(state, gates)
     state, inputs, errors, gates = upcast(state, inputs, errors, gates)
-    gates, keep = _empty_slots(gates, mask)
-    retained = _decay(gates.retain)
-    retention = retained[..., 0] * gates.retain[..., :1]
-    if gates.momentum is None:
-        carried, inertia = retained * keep[..., None, :], None
-    else:
-        momentum_decay = _decay(gates.momentum)
-        carried = _mm(retained * keep[..., None, :], momentum_decay)
-        from_start = momentum_decay[..., 0] * gates.momentum[..., :1]
-        inertia = _mm(retained, (keep * from_start)[..., None])[..., 0]
+    gates, _ = _empty_slots(gates, mask)
+    decay = decays(gates.retain, gates.momentum, mask) if decay is None else decay
+    held = _mm(inputs, _t(state.weights)) if held is None else held
 
-    overlap = _mm(inputs, _t(inputs))
-    before = _shift(retention, 1.0)[..., None] * _mm(inputs, _t(_minus(state.weights, anchor)))
+    written = scale(gates.write, errors)
+    known = _shift(decay.retention, 1.0)
+    before = scale(known, held)
     if anchor is not None:
-        before += _mm(inputs, _t(anchor))
-    if inertia is not None:
-        before += _shift(inertia, 0.0)[..., None] * _mm(inputs, _t(state.momentum))
-    written = gates.write[..., None] * errors
-    before -= _mm(_shift_rows(carried) * overlap, written)
-    erased = _mm(_unit_lower_inverse(_shift_rows(retained) * overlap * gates.erase[..., None, :]), before, HIGHEST)
-    erased *= gates.erase[..., None]
+        before += scale(1 - known, _mm(inputs, _t(anchor)))
+    if decay.inertia is not None:
+        before += scale(_shift(decay.inertia, 0.0), _mm(inputs, _t(state.momentum)))
+    before -= _mm(_shift_rows(decay.carried) * _mm(inputs, _t(inputs)), written)
+    lower = _shift_rows(decay.retained) * _mm(inputs, _t(scale(gates.erase, inputs)))
+    erased = scale(gates.erase, _solve(lower, before))
 
-    last = carried[..., -1, :, None] * written + retained[..., -1, :, None] * erased
-    weights = retention[..., -1, None, None] * _minus(state.weights, anchor) - _mm(_t(last), inputs)
+    last = _t(scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased))
+    kept = decay.retention[..., -1]
+    weights = _times(kept, state.weights) - _mm(last, inputs)
     if anchor is not None:
-        weights += anchor
+        weights += _times(1 - kept, anchor)
     momentum = None
-    if inertia is not None:
-        weights += inertia[..., -1, None, None] * state.momentum
-        momentum = from_start[..., -1, None, None] * state.momentum
-        momentum -= _mm(_t(momentum_decay[..., -1, :, None] * written), inputs)
-    after = MemoryState(weights, momentum)
-    return Written(after, state, anchor, inputs, written, erased, retained, carried, retention, inertia)
+    if decay.inertia is not None:
+        weights += _times(decay.inertia[..., -1], state.momentum)
+        momentum = _times(decay.coasting, state.momentum)
+        momentum -= _mm(_t(scale(decay.last, written)), inputs)
+    return Written(MemoryState(weights, momentum), state, anchor, inputs, written, erased, decay)
 
 
 def read(chunk: Written, queries: Float[Array, "*batch C K"], *, before: bool = False) -> Float[Array, "*batch C V"]:
     """W_t q_t at every token t of a chunk, each after its own write; W_{t-1} q_t with `before`."""
+    retained, carried, retention, inertia, *_ = chunk.decays
     if before:
-        chunk = chunk._replace(
-            retained=_shift_rows(chunk.retained),
-            carried=_shift_rows(chunk.carried),
-            retention=_shift(chunk.retention, 1.0),
-            inertia=None if chunk.inertia is None else _shift(chunk.inertia, 0.0),
-        )
-    queries = queries.astype(chunk.retention.dtype)
+        retained, carried, retention = _shift_rows(retained), _shift_rows(carried), _shift(retention, 1.0)
+        inertia = None if inertia is None else _shift(inertia, 0.0)
+    queries = queries.astype(retention.dtype)
     overlap = _mm(queries, _t(chunk.inputs))
-    outputs = chunk.retention[..., None] * _mm(queries, _t(_minus(chunk.before.weights, chunk.anchor)))
+    outputs = scale(retention, _mm(queries, _t(chunk.before.weights)))
     if chunk.anchor is not None:
-        outputs += _mm(queries, _t(chunk.anchor))
-    if chunk.inertia is not None:
-        outputs += chunk.inertia[..., None] * _mm(queries, _t(chunk.before.momentum))
-    return outputs - _mm(chunk.carried * overlap, chunk.written) - _mm(chunk.retained * overlap, chunk.erased)
+        outputs += scale(1 - retention, _mm(queries, _t(chunk.anchor)))
+    if inertia is not None:
+        outputs += scale(inertia, _mm(queries, _t(chunk.before.momentum)))
+    return outputs - _mm(carried * overlap, chunk.written) - _mm(retained * overlap, chunk.erased)
 
 
 @jax.custom_jvp
@@ -211,9 +237,19 @@ def _decay_jvp(primals, tangents):
     return products, _mm(products * tangents[0][..., None, :], _shift_rows(products))
 
 
-@jax.custom_jvp
+def _solve(lower: Float[Array, "*batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
+    """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse."""
+    inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
+    return jax.lax.custom_linear_solve(
+        lambda x: x + _mm(lower, x, HIGHEST),
+        right,
+        solve=lambda _, right: _mm(inverse, right, HIGHEST),
+        transpose_solve=lambda _, right: _mm(_t(inverse), right, HIGHEST),
+    )
+
+
 def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """(I + lower)^-1 for a strictly lower triangular matrix, by inverting blocks of 8, 16, 32, ... rows.
+    """(I + lower)^-1, by inverting blocks of 8, 16, 32, ... rows.
 
     Eight rows L have L^8 = 0, so that (I + L)^-1 = (I - L)(I + L^2)(I + L^4); over more rows that series loses digits.
     Where blocks P and Q on the diagonal are inverted, the block B below them becomes -Q^-1 B P^-1.
@@ -240,12 +276,6 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
         inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         block *= 2
     return inverse[..., 0, :size, :size]
-
-
-@_unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-    inverse = _unit_lower_inverse(*primals)
-    return inverse, -_mm(_mm(inverse, tangents[0], HIGHEST), inverse, HIGHEST)
 
 
 def _together(state: MemoryState, gates: Gates) -> None:
@@ -278,12 +308,22 @@ def _mm(a: Array, b: Array, precision: jax.lax.Precision | None = None) -> Array
     return jnp.matmul(a, b, precision=precision)
 
 
+def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """|x|^2 of every row."""
+    return jnp.einsum("...v,...v->...", rows, rows)
+
+
+def scale(each: Float[Array, "*batch"], rows: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """diag(each) rows; as an einsum, since its derivative then is a product too, faster than a sum on XLA's CPU."""
+    return jnp.einsum("...,...v->...v", each, rows)
+
+
+def _times(each: Float[Array, "*batch"], matrices: Float[Array, "*batch V K"]) -> Float[Array, "*batch V K"]:
+    return jnp.einsum("...,...vk->...vk", each, matrices)
+
+
 def _t(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
-
-
-def _minus(weights: Array, anchor: Array | None) -> Array:
-    return weights if anchor is None else weights - anchor
 
 
 def _shift(x: Float[Array, "*batch C"], first: float) -> Float[Array, "*batch C"]:

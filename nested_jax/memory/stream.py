@@ -112,10 +112,10 @@ def _restarting(level: Level, fresh: PyTree) -> Level:
 
 
 def where_rows(rows: Bool[Array, " B"], fresh: PyTree, state: PyTree) -> PyTree:
-    """`fresh` in some rows of the batch. Leaves of a memory's state end in (B, H, V, K); scalars are the batch's."""
+    """`fresh` in some rows of the batch. Leaves of a memory's state are (B, ...); scalars are the batch's."""
 
     def choose(new, old):
-        return old if old.ndim == 0 else jnp.where(rows.reshape((1,) * (old.ndim - 4) + (-1, 1, 1, 1)), new, old)
+        return old if old.ndim == 0 else jnp.where(rows.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
 
     return jax.tree.map(choose, fresh, state)
 

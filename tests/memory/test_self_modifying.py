@@ -34,6 +34,7 @@ def read(layer, weights, x, **keywords):
         dict(chunk=4),
         dict(chunk=4, projection_chunk=8),
         dict(chunk=1, projection_chunk=4, adaptive_query=True),
+        dict(chunk=4, rule=Rule(surprise=0.3)),
         dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
     ],
     ids=str,
@@ -56,7 +57,7 @@ def test_every_start_gets_an_outer_gradient(x64, options):
     x = jax.random.normal(jax.random.key(9), (2, 24, D))
     gradient = jax.jit(jax.grad(lambda w: jnp.sum(read(layer, w, x) ** 2)))(weights)["start"]
     for part, g in gradient.items():
-        for name, of_memory in zip(layer.memories, g, strict=True):
+        for name, of_memory in zip(layer.memories, g.swapaxes(0, 1), strict=True):
             assert float(jnp.max(jnp.abs(of_memory))) > 1e-8, (part, name)
 
 
