@@ -16,6 +16,7 @@ every `projection_chunk`. If these are equal, all memories share one level, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -225,7 +226,7 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
                 w = before[name]
                 inputs = {"first": key, "second": jax.nn.silu(snapshot[name]["first"] @ key)}
                 still = {"first": jnp.zeros(len(inputs["second"])), "second": jnp.zeros(len(key))}
-                output, pull = jax.vjp(lambda pushed: memory(snapshot[name], key, pushed), still)
+                output, pull = jax.vjp(partial(memory, snapshot[name], key), still)
                 (surprise,) = pull(bounded(output - layer._normalise(memory(snapshot[name], value)), rule.surprise))
                 running[name], velocity[name] = {}, {}
                 for part, z in inputs.items():

@@ -1,0 +1,192 @@
+"""python experiments/benchmarks/run.py: times the models, and writes results/{benchmarks.json, table.md, figure.png}."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib
+import optax
+import tyro
+from flax import nnx
+
+from nested_jax import LanguageModel, ModelConfig
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begun
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, after one turn that does not count."""
+    times = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            taken = seconds(call)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def step(config: ModelConfig, rows: int, length: int) -> tuple[Callable[[], object], dict]:
+    """Forward and backward pass of a batch of random tokens, compiled, and what the compiler says of it."""
+    net, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    text = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
+
+    def loss(weights, text):
+        model = nnx.merge(net, weights)
+        logits, _ = model(text[:, :-1], model.init_state(rows, max_length=length))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+    begun = time.perf_counter()
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(weights, text).compile()
+    facts = {
+        "parameters": settings.parameters(config),
+        "compile_s": round(time.perf_counter() - begun, 1),
+        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6),
+    }
+    return lambda: compiled(weights, text), facts
+
+
+def operations(config: ModelConfig, rows: int, length: int) -> float:
+    """Multiplications and additions of a Transformer++'s forward and backward pass; half of the causal scores counted."""
+    embedding = 0 if config.tie_embeddings else config.vocabulary * config.width
+    scores = 6 * config.layers * length * config.width
+    return rows * length * (6 * (settings.parameters(config) - embedding) + scores)
+
+
+def matrix_rate(size: int = 1024, rounds: int = 9) -> float:
+    """Operations a second of a float32 matrix product."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: a @ a)
+    return 2 * size**3 / statistics.median(alternate({"product": lambda: product(a)}, rounds)["product"])
+
+
+def decoding(config: ModelConfig, contexts: tuple[int, ...], tokens: int, rounds: int) -> list[dict]:
+    """Seconds for one more token after contexts of several lengths, all of them read."""
+    net, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    piece = 1024
+    text = jax.random.randint(jax.random.key(1), (1, piece), 0, config.vocabulary)
+    read = jax.jit(lambda w, text, state: nnx.merge(net, w)(text, state, multiple=piece)[1])
+    init = jax.jit(lambda w: nnx.merge(net, w).init_state(1))
+
+    @jax.jit
+    def decode(weights, token, state):
+        def one(carry, _):
+            token, state = carry
+            logits, state = nnx.merge(net, weights)(token, state)
+            return (logits.argmax(-1), state), None
+
+        return jax.lax.scan(one, (token, state), None, length=tokens)[0]
+
+    state, position, states = jax.tree.map(jnp.asarray, init(weights)), 0, {}
+    for context in contexts:
+        while position < context:
+            state, position = read(weights, text, state), position + piece
+        states[context] = state
+    call = lambda state: lambda: decode(weights, text[:, :1], state)
+    times = alternate({str(context): call(state) for context, state in states.items()}, rounds)
+    return [{"context": int(name), "ms_per_token": 1e3 * statistics.median(t) / tokens} for name, t in times.items()]
+
+
+def measure(config: settings.Config) -> dict:
+    """All numbers, as written to benchmarks.json."""
+    hope, transformer = config.hope, settings.transformer(config.hope)
+    results: dict = {
+        "command": "python experiments/benchmarks/run.py",
+        "config": dataclasses.asdict(config),
+        "transformer": dataclasses.asdict(transformer),
+        "jax": jax.__version__,
+        "device": str(jax.devices()[0]),
+        "training": [],
+    }
+    for length, rows, rounds in zip(config.lengths, config.batches, config.rounds, strict=True):
+        models = {"transformer": transformer, "hope": hope}
+        if length == config.lengths[0]:
+            models["hope in context"] = settings.in_context(hope)
+        steps = {name: step(model, rows, length) for name, model in models.items()}
+        rate = matrix_rate()
+        times = alternate({name: call for name, (call, _) in steps.items()}, rounds)
+        middle = {name: statistics.median(t) for name, t in times.items()}
+        achieved = operations(transformer, rows, length) / middle["transformer"]
+        for name, (_, facts) in steps.items():
+            results["training"].append(
+                {
+                    "model": name,
+                    "length": length,
+                    "rows": rows,
+                    **facts,
+                    "seconds": times[name],
+                    "tokens_per_s": rows * length / middle[name],
+                    "times_transformer": middle["transformer"] / middle[name],
+                    "step_over_frozen": middle[name] / middle["hope"],
+                    "of_matrix_rate": achieved / rate if name == "transformer" else None,
+                }
+            )
+            print(results["training"][-1], flush=True)
+    results["decoding"] = decoding(hope, config.contexts, config.decode_tokens, config.decode_rounds)
+    return results
+
+
+def table(results: dict) -> str:
+    """Markdown."""
+    lines = ["| T | rows | model | parameters | tokens/s | times Transformer++ | compile, s | temporaries, MB |"]
+    lines.append("|---:|---:|---|---:|---:|---:|---:|---:|")
+    for row in results["training"]:
+        lines.append(
+            f"| {row['length']:,} | {row['rows']} | {row['model']} | {row['parameters']:,} | {row['tokens_per_s']:,.0f} "
+            f"| {row['times_transformer']:.2f} | {row['compile_s']:.1f} | {row['temporary_mb']:,} |"
+        )
+    shares = [(r["length"], r["of_matrix_rate"]) for r in results["training"] if r["of_matrix_rate"]]
+    lines += [
+        "",
+        "Transformer++ at " + ", ".join(f"{x:.0%} (T = {t:,})" for t, x in shares) + " of the matrix-product rate.",
+    ]
+    ratio = [r["step_over_frozen"] for r in results["training"] if r["model"] == "hope in context"]
+    lines += [f"A step of Hope in context takes {x:.2f} times that of Hope with a frozen CMS." for x in ratio]
+    lines += ["", "| tokens of context | ms per decoded token |", "|---:|---:|"]
+    lines += [f"| {row['context']:,} | {row['ms_per_token']:.2f} |" for row in results["decoding"]]
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict, path: Path) -> None:
+    """Training speed and decoding latency over length."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name in ("hope", "transformer"):
+        rows = [row for row in results["training"] if row["model"] == name]
+        left.plot([row["length"] for row in rows], [row["tokens_per_s"] for row in rows], "o-", label=name)
+    left.set(xscale="log", yscale="log", xlabel="tokens T of a row", ylabel="tokens/s", title="Training step")
+    left.set_xticks([row["length"] for row in rows], [f"{row['length']:,}" for row in rows])
+    left.minorticks_off()
+    left.legend(frameon=False)
+    decoded = results["decoding"]
+    right.plot([row["context"] for row in decoded], [row["ms_per_token"] for row in decoded], "o-")
+    right.set(xscale="log", ylim=(0, None), xlabel="tokens of context", ylabel="ms per token", title="Hope, decoding")
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    results = measure(tyro.cli(settings.Config))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "table.md").write_text(table(results))
+    figure(results, RESULTS / "figure.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a trained model does that one with random weights need not."""
+
+import dataclasses
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import small_model
+
+from nested_jax.data import Batch
+from nested_jax.memory.deep import weights_of
+from nested_jax.train import state as states
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.step import train_step
+
+FROZEN = dataclasses.replace(small_model("tiny-hope").cms, periods=(), blocks=None)
+MODEL = small_model("tiny-hope", width=32, layers=2, cms=FROZEN)
+
+
+@pytest.fixture(scope="module")
+def text() -> np.ndarray:
+    """20,480 bytes of prose, with runs of equal bytes as source code has them, and one of 1,000."""
+    prose = "\n\n".join(pydoc_data.topics.topics.values()).encode()
+    words = prose[:6_000] + b" " * 1_000 + prose[6_000:20_480]
+    return np.frombuffer(words[:20_480], np.uint8).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def trained(text):
+    """Parameters after 60 updates at a high rate, and the loss before and after."""
+    config = TrainConfig.from_preset("tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch=4, learning_rate=1e-2)
+    update = jax.jit(train_step(states.network(MODEL), states.optimizer(config)), donate_argnums=0)
+    state, losses, random = states.start(config), [], np.random.default_rng(0)
+    reset = np.zeros((4, 128), bool)
+    reset[:, 0] = True
+    for _ in range(config.steps):
+        at = random.integers(0, len(text) - 129, 4)
+        rows = np.stack([text[i : i + 129] for i in at])
+        state, metrics = update(state, Batch(rows[:, :-1], rows[:, 1:], np.ones((4, 128), np.float32), reset))
+        losses.append(float(metrics.loss))
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    return state.parameters
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
+def test_a_trained_model_stays_bounded(trained, text, chunk):
+    """Over 20,480 tokens, with its own learning rates and with rates next to their maximum."""
+    net = states.network(dataclasses.replace(MODEL, chunk=chunk))
+    mixer = trained["blocks"]["mixer"]
+    fast = {**trained, "blocks": {**trained["blocks"], "mixer": {**mixer, "rate_bias": mixer["rate_bias"] + 12}}}
+    both = jax.tree.map(lambda *w: jnp.stack(w), trained, fast)
+    read = jax.jit(
+        jax.vmap(lambda w, piece, state: states.bind(net, w)(piece[None], state, multiple=1_024), in_axes=(0, None, 0))
+    )
+    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, states.bind(net, w).init_state(1))))(both)
+    norms = []
+    for piece in text.reshape(-1, 1_024):
+        logits, state = read(both, piece, state)
+        assert jnp.isfinite(logits).all()
+        memories = jax.tree.leaves(weights_of(state.mixers.memory.running))
+        norms.append(max(float(jnp.linalg.norm(w, axis=(-2, -1)).max()) for w in memories))
+    assert max(norms) < 30, norms
+    assert max(norms[10:]) < 2 * max(norms[:10]), norms
