@@ -51,8 +51,9 @@ def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     return scale(jax.lax.rsqrt(square(x) + 1e-6), x)
 
 
+@jax.checkpoint
 def rms_norm(weight: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x over its root mean square, times a scale for the last axes; in float32."""
+    """x over its root mean square, times a weight for the last axes; in float32. The backward pass keeps x alone."""
     y = upcast(x)
     y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + 1e-6), y)
     return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)

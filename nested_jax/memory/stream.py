@@ -124,10 +124,14 @@ def _cut(chunk: Chunk, piece: slice) -> Chunk:
     return jax.tree.map(lambda x: x[piece], chunk)
 
 
+@jax.checkpoint
 def convolve(
     taps: Float[Array, "W D"], window: Float[Array, "B W-1 D"], x: Float[Array, "B T D"], reset: Bool[Array, "B T"] | None
 ) -> tuple[Float[Array, "B W-1 D"], Float[Array, "B T D"]]:
-    """Causal depthwise convolution that continues from the last inputs and does not look across a document's start."""
+    """Causal depthwise convolution that continues from the last inputs and does not look across a document's start.
+
+    The backward pass keeps its inputs alone.
+    """
     length, width = x.shape[1], taps.shape[0]
     padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
     if reset is not None:

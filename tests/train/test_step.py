@@ -199,3 +199,21 @@ def test_matrices_decay_and_nothing_else():
     assert decays.pop("embedding")
     assert any(decays.values())
     assert not any(value for path, value in decays.items() if "norm" in path or "start" in path or "bias" in path)
+
+
+def test_memory_is_that_of_boundary_states_and_layer_inputs():
+    """Temporaries of an update, as XLA counts them, at three lengths: at most twice what has to be kept."""
+    model = small_model("tiny-hope", width=64, layers=3, chunk=32)
+    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(64, 64), periods=(), blocks=None))
+    for window in (256, 512, 1024):
+        config, net, step = make("tiny-hope", model=model, window=window)
+        state = jax.eval_shape(lambda config=config: states.start(config))
+        memory = jax.eval_shape(lambda p, net=net: states.bind(net, p).init_state(4), state.parameters).mixers.memory
+        boundary = sum(leaf.size for leaf in jax.tree.leaves(memory.running)) * window // model.chunk
+        D, levels = model.width, model.cms.hidden
+        mixer = 5 * D  # norm, convolution, query map, memories, output map
+        layers = model.layers * (mixer + sum(2 * D + F for F in levels)) + 2 * D + model.vocabulary
+        allowed = 2 * 4 * (boundary + config.batch * window * layers)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, next(batches(config))).compile()
+        used = compiled.memory_analysis().temp_size_in_bytes
+        assert used <= allowed, (window, used, allowed)
