@@ -158,10 +158,13 @@ def apply(config: CMSConfig, weights: PyTree, fast: Sequence[PyTree], x: Float[A
 
 def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     product = lambda x, w: jnp.matmul(x, w.astype(x.dtype))  # w is (D, F) or one for each row, (B, D, F)
-    hidden = product(x, matrices["up"])
-    gated = "gate" in matrices
-    hidden = _silu(product(x, matrices["gate"])) * hidden if gated else _gelu(hidden)
-    return product(hidden, matrices["down"])
+
+    @jax.checkpoint  # the backward pass keeps the hidden layer before its activation, and nothing more
+    def down(hidden, gate, w):
+        return product(_gelu(hidden) if gate is None else _silu(gate) * hidden, w)
+
+    gate = product(x, matrices["gate"]) if "gate" in matrices else None
+    return down(product(x, matrices["up"]), gate, matrices["down"])
 
 
 def _with_slope(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

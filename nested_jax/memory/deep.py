@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -60,8 +61,8 @@ class Rule:
     read: "after" or "before" the token's own write.
     surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it; for the
         second layer that is Huber's objective in place of the square (MIRAS). The default is the largest distance of two
-        unit vectors. Errors are as old as the chunk: on a run of equal keys both layers correct the same error in full,
-        and where W_1 is large the memory overshoots by more each time, up to overflow, if nothing bounds it.
+        unit vectors; infinity bounds nothing. Errors are as old as the chunk: on a run of equal keys both layers correct
+        the same error in full, and where W_1 is large the memory overshoots by more each time, up to overflow.
     """
 
     erase: Literal["layer", "none"] = "layer"
@@ -103,8 +104,13 @@ def _each(x: Float[Array, "B H ..."], memories: int) -> Float[Array, "B H M ..."
 
 
 def bounded(surprise: Float[Array, "*batch V"], largest: float) -> Float[Array, "*batch V"]:
-    """The surprise, scaled down to a norm of at most `largest`."""
-    return scale(largest * jax.lax.rsqrt(jnp.maximum(square(surprise), largest**2)), surprise)
+    """The surprise, scaled down to a norm of at most `largest`; infinity bounds nothing.
+
+    >>> print(bounded(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0))
+    [[0.6 0.8]
+     [0.3 0.4]]
+    """
+    return scale(jax.lax.rsqrt(jnp.maximum(square(surprise) / largest**2, 1.0)), surprise)
 
 
 def learn(
@@ -306,15 +312,26 @@ class Titans:
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
 
 
+def one_memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:
+    """M(z) of one memory, for the definitions; `pushed` is added to the outputs of its layers."""
+    first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
+    return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
+
+
+def local_surprise(w: PyTree, key: Float[Array, " K"], target: Float[Array, " K"], largest: float) -> dict:
+    """{layer: (its input, its bounded surprise)} of one memory, by `jax.vjp`, for the definitions."""
+    inputs = {"first": key, "second": jax.nn.silu(w["first"] @ key)}
+    still = {"first": jnp.zeros_like(inputs["second"]), "second": jnp.zeros_like(key)}
+    output, pull = jax.vjp(partial(one_memory, w, key), still)
+    (surprise,) = pull(bounded(output - target, largest))
+    return {part: (z, bounded(surprise[part], largest)) for part, z in inputs.items()}
+
+
 def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
     window = layer.init_state(weights, 1).window
     _, tokens, gates = project_in(weights, window, x[None], layer.heads, None)
     rule = layer.rule
-
-    def memory(w, z, pushed=None):
-        first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
-        return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
 
     def one_head(start, q, k, v, rate, retain, momentum=None):
         def token(carry, now):
@@ -322,19 +339,15 @@ def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[
             t, q, k, v, eta, alpha, theta = now
             eta, v = layer.largest_rate * eta, l2norm(v)
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
-            inputs = {"first": k, "second": jax.nn.silu(renewed["first"] @ k)}
-            still = {"first": jnp.zeros(len(inputs["second"])), "second": jnp.zeros(len(k))}
-            output, pull = jax.vjp(lambda pushed: memory(renewed, k, pushed), still)
-            (surprise,) = pull(bounded(output - v, rule.surprise))
             after, pushes = {}, {}
-            for part, z in inputs.items():
+            for part, (z, surprise) in local_surprise(renewed, k, v, rule.surprise).items():
                 step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
                 pushes[part] = theta * velocity[part]
-                pushes[part] -= (1 - theta) * step * jnp.outer(bounded(surprise[part], rule.surprise), z)
+                pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
                 erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
                 origin = start[part] if rule.retention == "initial" else 0.0
                 after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]
-            return (after, renewed, pushes), memory(running if rule.read == "before" else after, q)
+            return (after, renewed, pushes), one_memory(running if rule.read == "before" else after, q)
 
         theta = jnp.zeros_like(rate) if momentum is None else momentum
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))

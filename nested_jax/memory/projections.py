@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +42,7 @@ def project_in(
     return window, (l2norm(q), l2norm(k), v), jnp.split(gates.swapaxes(0, 1), gates.shape[-1] // heads, axis=-1)
 
 
+@partial(jax.checkpoint, static_argnums=2)  # the backward pass keeps the memory's output, not its normalised copy too
 def project_out(weights: PyTree, y: Float[Array, "T B H K"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """RMS norm of every head, then the output map."""
     y = rms_norm(weights["norm"], y.swapaxes(0, 1))

@@ -16,7 +16,6 @@ every `projection_chunk`. If these are equal, all memories share one level, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -30,14 +29,15 @@ from nested_jax.memory.deep import (
     Rule,
     Strengths,
     begin,
-    bounded,
     count,
     deep_start,
     in_batch,
     learn,
+    local_surprise,
     look,
     loose,
     memory_level,
+    one_memory,
     tight,
     view,
 )
@@ -135,7 +135,8 @@ class SelfModifyingTitans:
         of = lambda which: jax.tree.map(lambda w: w[:, which], starts)
         main, others, every = slice(-1, None), slice(None, -1), slice(None)
         init = lambda which: lambda slower: begin(of(which), batch, self.momentum)
-        every_start, main_start, others_start = (in_batch(of(which), batch) for which in (every, main, others))
+        every_start = in_batch(starts, batch)  # outside the scan: its backward pass sums over the batch once
+        main_start, others_start = (jax.tree.map(lambda w, i=i: w[:, :, i], every_start) for i in (main, others))
 
         def together(running, snapshot, chunk, slower):
             generated = self.generate(weights, jax.tree.map(lambda w: w[:, :, :-1], snapshot), *chunk.tokens)
@@ -196,10 +197,6 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
     names, rule = layer.memories, layer.rule
     period = {name: layer.chunk if name == "memory" else layer.period for name in names}
 
-    def memory(w, z, pushed=None):
-        first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
-        return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
-
     padded = jnp.pad(x, ((CONVOLUTION - 1, 0), (0, 0)))
     x = sum(weights["taps"][i][None] * padded[i : i + len(x)] for i in range(CONVOLUTION))
     heads = lambda y: y.reshape(len(x), layer.heads, -1)
@@ -216,7 +213,7 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
                 lambda new, old: jnp.where(t % period[name] == 0, new, old), running[name], snapshot[name]
             )
             snapshot = {name: renew(name) for name in names}
-            made = {name: memory(snapshot[name], x) for name in names}
+            made = {name: one_memory(snapshot[name], x) for name in names}
             squash = lambda name: jax.nn.sigmoid(made[name] @ gates[name] + gates[f"{name}_bias"])
             key, value = l2norm(made["keys"]), layer._normalise(made["values"])
             eta, alpha = layer.max_rate * squash("rate"), squash("retention")
@@ -224,20 +221,17 @@ def definition(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D
             before, running, velocity = running, {}, {}
             for name in names:
                 w = before[name]
-                inputs = {"first": key, "second": jax.nn.silu(snapshot[name]["first"] @ key)}
-                still = {"first": jnp.zeros(len(inputs["second"])), "second": jnp.zeros(len(key))}
-                output, pull = jax.vjp(partial(memory, snapshot[name], key), still)
-                (surprise,) = pull(bounded(output - layer._normalise(memory(snapshot[name], value)), rule.surprise))
+                target = layer._normalise(one_memory(snapshot[name], value))
                 running[name], velocity[name] = {}, {}
-                for part, z in inputs.items():
+                for part, (z, surprise) in local_surprise(snapshot[name], key, target, rule.surprise).items():
                     rate = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
                     push = theta * carry[2][name][part]
-                    push -= (1 - theta) * rate * jnp.outer(bounded(surprise[part], rule.surprise), z)
+                    push -= (1 - theta) * rate * jnp.outer(surprise, z)
                     erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
                     origin = start[name][part] if rule.retention == "initial" else 0.0
                     running[name][part] = origin + alpha * (w[part] - origin) - erased + push
                     velocity[name][part] = push
-            y = memory((before if rule.read == "before" else running)["memory"], q)
+            y = one_memory((before if rule.read == "before" else running)["memory"], q)
             return (running, snapshot, velocity), y
 
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))

@@ -205,7 +205,7 @@ def test_memory_is_that_of_boundary_states_and_layer_inputs():
     """Temporaries of an update, as XLA counts them, at three lengths: at most twice what has to be kept."""
     model = small_model("tiny-hope", width=64, layers=3, chunk=32)
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(64, 64), periods=(), blocks=None))
-    for window in (512, 1024, 2048):
+    for window in (256, 512, 1024):
         config, net, step = make("tiny-hope", model=model, window=window)
         state = jax.eval_shape(lambda config=config: states.start(config))
         memory = jax.eval_shape(lambda p, net=net: states.bind(net, p).init_state(4), state.parameters).mixers.memory

@@ -29,7 +29,7 @@ def text() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(text):
-    """Parameters after 60 updates at a high rate, and the loss before and after."""
+    """Parameters after 60 updates at a high rate."""
     config = TrainConfig.from_preset("tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch=4, learning_rate=1e-2)
     update = jax.jit(train_step(states.network(MODEL), states.optimizer(config)), donate_argnums=0)
     state, losses, random = states.start(config), [], np.random.default_rng(0)
@@ -46,7 +46,10 @@ def trained(text):
 
 @pytest.mark.parametrize("chunk", [1, 16, 64, 256])
 def test_a_trained_model_stays_bounded(trained, text, chunk):
-    """Over 20,480 tokens, with its own learning rates and with rates next to their maximum."""
+    """Over 20,480 tokens, with its own learning rates and with rates next to their maximum.
+
+    Without `Rule.surprise` norms pass 100,000 at chunks of 64 and 256.
+    """
     net = states.network(dataclasses.replace(MODEL, chunk=chunk))
     mixer = trained["blocks"]["mixer"]
     fast = {**trained, "blocks": {**trained["blocks"], "mixer": {**mixer, "rate_bias": mixer["rate_bias"] + 12}}}
