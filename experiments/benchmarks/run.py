@@ -32,11 +32,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, after one turn that does not count."""
-    times = {name: [] for name in calls}
+    """Seconds of each call, in turns, each turn begun by the next; after one turn that does not count."""
+    names = list(calls)
+    times = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for name, call in calls.items():
-            taken = seconds(call)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken = seconds(calls[name])
             if turn:
                 times[name].append(taken)
     return times

@@ -19,7 +19,7 @@ from nested_jax.memory.recurrence import upcast
 from nested_jax.memory.stream import advance
 from nested_jax.typing import Array, Float, Int, PyTree
 
-BLOCK = 512  # queries whose scores are held at once
+BLOCK = 128  # queries whose scores are held at once: few enough to stay in a processor's cache
 
 
 class AttentionState(NamedTuple):
