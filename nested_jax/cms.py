@@ -234,7 +234,8 @@ def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Le
             return each.sum() if config.scope == "sequence" else each.mean(), (logits, mixers)
 
         matrices = tuple(level.matrices for level in reversed(slower))
-        gradients, (logits, mixers) = jax.grad(loss, has_aux=True)(matrices)
+        # Recomputed for the outer gradient, whose memory is then that of one segment's inner pass and not of all.
+        gradients, (logits, mixers) = jax.checkpoint(jax.grad(loss, has_aux=True))(matrices)
         if config.meta_gradient == "first-order":
             gradients = jax.lax.stop_gradient(gradients)
         closed, length = context.closed[0], len(context.closed)

@@ -27,7 +27,7 @@ class Config:
     """Tokens read before the decoding of single tokens is timed."""
     decode_tokens: int = 64
     """Tokens decoded at each context in a round."""
-    decode_rounds: int = 9
+    decode_rounds: int = 25
     """Rounds of decoding; in a round, every context has its turn."""
     hope: ModelConfig = HOPE
     """Hope, its CMS frozen."""

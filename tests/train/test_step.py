@@ -11,6 +11,7 @@ import optax
 import pytest
 from tiny_run import small_model
 
+from nested_jax.cms import fast_weights
 from nested_jax.data import Batch
 from nested_jax.level import Level, run
 from nested_jax.train import state as states
@@ -119,6 +120,31 @@ def test_carried_state_is_used_until_a_reset():
     alone = jax.jit(plain)(state._replace(fast=None), starts)[1].loss
     assert abs(carried - fresh) > 1e-5
     assert fresh == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
+    """Four windows of a document, the parameters at rest, are one reading of it; a level of two windows' period steps."""
+    model = small_model("tiny-hope")
+    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(64, 16)))
+    config, net, _ = make("tiny-hope", model=model, carry=True, batch=2)
+    rest = optax.sgd(0.0)
+    parameters, state = to_float64(states.draw_parameters(model, 0)), states.start(config)
+    state = state._replace(parameters=parameters, optimizer=rest.init(parameters), fast=to_float64(state.fast))
+    text = np.random.default_rng(0).integers(1, 256, (2, 129)).astype(np.int32)
+    reset = np.zeros((2, 128), bool)
+    reset[:, 0] = True
+    document = Batch(text[:, :-1], text[:, 1:], np.ones((2, 128)), reset)
+
+    update, losses, slowest = jax.jit(train_step(net, rest)), [], []
+    for start in range(0, 128, 32):
+        state, metrics = update(state, jax.tree.map(lambda x, start=start: x[:, start : start + 32], document))
+        losses.append(metrics.loss)
+        slowest.append(fast_weights(state.fast.learning.levels)[0].matrices["up"])
+    net_alone = states.bind(net, parameters)
+    logits, _ = jax.jit(lambda: net_alone(document.tokens, net_alone.init_state(2), reset=document.reset))()
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, document.targets)
+    np.testing.assert_allclose(losses, each.reshape(2, 4, 32).mean(axis=(0, 2)), rtol=1e-6)
+    assert jnp.array_equal(slowest[0], slowest[1]) and not jnp.allclose(slowest[1], slowest[2])
 
 
 def test_training_is_the_slowest_level():
