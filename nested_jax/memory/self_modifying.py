@@ -15,6 +15,7 @@ every `projection_chunk`. If these are equal, all memories share one level, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ class SelfModifyingTitans:
         chunk: C_mem, tokens between two refreshes of the main memory's errors.
         projection_chunk: C_proj, the same for the other memories, a multiple of `chunk`; None: equal.
         momentum: writes carry momentum with a learned, data-dependent decay.
-        max_rate: eta_max.
+        max_rate: eta_max. Rates start near 3 / period, or at half of it if that is less.
         targets: how targets are normalised. "l2" keeps the self-reference bounded; "rms" and "raw" do not.
         adaptive_query: queries come from a memory too.
         rule: the remaining choices, see `Rule`.
@@ -92,11 +93,14 @@ class SelfModifyingTitans:
         D, H = self.width, self.heads
         K = D // H
         keys = jax.random.split(key, 5)
+        # Errors are as old as the chunk. Where the steps of a chunk add up to much more than one, memories overshoot from
+        # chunk to chunk and the outer gradient explodes: learning starts below that.
+        rate = min(3 / self.period, self.max_rate / 2) / self.max_rate
         weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),
             "rate": jax.random.normal(keys[2], (H, K)) * 0.1 * K**-0.5,
-            "rate_bias": jnp.full(H, -1.0, jnp.float32),
+            "rate_bias": jnp.full(H, math.log(rate / (1 - rate)), jnp.float32),
             "retention": jax.random.normal(keys[4], (H, K)) * 0.1 * K**-0.5,
             "retention_bias": retention_bias(H),
             "norm": jnp.ones((H, K)),

@@ -24,7 +24,7 @@ class TrainConfig:
     """Model to start from, SIZE-FAMILY, such as tiny-hope or 140m-transformer; --model.FIELD flags change it."""
     data: str = "stdlib"
     """Text to learn: "stdlib" (what every Python carries), the path of a text file or folder, or a TFDS name."""
-    steps: int = 260
+    steps: int = 280
     """Updates of the parameters in all. More than a run was made with: it goes on, its rate on the longer schedule."""
     run_dir: str = "runs/tiny-hope"
     """Folder that the run is written to, and resumed from."""
