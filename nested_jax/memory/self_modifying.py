@@ -93,8 +93,8 @@ class SelfModifyingTitans:
         D, H = self.width, self.heads
         K = D // H
         keys = jax.random.split(key, 5)
-        # Errors are as old as the chunk. Where the steps of a chunk add up to much more than one, memories overshoot from
-        # chunk to chunk and the outer gradient explodes: learning starts below that.
+        # Errors are as old as the chunk, so that steps which add up to much more than one can overshoot from chunk to chunk.
+        # A chunk's steps start at a sum of 3; momentum's 1 - theta halves that.
         rate = min(3 / self.period, self.max_rate / 2) / self.max_rate
         weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory.deep import Rule
+from nested_jax.memory.deep import Deep, Rule, in_batch
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.self_modifying import SelfModifyingTitans, definition
 
@@ -59,6 +59,22 @@ def test_every_start_gets_an_outer_gradient(x64, options):
     for part, g in gradient.items():
         for name, of_memory in zip(layer.memories, g.swapaxes(0, 1), strict=True):
             assert float(jnp.max(jnp.abs(of_memory))) > 1e-8, (part, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [(dict(), 3 / 64), (dict(projection_chunk=256), 3 / 256), (dict(chunk=1), 0.5), (dict(chunk=1, max_rate=0.2), 0.1)],
+    ids=str,
+)
+def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate):
+    """The rates that a new layer's own memories give its tokens."""
+    layer = SelfModifyingTitans(32, 2, 8, **options)
+    weights = layer.init_weights(jax.random.key(0))
+    projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), 1))
+    x, momentum = jax.random.normal(jax.random.key(1), (256, 1, 2, 16)), jnp.full((256, 1, 2), 0.5)
+    given = layer.generate(weights, projections, x, x, momentum)[3].rate
+    np.testing.assert_allclose(given, rate, rtol=0.5)
+    assert float(given.mean()) == pytest.approx(rate, rel=0.1)
 
 
 def test_a_start_gate_near_one_and_what_is_stored_decays_by_it(x64):
