@@ -2,7 +2,7 @@
 
 import os
 
-# Tests compile much and run little: less effort in code generation halves their time.
+# Tests compile much and run little: less effort in code generation saves time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402

@@ -1,4 +1,4 @@
-"""Deep memories: two-layer residual MLPs whose both layers learn while reading, and the Titans layer built on one.
+"""Deep memories: two-layer residual MLPs whose both layers learn while reading.
 
     M(z) = z + W_1 silu(W_2 z)                                            (NL Eq. 89)
 
@@ -15,12 +15,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nested_jax.level import Level
-from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, scale, square, upcast, write
-from nested_jax.memory.stream import CONVOLUTION, Chunk, StreamState, advance, on_grid, read_stream
+from nested_jax.memory.stream import Chunk
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 
@@ -249,69 +247,6 @@ def count(chunk: Chunk) -> int | Array:
     return jax.tree.leaves(chunk.tokens)[0].shape[0] if chunk.mask is None else chunk.mask.sum(dtype=jnp.int32)
 
 
-@dataclass(frozen=True)
-class Titans:
-    """Titans' deep memory with fixed projections and momentum (Titans Eq. 8-15).
-
-        S_t = theta_t S_{t-1} - eta_t grad 1/2 |M(k_t) - v_t|^2        M_t = alpha_t M_{t-1} + S_t        y_t = M_t(q_t)
-
-    with keys, values and queries of unit norm. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
-
-    Args:
-        width, heads: D and H, K = D / H.
-        hidden: hidden width F of the memory.
-        chunk: tokens between two refreshes of the errors.
-        momentum: writes carry momentum; their strength is then eta (1 - theta), see `learn`.
-        max_rate: largest eta; None for 4 / chunk.
-        rule: see `Rule`.
-    """
-
-    width: int
-    heads: int
-    hidden: int
-    chunk: int = 64
-    momentum: bool = True
-    max_rate: float | None = None
-    rule: Rule = Rule(erase="none")
-
-    @property
-    def largest_rate(self) -> float:
-        """eta_max: errors are those of the chunk's start, so its steps must not add up to much more than one."""
-        return 4 / self.chunk if self.max_rate is None else self.max_rate
-
-    def init_weights(self, key: Array) -> dict[str, PyTree]:
-        """Learned parameters, float32; start is the memories' initial state."""
-        project, start = jax.random.split(key)
-        K = self.width // self.heads
-        weights = init_projections(project, self.width, self.heads, gates=3 if self.momentum else 2)
-        return {**weights, "start": deep_start(start, 1, self.heads, K, self.hidden)}
-
-    def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
-        """Fast state at the starts: a differentiable function of the weights."""
-        memory = begin(Deep(**weights["start"]), batch, self.momentum)
-        window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
-        return StreamState(memory, window, np.int32(0))
-
-    def __call__(self, weights, state, x, *, reset=None, aligned=False):
-        window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
-        start = in_batch(Deep(**weights["start"]), len(x))
-
-        def act(running, snapshot, chunk, slower):
-            q, k, v, *gates = (heads_first(part) for part in chunk.tokens)
-            strengths = Strengths(self.largest_rate * gates[0], gates[1], gates[2] if self.momentum else None)
-            keys, targets = look(snapshot, k), l2norm(v)[:, :, None]
-            running, y = learn(running, snapshot, start, keys, targets, strengths, self.rule, chunk.mask, q)
-            return running, time_first(y), count(chunk)
-
-        level = memory_level(None, act, self.chunk, "memory")
-        memory, y = read_stream(
-            level, state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory, tight=tight, loose=loose,
-        )  # fmt: skip
-        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
-
-
 def one_memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:
     """M(z) of one memory, for the definitions; `pushed` is added to the outputs of its layers."""
     first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
@@ -325,36 +260,3 @@ def local_surprise(w: PyTree, key: Float[Array, " K"], target: Float[Array, " K"
     output, pull = jax.vjp(partial(one_memory, w, key), still)
     (surprise,) = pull(bounded(output - target, largest))
     return {part: (z, bounded(surprise[part], largest)) for part, z in inputs.items()}
-
-
-def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
-    window = layer.init_state(weights, 1).window
-    _, tokens, gates = project_in(weights, window, x[None], layer.heads, None)
-    rule = layer.rule
-
-    def one_head(start, q, k, v, rate, retain, momentum=None):
-        def token(carry, now):
-            running, snapshot, velocity = carry
-            t, q, k, v, eta, alpha, theta = now
-            eta, v = layer.largest_rate * eta, l2norm(v)
-            renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
-            after, pushes = {}, {}
-            for part, (z, surprise) in local_surprise(renewed, k, v, rule.surprise).items():
-                step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
-                pushes[part] = theta * velocity[part]
-                pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
-                erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
-                origin = start[part] if rule.retention == "initial" else 0.0
-                after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]
-            return (after, renewed, pushes), one_memory(running if rule.read == "before" else after, q)
-
-        theta = jnp.zeros_like(rate) if momentum is None else momentum
-        carry = (start, start, jax.tree.map(jnp.zeros_like, start))
-        return jax.lax.scan(token, carry, (jnp.arange(len(q)), q, k, v, rate, retain, theta))[1]
-
-    starts = {part: w[:, 0] for part, w in weights["start"].items()}
-    tokens, gates = ([part[:, 0] for part in parts] for parts in (tokens, gates))
-    axes = (0,) + (1,) * (len(tokens) + len(gates))
-    y = jax.vmap(one_head, in_axes=axes, out_axes=1)(starts, *tokens, *gates)
-    return project_out(weights, y[:, None], x.dtype)[0]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory import deep, linear
-from nested_jax.memory.deep import Titans
+from nested_jax.memory import linear, titans
+from nested_jax.memory.deep import weights_of
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.titans import Titans
 
 D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
@@ -24,7 +25,7 @@ LAYERS = {
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
 }
-DEFINITIONS = {LinearMemory: linear.definition, Titans: deep.definition}  # self-modifying Titans': test_self_modifying.py
+DEFINITIONS = {LinearMemory: linear.definition, Titans: titans.definition}  # self-modifying Titans': test_self_modifying.py
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -175,7 +176,7 @@ def assert_bounded(layer, biases):
     for piece in x:
         state, y = call(biases, state, piece)
         assert jnp.isfinite(y).all()
-        for weights_now in jax.tree.leaves(deep.weights_of(state.memory.running)):
+        for weights_now in jax.tree.leaves(weights_of(state.memory.running)):
             assert jnp.max(jnp.abs(weights_now)) < 10
 
 
