@@ -11,5 +11,5 @@ class Config:
 
     presets: tuple[str, ...] = ("tiny-hope", "tiny-transformer")
     """The default model, and one to hold it against."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Seeds of the parameters and of the order of the text."""

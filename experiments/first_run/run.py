@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import config as settings
@@ -26,13 +25,11 @@ RESULTS = Path(__file__).parent / "results"
 def train(preset: str, seed: int, folder: Path) -> dict:
     """One run by the command line, as a user makes it."""
     flags = ["--preset", preset, "--seed", str(seed)]
-    begun = time.monotonic()
     subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *flags, "--run-dir", str(folder)], check=True)
     return {
         "command": " ".join(["nested-jax train --fresh", *flags]),
         "preset": preset,
         "seed": seed,
-        "minutes": round((time.monotonic() - begun) / 60, 2),
         "rows": read_rows(folder),
     }
 
@@ -43,12 +40,12 @@ def heldout(run: dict) -> list[dict]:
 
 def table(runs: list[dict]) -> str:
     """Markdown: what each seed came to, and the spread."""
-    lines = ["| preset | seed | held-out bits per byte | unigram, bigram entropy | minutes |", "|---|---:|---:|---:|---:|"]
+    lines = ["| preset | seed | held-out bits per byte | unigram, bigram entropy |", "|---|---:|---:|---:|"]
     for run in runs:
         last = heldout(run)[-1]
         lines.append(
             f"| {run['preset']} | {run['seed']} | {last['heldout_bits_per_byte']:.3f} "
-            f"| {last['unigram']:.3f}, {last['bigram']:.3f} | {run['minutes']:.1f} |"
+            f"| {last['unigram']:.3f}, {last['bigram']:.3f} |"
         )
     lines.append("")
     for preset in dict.fromkeys(run["preset"] for run in runs):
