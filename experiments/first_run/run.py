@@ -67,7 +67,7 @@ def figure(runs: list[dict], path: Path) -> None:
     for name, dashes in (("unigram", ":"), ("bigram", "--")):
         axes.axhline(heldout(runs[0])[-1][name], color="gray", linestyle=dashes, label=f"{name} entropy")
     axes.set(xlabel="step", ylabel="held-out bits per byte")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
     fig.savefig(path, dpi=150)
 
 
