@@ -19,7 +19,7 @@ from typing import Any
 
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag, flatten
-from nested_jax.train.stopping import Interrupted, NonFinite
+from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ class Generation:
 def train(argv: Sequence[str]) -> None:
     """Train a language model on text; the same command again resumes."""
     config = _parse(TrainConfig.from_preset(_preset(argv)), "train", argv)
-    from nested_jax.train import loop
-
+    with Interruption() as interruption:  # an import broken off half-way can end in a crash
+        from nested_jax.train import loop
+    if interruption.signal is not None:
+        raise Interrupted("stopped before anything was trained", interruption.signal)
     loop.train(config)
 
 
@@ -82,6 +84,8 @@ def generate(argv: Sequence[str]) -> None:
     flags = _parse(Generation(), "generate", argv)
     if flags.tokens < 1:
         raise UserError(f"--tokens {flags.tokens} must be at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"--seed {flags.seed} must be at least 0 and below {2**32}")
     if not 0 <= flags.temperature < math.inf:
         raise UserError(f"--temperature {flags.temperature} must be a finite number and at least 0")
     from nested_jax.train import sample, trained
@@ -115,13 +119,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         return _fail(stop, 128 + stop.signal)
     except KeyboardInterrupt:
-        return 130
+        return _fail("stopped", 130)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; what was saved before is kept", 2)
     return 0
 
 
-def _fail(error: BaseException, code: int) -> int:
+def _fail(error: BaseException | str, code: int) -> int:
     print("nested-jax:", " ".join(str(error).split()), file=sys.stderr)
     return code
 
@@ -134,9 +141,9 @@ def _help() -> str:
 def _preset(argv: Sequence[str]) -> str:
     """The last --preset given, whose fields are the other flags' defaults."""
     name = TrainConfig.preset
-    for word, following in itertools.pairwise([*argv, ""]):
+    for word, following in itertools.pairwise([*argv, "-"]):
         if word == "--preset" and not following.startswith("-"):
-            name = following or name
+            name = following
         elif word.startswith("--preset="):
             name = word.removeprefix("--preset=")
     return name

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, assert_choices
 from nested_jax.level import Level, Nested, nest
 from nested_jax.memory.projections import rms_norm
 from nested_jax.memory.recurrence import upcast
@@ -59,10 +59,14 @@ class CMSConfig:
 
     def check(self) -> None:
         """Raises UserError for the first value that cannot be."""
+        assert_choices(self, "cms")
         if not self.hidden or min(self.hidden) < 1:
             raise UserError(f"cms.hidden {self.hidden} needs one positive width for every level")
         if self.frozen < 0:
             raise UserError(f"cms.periods {self.periods} are more than the {len(self.hidden)} levels of cms.hidden")
+        for name in ("rate", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"cms.{name} {getattr(self, name)} must be a finite number and at least 0")
         if self.periods and min(self.periods) < 1:
             raise UserError(f"cms.periods {self.periods} must be positive numbers of tokens")
         for slow, fast in zip(self.periods, self.periods[1:], strict=False):

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses in one line, and how it stops."""
 
 import dataclasses
+import json
 import os
 import pydoc_data.topics
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from nested_jax import cli
 from nested_jax.cli import main
+from nested_jax.train import loop
 from nested_jax.train.config import TrainConfig, flag, flatten
 
 SMALL = (
@@ -78,6 +80,14 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --batch 6 --accumulate 4", "--batch 6 is not a multiple of --accumulate 4"),
         ("train --preset tiny-hoep", "tiny-hoep.*tiny-hope"),
         ("train --preset", "--preset"),
+        ("train --preset ''", "preset ''"),
+        ("train --seed 99999999999999999999", "--seed 99999999999999999999 must be below 4294967296"),
+        ("generate --seed 99999999999999999999", "--seed 99999999999999999999 must be"),
+        ("train --model.cms.rate nan", "cms.rate nan"),
+        ("train --model.cms.clip -1", "cms.clip -1"),
+        ("train --data ~nosuchuser/text", "~nosuchuser/text does not exist"),
+        (f"train --data {'x' * 300}", "File name too long"),
+        (f"train --data text.txt --run-dir {'x' * 300}", "File name too long"),
         ("train --model.mixer transformer", "--model.mixer.*attention"),
         ("train --model.cms.periods 64 x", "--model.cms.periods"),
         ("train --model.cms.hidden 8 8 --model.cms.periods 100 30", "100.*30"),
@@ -178,6 +188,94 @@ def test_train_resume_evaluate_generate(place, say):
         assert code == 2 and len(err) == 1 and "checkpoints/3 is cut short" in err[0] and out == []
     largest.write_bytes(whole)
     assert say(f"{command} 3")[0] == 0
+
+
+def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkeypatch):
+    opened, inner = loop.open_text, []
+
+    def slow(*arguments):
+        monkeypatch.setattr(loop, "open_text", opened)
+        inner.append(main(f"train {SMALL} --data text.txt --run-dir a --steps 4".split()))
+        return opened(*arguments)
+
+    monkeypatch.setattr(loop, "open_text", slow)
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 2 --seed 7")
+    assert inner == [0] and code == 2 and "another process has trained in a" in err[0]
+    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 4")[1] == [
+        "a is finished: give more --steps to go on with it, or --fresh to start over"
+    ]
+
+
+def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
+    opened = loop.open_text
+    monkeypatch.setattr(loop, "open_text", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 2")
+    assert code == 130 and len(err) == 1 and "stopped at step 0 of 2, saved in a; resume with:" in err[0]
+    monkeypatch.setattr(loop, "open_text", opened)
+    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 2")[0] == 0
+
+
+def test_a_run_inside_its_own_text_resumes(place, say):
+    for i in range(30):
+        Path("folder", f"{i}.txt").write_text(f"Number {i} burns bright, in the forests of the night.\n" * 9)
+    command = f"train {SMALL} --data folder --run-dir folder/runs/a --steps"
+    assert say(f"{command} 2")[0] == 0
+    bigram = lambda said: next(line for line in said if "bigram" in line)
+    assert bigram(say("eval --run-dir folder/runs/a")[1]).split()[-1] in Path("folder/runs/a/report.md").read_text()
+    kept = os.stat("folder/runs/a/tokenizer.model")
+    assert say(f"{command} 3")[0] == 0
+    assert os.stat("folder/runs/a/tokenizer.model") == kept
+    for i in (0, 17):
+        file = Path("folder", f"{i}.txt")
+        before = file.read_text()
+        file.write_text("Tyger, tyger.\n" * 30)
+        code, _, err = say(f"{command} 4")
+        assert code == 2 and "the text of --data has changed" in err[0]
+        file.write_text(before)
+    assert say(f"{command} 4")[0] == 0
+
+
+def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
+    command = f"train {SMALL} --data text.txt --run-dir a --steps"
+    Path("a").mkdir()
+    Path("a/config.json.part").touch()  # what a start on a full disk leaves
+    assert say(f"{command} 4")[0] == 0
+    metrics, config = Path("a/metrics.jsonl"), Path("a/config.json")
+
+    def refused(path, damage, named):
+        whole = path.read_text()
+        path.write_text(damage(whole))
+        files = {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()}
+        code, out, err = say(f"{command} 5")
+        assert code == 2 and len(err) == 1 and re.search(named, err[0]), err
+        assert {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()} == files
+        path.write_text(whole)
+
+    for line in ("junk", "5", '{"a": 1}', '{"step": null}'):
+        refused(
+            metrics, lambda whole, line=line: whole.replace(whole.splitlines()[1], line), r"metrics.jsonl, line 2 is dam"
+        )
+    refused(
+        config, lambda whole: whole.replace('"width": 16', '"width": "16"'), "config.json is damaged.*model.width is '16'"
+    )
+    refused(config, lambda whole: whole.replace('"attention"', '"junk"'), "config.json is damaged.*model.mixer is 'junk'")
+    refused(Path("a/checkpoints/4/files.json"), lambda whole: "[]", "checkpoints/4 is cut short: files.json has changed")
+    Path("a/checkpoints").rename("elsewhere")
+    code, _, err = say(f"{command} 5")
+    assert code == 2 and "trained to step 4, and its checkpoints are gone" in err[0]
+    assert len(metrics.read_text().splitlines()) == 5
+    Path("a/checkpoints").rmdir()
+    Path("elsewhere").rename("a/checkpoints")
+    metrics.write_text(metrics.read_text() + '{"step": 5, "lo')  # cut short by a kill
+    assert say(f"{command} 5")[0] == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 4, 5, 5]
+
+
+def test_a_run_is_not_moved_from_under_the_working_directory(place, say, monkeypatch):
+    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 2")[0] == 0
+    monkeypatch.chdir("a")
+    code, _, err = say(f"train {SMALL} --data ../text.txt --run-dir . --steps 2 --fresh")
+    assert code == 2 and "holds the working directory" in err[0]
 
 
 def test_a_broken_run_stops_with_one_line(place, say):

@@ -86,7 +86,7 @@ def open_documents(
     source = os.fspath(source)
     if split not in ("train", "heldout"):
         raise UserError(f'split {split!r} is unknown: give "train" or "heldout"')
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "stdlib" or (source and path.exists() and not (path / "dataset_info.json").exists()):
         builder = _prepare_local(source if source == "stdlib" else path.absolute(), data_dir)
         return _texts(builder, split, "text")
@@ -217,13 +217,15 @@ def _path(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _folder(root: Path, suffix: str = "", without: Sequence[str] = ()) -> Iterator[tuple[str, bytes]]:
-    """Every file below a folder that is UTF-8 text, but for hidden ones and prepared datasets (a cache in it)."""
+    """Every file below a folder that is UTF-8 text, but for hidden ones, prepared datasets (a cache in it) and runs."""
 
     def fail(error: OSError):
         raise error
 
     for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = sorted(f for f in folders if f not in without and not f.startswith((".", "__pycache__")))
+        if "checkpoints" in folders and {"config.json", "metrics.jsonl"} <= set(files):
+            folders[:], files = [], []
         for file in sorted(files) if "dataset_info.json" not in files else ():
             path = Path(folder, file)
             if file.startswith(".") or not file.endswith(suffix) or not path.is_file():
@@ -255,7 +257,7 @@ def _prepare_named(source: str, data_dir: str | os.PathLike | None) -> tuple[tfd
     name, _, feature = source.rpartition(":")
     if not name or re.fullmatch(r"[\d.*]+", feature):  # a version
         name, feature = source, ""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         if prepared := bool(name) and path.exists():
             builder = tfds.builder_from_directory(path)

@@ -62,7 +62,7 @@ class ByteTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file for `load_tokenizer`."""
-        Path(path).write_bytes(_BYTES)
+        _write(path, _BYTES)
 
 
 class SentencePieceTokenizer:
@@ -133,7 +133,7 @@ class SentencePieceTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the SentencePiece model, a file for `load_tokenizer`."""
-        Path(path).write_bytes(self._model)
+        _write(path, self._model)
 
     def _bytes_of(self, i: int) -> bytes:
         if self._pieces.is_control(i) or self._pieces.is_unknown(i):
@@ -162,6 +162,13 @@ def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceToke
         return SentencePieceTokenizer(data)
     except (RuntimeError, UserError) as error:
         raise UserError(f"tokenizer {path} is damaged or of another kind: {remedy}") from error
+
+
+def _write(path: str | os.PathLike, data: bytes) -> None:
+    """Whole or not at all."""
+    part = Path(f"{os.fspath(path)}.part")
+    part.write_bytes(data)
+    part.rename(path)
 
 
 def _utf8(text: str | bytes) -> bytes:

@@ -52,7 +52,7 @@ def tokenwise(
     mask: Bool[Array, "*batch C"] | None = None,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence as it is defined, one token after the other: the slow twin of `chunked`, same arguments."""
-    _together(state, gates)
+    _check(state, inputs, errors, gates)
     state, inputs, errors, gates, queries = upcast(state, inputs, errors, gates, queries)
     gates, keep = _empty_slots(gates, mask)
     anchor = jnp.zeros_like(state.weights) if anchor is None else anchor
@@ -175,7 +175,7 @@ def write(state, inputs, errors, gates, *, anchor=None, mask=None, decay=None, h
 
     Arguments as of `chunked`, and what the caller already has: decay, the gates' `decays`; held, W_0 x (..., C, V).
     """
-    _together(state, gates)
+    _check(state, inputs, errors, gates)
     state, inputs, errors, gates = upcast(state, inputs, errors, gates)
     gates, _ = _empty_slots(gates, mask)
     decay = decays(gates.retain, gates.momentum, mask) if decay is None else decay
@@ -278,7 +278,12 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
     return inverse[..., 0, :size, :size]
 
 
-def _together(state: MemoryState, gates: Gates) -> None:
+def _check(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> None:
+    lengths = {name: x.shape[-2] for name, x in (("inputs", inputs), ("errors", errors))}
+    lengths |= {f"gates.{name}": gate.shape[-1] for name, gate in gates._asdict().items() if gate is not None}
+    if len(set(lengths.values())) > 1 or not inputs.shape[-2]:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"inputs, errors and gates have one length C of at least 1, not {told}")
     if (state.momentum is None) != (gates.momentum is None):
         missing = "state.momentum" if state.momentum is None else "gates.momentum"
         raise ValueError(f"{missing} is None: a memory has both a momentum and its decay, or neither")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nested_jax.cms import CMSConfig
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, assert_choices
 
 Mixer = Literal["self-modifying", "titans", "gated-delta", "delta", "linear", "attention", "sliding-window"]
 
@@ -65,6 +65,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises UserError for the first value that makes no model."""
+        assert_choices(self, "model")
         for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} {getattr(self, name)} must be at least 1")

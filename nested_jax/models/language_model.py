@@ -101,7 +101,7 @@ class LanguageModel(nnx.Module):
             multiple: a promise that the tokens read so far are a multiple of this number, which lets a call under `jit`
                 take the path of whole chunks and segments. A state whose position is known needs none.
 
-        Raises UserError for tokens out of range (NaN logits under `jit`).
+        Raises UserError for tokens out of range (NaN logits under `jit`), and for shapes that do not fit.
         """
         return _read(self.config, self._rules, self._weights, tokens, state, reset, multiple)
 
@@ -163,7 +163,7 @@ def _read(config: ModelConfig, rules, weights, tokens, state: ModelState, reset,
         position = np.int32(position)
     known = not isinstance(position, jax.Array)
     aligned = (int(position) if known else multiple) % config.reading == 0
-    tokens = _in_range(tokens, config.vocabulary).astype(jnp.int32)
+    tokens = _in_range(_of_shape(tokens, reset, state), config.vocabulary).astype(jnp.int32)
     reset = _on_alignment(reset, position, config.alignment)
     x = embed(config, weights, tokens)
     if reset is not None:
@@ -229,6 +229,18 @@ def _reader(config: ModelConfig, rules, weights: PyTree, split: _Split, batch: i
     mixers = lambda: init_mixers(layer, split.between, batch, max_length) if config.adapting > 1 else ()
     level = cms.in_context(config.cms, split.learning["cms"], forward, mixers, batch, rules)
     return Reader(config.cms, level, forward, config.reading, fresh=lambda: level.init(()))
+
+
+def _of_shape(tokens, reset, state: ModelState):
+    tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens {tokens.dtype}{list(tokens.shape)}: give integers of shape (B, T), at least one")
+    if reset is not None and np.shape(reset) != tokens.shape:
+        raise UserError(f"reset has shape {list(np.shape(reset))}: give one of the tokens' shape {list(tokens.shape)}")
+    rows = jax.tree.leaves(state.mixers)[0].shape[1]
+    if rows != len(tokens):
+        raise UserError(f"tokens have {len(tokens)} rows, the state {rows}: give init_state(batch={len(tokens)})")
+    return tokens
 
 
 def _in_range(tokens: Int[Array, "B T"], vocabulary: int) -> Int[Array, "B T"]:

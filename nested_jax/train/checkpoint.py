@@ -41,8 +41,12 @@ class Checkpoints:
         step = int(state.step)
         items = {"progress": ocp.args.JsonSave(progress)}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
-        if self._orbax.save(step, args=ocp.args.Composite(**items)):
-            _list_files(self.folder / str(step))
+        try:
+            if self._orbax.save(step, args=ocp.args.Composite(**items)):
+                _list_files(self.folder / str(step))
+        except Exception as error:  # whatever the storage layers raise
+            path, remedy = self.folder / str(step), "make room and give the same command again; older ones are kept"
+            raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, into the shapes and shardings of an abstract state, and its progress.
@@ -77,13 +81,16 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # whatever the storage layers raise
-            reason = str(error).split("\n")[0][:120] or type(error).__name__
-            raise UserError(f"checkpoint {path} cannot be read: {reason}; {remedy}") from error
+            raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}; {remedy}") from error
 
 
 def _trees(state: TrainState) -> dict[str, PyTree]:
     trees = {"parameters": state.parameters, "optimizer": state.optimizer, "fast": state.fast}
     return {name: tree for name, tree in trees.items() if tree is not None}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0][:120] or type(error).__name__
 
 
 def _list_files(path: Path) -> None:
@@ -99,7 +106,9 @@ def _missing(path: Path) -> str | None:
         return None if (path / "parameters").is_dir() else "parameters is gone"
     try:
         files = json.loads((path / _FILES).read_text())
-    except ValueError:
+    except (OSError, ValueError):
+        files = None
+    if not isinstance(files, dict):
         return f"{_FILES} has changed"
     for name, digest in files.items():
         if not (path / name).is_file():

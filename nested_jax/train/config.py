@@ -88,6 +88,8 @@ class TrainConfig:
         for name in ("learning_rate", "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be a finite number and at least 0")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed} must be below {2**32}")
         if self.batch % self.accumulate:
             raise UserError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}: change one")
 
@@ -169,4 +171,20 @@ def _from_json(cls: type, values: Any, prefix: str) -> Any:
             built[name] = _from_json(hints[name], value, f"{prefix}{name}.")
         else:
             built[name] = tuple(value) if isinstance(value, list) else value
+            if not _fits(built[name], hints[name]):
+                raise UserError(f"field {prefix}{name} is {value!r}, of another type")
     return cls(**built)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type that a field of the configs may have."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is not None:  # a union
+        return any(_fits(value, one) for one in arguments)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

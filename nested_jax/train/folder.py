@@ -13,6 +13,7 @@ from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
+_NOTHING = {_LOCK, f"{_CONFIG}.part"}  # what a start that did not get far may leave
 _REMEDY = "give --fresh to start over (the old run is kept under another name) or another --run-dir"
 
 
@@ -21,7 +22,7 @@ def read_config(folder: Path) -> TrainConfig | None:
 
     Raises UserError for a folder that holds something else.
     """
-    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= {_LOCK}):
+    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _NOTHING):
         return None
     try:
         saved = json.loads((folder / _CONFIG).read_text())
@@ -64,16 +65,27 @@ def assert_same_text(folder: Path, text: str) -> None:
         raise UserError(f"the text of --data has changed since the run in {folder} was made: {_REMEDY}")
 
 
-def fingerprint(documents: Sequence[bytes]) -> str:
-    """A digest of how many documents there are and of sixteen of them.
+def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
+    """A digest of how many documents each split has, and of all of them, or of `most` spread over a split that has more.
 
-    >>> fingerprint([b"abc"]) == fingerprint([b"abd"])
+    >>> fingerprint([b"abc"], [b"d"]) == fingerprint([b"abc"], [b"e"])
     False
     """
-    digest = hashlib.blake2b(f"{len(documents)}".encode(), digest_size=8)
-    for i in range(16):
-        digest.update(documents[i * len(documents) // 16])
+    digest = hashlib.blake2b(digest_size=8)
+    for documents in splits:
+        length = len(documents)
+        digest.update(f"{length}\0".encode())
+        for i in range(min(length, most)):
+            document = documents[i * length // min(length, most)]
+            digest.update(f"{len(document)}\0".encode() + document)
     return digest.hexdigest()
+
+
+def stamp(folder: Path) -> tuple[bytes, list[str]]:
+    """What tells whether another process has trained in the folder: its config, and the names of its checkpoints."""
+    config, checkpoints = folder / _CONFIG, folder / "checkpoints"
+    names = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
+    return config.read_bytes() if config.is_file() else b"", names
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -81,10 +93,12 @@ def set_aside(folder: Path) -> Path | None:
 
     Raises UserError for a folder that holds something else, or is in use.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _NOTHING):
         return None
     if not (folder / _CONFIG).is_file():
         raise UserError(f"--run-dir {folder} holds no run (no {_CONFIG}) to start over: give another --run-dir")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"--run-dir {folder} holds the working directory, which --fresh cannot rename: run from elsewhere")
     with claim(folder):
         aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
         return folder.rename(aside)

@@ -11,12 +11,13 @@ import jax
 from rich.console import Console
 
 from nested_jax.data import NgramEntropies
+from nested_jax.errors import UserError
 from nested_jax.train import folder as folders
 from nested_jax.train import report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.progress import Display, say
-from nested_jax.train.record import Record
+from nested_jax.train.record import Record, read_rows
 from nested_jax.train.sample import characters, sample
 from nested_jax.train.state import TrainState, learning_rate, network, optimizer, start
 from nested_jax.train.step import Metrics, assert_healthy, train_step
@@ -37,10 +38,12 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     """
     console, folder = console or Console(), Path(config.run_dir)
     config.check()
+    found = folders.stamp(folder)
     begun = folders.begun(folder, config)
     net = network(config.model)
     state, progress = None, {"tokens": 0, "seconds": 0.0}
     with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
         if begun:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
             if checkpoints.latest() is not None:
@@ -48,14 +51,19 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 say(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
+            assert_resumable(folder, folders.read_config(folder), state)
         text = open_text(config, net, folder if begun else None)
         if begun:
             folders.assert_same_text(folder, text.fingerprint)
         elif config.fresh and (aside := folders.set_aside(folder)):
             say(console, f"the run that was in {folder} is now in {aside}")
+            found = folders.stamp(folder)
         stack.enter_context(folders.claim(folder))
+        if folders.stamp(folder) != found:
+            raise UserError(f"another process has trained in {folder} meanwhile: give the same command again")
         folders.write_config(folder, config, text.fingerprint)
-        text.tokenizer.save(folder / TOKENIZER)
+        if not (folder / TOKENIZER).exists():
+            text.tokenizer.save(folder / TOKENIZER)
         if not begun:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         if state is None:
@@ -65,7 +73,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
         run = _Run(config, console, net, text, checkpoints, record, state, progress)
         run.greet()
-        run.update_to_the_end()
+        run.update_to_the_end(interruption)
+        interruption.release()
         run.report()
         return run.state
 
@@ -100,12 +109,12 @@ class _Run:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
             say(self.console, f"note: {never}; give --carry or --window {2 * slowest}")
 
-    def update_to_the_end(self) -> None:
+    def update_to_the_end(self, interruption: Interruption) -> None:
         """All remaining updates, with what is due between them; raises Interrupted on a signal, once saved."""
         config = self.config
         update = jax.jit(train_step(self.net, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
         rate = learning_rate(config)
-        with Interruption() as interruption, Display(self.console, self.step, config.steps) as display:
+        with Display(self.console, self.step, config.steps) as display:
             self._evaluate(interruption, display)  # a signal may have come before it
             while self.step < config.steps and interruption.signal is None:
                 batch = next(self.text.batches)
@@ -178,6 +187,14 @@ class _Run:
             kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} is kept"
             remedy = "try a lower --learning-rate or --clip, in another --run-dir"
             raise NonFinite(f"{error}; {kept}; {remedy}") from None
+
+
+def assert_resumable(folder: Path, saved: TrainConfig, state: TrainState | None) -> None:
+    """Raises UserError where going on would lose rows: metrics are damaged, or of steps whose checkpoints are gone."""
+    last = max((row["step"] for row in read_rows(folder)), default=0)
+    if state is None and last > saved.checkpoint_every:
+        remedy = "put them back, or give --fresh to start over (the old run is kept under another name)"
+        raise UserError(f"{folder} was trained to step {last}, and its checkpoints are gone: {remedy}")
 
 
 def _entropies(entropies: NgramEntropies) -> str:

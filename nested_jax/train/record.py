@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from nested_jax.errors import UserError
 
 
 class Record:
@@ -19,7 +24,9 @@ class Record:
         part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         part.rename(self._path)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(folder / "tensorboard" / "events"))
+        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops what it had from here on
 
     def add(self, step: int, **numbers: float) -> None:
         """Writes a row, at once."""
@@ -27,7 +34,11 @@ class Record:
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+            self._write(step, summary=scalar(name, value))
+        self._board.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def heldout(self, step: int) -> dict[str, Any] | None:
         """The row of the evaluation at a step, if it was made."""
@@ -40,11 +51,16 @@ class Record:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl, without a last one that was cut short."""
+    """The rows of a run folder's metrics.jsonl, without a last one that was cut short.
+
+    Raises UserError naming a line that is no row.
+    """
     path, rows = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            break
+            int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}, line {number} is damaged: remove that line, or put the file back") from None
     return rows

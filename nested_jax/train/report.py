@@ -88,7 +88,7 @@ TEMPERATURE = 0.8  # of the sample
 def written(folder: Path, steps: int) -> bool:
     """Whether the folder's report is of a run of this many steps."""
     path = folder / REPORT
-    return path.exists() and _steps_line(steps) in path.read_text()
+    return path.is_file() and _steps_line(steps) in path.read_text(errors="replace")
 
 
 def _steps_line(steps: int) -> str:

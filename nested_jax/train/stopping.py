@@ -31,10 +31,14 @@ class Interruption:
         return self
 
     def __exit__(self, *_) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """From now on, signals act as usual."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def _note(self, number: int, frame) -> None:
         self.signal = number
-        self.__exit__()
+        self.release()

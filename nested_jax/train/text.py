@@ -44,8 +44,9 @@ def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Te
         seed=config.seed,
         carry=config.carry,
     )
-    heldout = HeldOut(config, net, tokenizer, open_documents(config.data, "heldout"), limit=config.eval_bytes)
-    return Text(tokenizer, batches, heldout, fingerprint(documents))
+    others = open_documents(config.data, "heldout")
+    heldout = HeldOut(config, net, tokenizer, others, limit=config.eval_bytes)
+    return Text(tokenizer, batches, heldout, fingerprint(documents, others))
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:

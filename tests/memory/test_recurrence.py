@@ -158,3 +158,13 @@ def test_a_momentum_needs_its_decay():
     one = jnp.ones((1, 1))
     with pytest.raises(ValueError, match="gates.momentum is None"):
         chunked(MemoryState(one, one), one, one, Gates(one[0], one[0], one[0]), one)
+
+
+@pytest.mark.parametrize("form", [chunked, tokenwise])
+def test_lengths_that_differ_are_refused(form):
+    state, x, gate = MemoryState(jnp.zeros((3, 2)), None), jnp.ones((4, 2)), jnp.ones(4)
+    for errors, gates in [(jnp.ones((1, 3)), [gate] * 3), (jnp.ones((4, 3)), [gate, gate[:1], gate])]:
+        with pytest.raises(ValueError, match="one length C of at least 1, not inputs 4"):
+            form(state, x, errors, Gates(*gates), x)
+    with pytest.raises(ValueError, match="at least 1, not inputs 0"):
+        form(state, x[:0], jnp.ones((0, 3)), Gates(*[gate[:0]] * 3), x[:0])

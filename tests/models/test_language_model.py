@@ -186,8 +186,23 @@ def test_what_is_refused():
         (dict(periods=(6, 4)), "6 is not a multiple of 4"),
         (dict(periods=(8, 4, 2)), "more than the 2 levels"),
         (dict(variant="nested", hidden=(4, 5), periods=(8, 4)), "equal widths"),
+        (dict(mixer="hope"), "model.mixer 'hope' is unknown: give one of self-modifying, titans"),
+        (dict(variant="parallel"), "cms.variant 'parallel' is unknown: give one of sequential, nested, independent"),
         (dict(width=9), "width 9 is not a multiple of model.heads 2"),
         (dict(projection_chunk=6), "6 is not a multiple of model.chunk 4"),
     ]:
         with pytest.raises(UserError, match=message):
             LanguageModel(config(**fields), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["self-modifying", "titans", "delta", "attention"])
+def test_inputs_of_another_shape_or_type_are_refused(name):
+    made = LanguageModel(config(name), rngs=nnx.Rngs(0))
+    state = made.init_state(2)
+    for wrong in (np.ones((2, 3)), np.ones(3, int), np.ones((2, 0), int), np.ones((2, 3), bool)):
+        with pytest.raises(UserError, match=r"give integers of shape \(B, T\)"):
+            made(wrong, state)
+    with pytest.raises(UserError, match="tokens have 1 rows, the state 2"):
+        made(np.ones((1, 3), int), state)
+    with pytest.raises(UserError, match=r"reset has shape \[1, 3\]"):
+        made(np.ones((2, 3), int), state, reset=np.zeros((1, 3), bool))
