@@ -1,10 +1,12 @@
 """The command line: what it prints, what it refuses in one line, and how it stops."""
 
 import dataclasses
+import errno
 import json
 import os
 import pydoc_data.topics
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -12,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+import orbax.checkpoint
 import pytest
 
 from nested_jax import cli
 from nested_jax.cli import main
+from nested_jax.data import open_documents
 from nested_jax.train import loop
 from nested_jax.train.config import TrainConfig, flag, flatten
 
@@ -50,12 +54,12 @@ def say(capsys):
     return run
 
 
-def start(*words: str) -> subprocess.Popen:
+def start(*words: str, **options) -> subprocess.Popen:
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes, **options)
 
 
 def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
@@ -222,11 +226,11 @@ def test_a_run_inside_its_own_text_resumes(place, say):
     assert say(f"{command} 2")[0] == 0
     bigram = lambda said: next(line for line in said if "bigram" in line)
     assert bigram(say("eval --run-dir folder/runs/a")[1]).split()[-1] in Path("folder/runs/a/report.md").read_text()
-    kept = os.stat("folder/runs/a/tokenizer.model")
+    inode = os.stat("folder/runs/a/tokenizer.model").st_ino
     assert say(f"{command} 3")[0] == 0
-    assert os.stat("folder/runs/a/tokenizer.model") == kept
-    for i in (0, 17):
-        file = Path("folder", f"{i}.txt")
+    assert os.stat("folder/runs/a/tokenizer.model").st_ino == inode  # not written again
+    for split in ("train", "heldout"):
+        file = Path("folder", f"{re.search(rb'[0-9]+', open_documents('folder', split)[0])[0].decode()}.txt")
         before = file.read_text()
         file.write_text("Tyger, tyger.\n" * 30)
         code, _, err = say(f"{command} 4")
@@ -266,6 +270,7 @@ def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
     assert len(metrics.read_text().splitlines()) == 5
     Path("a/checkpoints").rmdir()
     Path("elsewhere").rename("a/checkpoints")
+    Path("a/checkpoints/5.orbax-checkpoint-tmp").mkdir()  # what a kill while saving leaves
     metrics.write_text(metrics.read_text() + '{"step": 5, "lo')  # cut short by a kill
     assert say(f"{command} 5")[0] == 0
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 4, 5, 5]
@@ -276,6 +281,31 @@ def test_a_run_is_not_moved_from_under_the_working_directory(place, say, monkeyp
     monkeypatch.chdir("a")
     code, _, err = say(f"train {SMALL} --data ../text.txt --run-dir . --steps 2 --fresh")
     assert code == 2 and "holds the working directory" in err[0]
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(place, say, monkeypatch):
+    command = f"train {SMALL} --data text.txt --run-dir a --steps"
+    assert say(f"{command} 2")[0] == 0
+    limit = resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)  # bytes of a file, in the place of room on the disk
+    words = f"{command} 3000 --checkpoint-every 3000".split()
+    _, err = (process := start(*words, preexec_fn=lambda: resource.setrlimit(*limit))).communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.fullmatch("nested-jax: .*File too large; what was saved before is kept\n", err), err
+    assert Path("a/checkpoints/2").is_dir()
+
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax.checkpoint.CheckpointManager, "save", full)
+        code, _, err = say(f"{command} 3000 --checkpoint-every 4")
+    assert code == 2 and len(err) == 1 and "checkpoints/4 cannot be written" in err[0] and "No space left" in err[0]
+    words = f"{command} 3000 --checkpoint-every 4".split()
+    wait_for_rows(process := start(*words), "a", 8)
+    process.kill()
+    process.wait()
+    steps = [row["step"] for row in map(json.loads, Path("a/metrics.jsonl").read_text().splitlines()[:8])]
+    assert steps == [1, 2, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_broken_run_stops_with_one_line(place, say):

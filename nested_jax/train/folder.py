@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nested_jax.errors import UserError
+from nested_jax.train.checkpoint import CHECKPOINTS
 from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
@@ -82,10 +83,10 @@ def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
 
 
 def stamp(folder: Path) -> tuple[bytes, list[str]]:
-    """What tells whether another process has trained in the folder: its config, and the names of its checkpoints."""
-    config, checkpoints = folder / _CONFIG, folder / "checkpoints"
-    names = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
-    return config.read_bytes() if config.is_file() else b"", names
+    """What tells whether another process has trained in the folder: its config, and the steps of its checkpoints."""
+    config, checkpoints = folder / _CONFIG, folder / CHECKPOINTS
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return config.read_bytes() if config.is_file() else b"", sorted(filter(str.isdigit, names))
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -1,17 +1,34 @@
 """What a run leaves behind."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny_run import rows
 
 from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer, load_tokenizer
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.record import read_rows
 from nested_jax.train.sample import characters, sample
 from nested_jax.train.stopping import NonFinite
+
+
+def events(folder: Path) -> list[Event]:
+    """What TensorBoard would read, but for each file's first event, which names the format."""
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data, own = file.read_bytes(), []
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            own.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+        assert own[0].file_version == "brain.Event:2"
+        found += own[1:]
+    return found
 
 
 def test_a_run_folder_is_complete(small, quiet):
@@ -19,7 +36,11 @@ def test_a_run_folder_is_complete(small, quiet):
     state, said = quiet(config)
     folder = Path(config.run_dir)
     assert TrainConfig.from_json(json.loads((folder / "config.json").read_text())["train"]) == config
-    assert list((folder / "tensorboard").iterdir())
+    first, *told = events(folder)
+    assert first.session_log.status == SessionLog.START and first.step == 1
+    told = {(event.step, value.tag): value.simple_value for event in told for value in event.summary.value}
+    written = {(row["step"], name): number for row in read_rows(folder) for name, number in row.items() if name != "step"}
+    assert told == pytest.approx(written, rel=1e-6)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     heldout = [row for row in rows(config) if "heldout_bits_per_byte" in row]
     assert [row["step"] for row in heldout] == [3, 6]
