@@ -21,6 +21,7 @@ from nested_jax import LanguageModel, ModelConfig
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, StrMethodFormatter  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -173,11 +174,15 @@ def figure(results: dict, path: Path) -> None:
         left.plot([row["length"] for row in rows], [row["tokens_per_s"] for row in rows], "o-", label=name)
     left.set(xscale="log", yscale="log", xlabel="tokens T of a row", ylabel="tokens/s", title="Training step")
     left.set_xticks([row["length"] for row in rows], [f"{row['length']:,}" for row in rows])
-    left.minorticks_off()
+    left.xaxis.minorticks_off()
+    left.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left.yaxis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
     left.legend(frameon=False)
     decoded = results["decoding"]
     right.plot([row["context"] for row in decoded], [row["ms_per_token"] for row in decoded], "o-")
-    right.set(xscale="log", ylim=(0, None), xlabel="tokens of context", ylabel="ms per token", title="Hope, decoding")
+    right.set(xscale="log", xlabel="tokens of context", ylabel="ms per token", title="Hope, decoding")
+    right.set_ylim(0, 1.2 * max(row["ms_per_token"] for row in decoded))
     fig.savefig(path, dpi=150)
 
 
