@@ -1,8 +1,9 @@
 """Packing documents into windows of tokens: a Grain pipeline, seeded, sharded, exactly resumable.
 
 A document becomes boundary, ids, boundary; its inputs are all but the last of these, its targets all but the first.
-A window has T slots. Each document starts at a multiple of `alignment` slots (where chunks and periods start), the
-slots before it are empty (boundary as token and target, weight 0), and goes on in the same row of the next batch.
+A window has T slots. Each document starts at a multiple of `alignment` slots (where chunks and periods start), counted
+from the window's first slot or, where state is carried, from the row's first window. The slots before it are empty
+(boundary as token and target, weight 0), and it goes on in the same row of the next batch.
 """
 
 from __future__ import annotations
@@ -134,44 +135,51 @@ class PackedWindows(grain.IterDataset):
 
 
 class _PackedWindowsIterator(grain.DatasetIterator):
-    """Its state: the parent's state before the document being read, and how many of its inputs were read."""
+    """Its state: the parent's state before the document being read, how many of its inputs were read, and, with carry,
+    the position of the next window in its row, up to multiples of the alignment."""
 
     def __init__(self, parent: grain.DatasetIterator, *, window: int, alignment: int, boundary: int, carry: bool):
         super().__init__(parent)
         self._window, self._alignment, self._boundary, self._carry = window, alignment, boundary, carry
-        self._document, self._offset = None, 0
+        self._document, self._offset, self._position = None, 0, 0
 
     def __next__(self) -> Batch:
-        packed = _empty(self._window, self._boundary, self._carry)
-        slot = 0
-        while slot < self._window:
-            if self._document is None:
-                self._before = self._parent.get_state()
-                try:
-                    self._document = next(self._parent)
-                except StopIteration:
-                    if slot:
-                        break
-                    raise
+        packed, slot = _empty(self._window, self._boundary, self._carry), 0
+        self._read()  # a window is left empty only before another document
+        while True:
+            if self._offset == 0:
+                slot += -(self._position + slot) % self._alignment
+            if slot >= self._window:
+                break
+            try:
+                self._read()
+            except StopIteration:
+                break
             size = min(self._window - slot, len(self._document) - 1 - self._offset)
             here, there = slice(slot, slot + size), slice(self._offset, self._offset + size)
             packed.tokens[here] = self._document[:-1][there]
             packed.targets[here] = self._document[1:][there]
             packed.weights[here] = 1
             packed.reset[slot] |= self._offset == 0
-            self._offset += size
+            slot, self._offset = slot + size, self._offset + size
             if self._offset == len(self._document) - 1:
                 self._document, self._offset = None, 0
-            slot = -(-(slot + size) // self._alignment) * self._alignment
+        if self._carry:
+            self._position = (self._position + self._window) % self._alignment
         return packed
+
+    def _read(self) -> None:
+        if self._document is None:
+            self._before = self._parent.get_state()
+            self._document = next(self._parent)
 
     def get_state(self) -> dict[str, Any]:
         before = self._parent.get_state() if self._document is None else self._before
-        return {"parent": before, "offset": self._offset}
+        return {"parent": before, "offset": self._offset, "position": self._position}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        self._document, self._offset = None, state["offset"]
+        self._document, self._offset, self._position = None, state["offset"], state["position"]
 
 
 def _packing(tokenizer: Tokenizer, window: int, batch: int, alignment: int, carry: bool):
@@ -179,9 +187,7 @@ def _packing(tokenizer: Tokenizer, window: int, batch: int, alignment: int, carr
     for name, value in (("window", window), ("batch", batch), ("alignment", alignment)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
-    if window % alignment and alignment % window:
-        raise UserError(f"window {window} and alignment {alignment}: one must be a multiple of the other")
-    options = {"window": window, "alignment": min(alignment, window), "boundary": tokenizer.boundary, "carry": carry}
+    options = {"window": window, "alignment": alignment, "boundary": tokenizer.boundary, "carry": carry}
     return lambda documents: PackedWindows(documents.to_iter_dataset(_READ), **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
@@ -27,7 +28,8 @@ def newton_schulz(
         gradient:  O <- O - step_size O (O^T O - I)
 
     The second is gradient descent on |O^T O - I|^2 / 4 (NL Eq. 43-44); with a step size of 1/2 it is the cubic
-    Newton-Schulz iteration. The first is Muon's, optax's own: five steps bring singular values to about 0.7 to 1.2.
+    Newton-Schulz iteration. The first is Muon's, optax's own: five steps bring singular values above |x|_F / 50
+    to between 0.65 and 1.15, and smaller ones less far.
     A matrix of zeros stays one, with derivatives of zero.
 
     Args:
@@ -67,8 +69,10 @@ def _quintic(x, steps):
 def _gradient(x, steps, step_size):
     o = x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     wide = o.shape[-2] < o.shape[-1]
-    for _ in range(steps):
+
+    def step(_, o):
         turned = jnp.swapaxes(o, -2, -1)
         cube = (o @ turned) @ o if wide else o @ (turned @ o)  # by the smaller of the two Gram matrices
-        o = o - step_size * (cube - o)
-    return o
+        return o - step_size * (cube - o)
+
+    return jax.lax.fori_loop(0, steps, step, o)

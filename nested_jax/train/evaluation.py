@@ -37,7 +37,7 @@ class HeldOut:
             tokenizer,
             window=config.window,
             batch=config.batch,
-            alignment=alignment(config),
+            alignment=config.model.alignment,
             carry=config.carry,
         )
         self.text_bytes = self._batches.text_bytes
@@ -70,9 +70,3 @@ def first_bytes(documents: Sequence[bytes], limit: int) -> Iterator[bytes]:
             return
         yield text
         limit -= len(text)
-
-
-def alignment(config: TrainConfig) -> int:
-    """Tokens that documents start on multiples of: the model's, or whole windows where the two do not fit."""
-    own = config.model.alignment
-    return own if config.window % own == 0 or own % config.window == 0 else config.window

@@ -12,7 +12,7 @@ from flax import nnx
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.evaluation import HeldOut, alignment
+from nested_jax.train.evaluation import HeldOut
 from nested_jax.train.folder import fingerprint
 from nested_jax.train.sample import Tokenizer
 
@@ -40,7 +40,7 @@ def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Te
         tokenizer,
         window=config.window,
         batch=config.batch,
-        alignment=alignment(config),
+        alignment=config.model.alignment,
         seed=config.seed,
         carry=config.carry,
     )

@@ -35,6 +35,7 @@ def read(layer, weights, x, **keywords):
         dict(chunk=4, projection_chunk=8),
         dict(chunk=1, projection_chunk=4, adaptive_query=True),
         dict(chunk=4, rule=Rule(surprise=0.3)),
+        dict(chunk=4, rule=Rule(read="before")),
         dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
     ],
     ids=str,

@@ -21,6 +21,11 @@ CASES = {
     "first order": dict(periods=(8, 4), blocks=1, meta_gradient="first-order", rule="adam"),
     "self-modifying": dict(periods=(8, 4), mixer="self-modifying"),
     "shorter than a chunk": dict(periods=(6, 2), mixer="titans", clip=0.0),
+    "attention": dict(periods=(8, 4), mixer="attention"),
+    "two of three blocks": dict(periods=(8, 4), blocks=2, layers=3, mixer="self-modifying"),
+    "two chunks a segment": dict(periods=(8, 4), chunk=2, mixer="self-modifying"),
+    "segments across chunks": dict(periods=(12, 6), mixer="self-modifying"),
+    "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum"),
     "shared by the batch": dict(periods=(8, 4), scope="batch"),
 }
 
@@ -41,7 +46,7 @@ def test_equals_a_loop_of_gradients(x64, case):
     assert not np.allclose(fast, still)
 
 
-@pytest.mark.parametrize("case", ["last block", "nested", "first order"])
+@pytest.mark.parametrize("case", ["last block", "nested", "first order", "two of three blocks"])
 def test_outer_gradient_equals_that_of_the_loop(x64, case):
     """For every weight: the starts of all levels, their rates, the sequence layers."""
     made = model(config(**CASES[case]))

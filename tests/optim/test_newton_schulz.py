@@ -24,6 +24,15 @@ def test_quintic_is_a_polynomial_of_the_singular_values(x64, shape, steps):
     np.testing.assert_allclose(newton_schulz(matrix(*shape), steps), (u * s) @ vt, rtol=1e-6, atol=1e-7)
 
 
+def test_five_quintic_steps_bring_singular_values_near_one(x64):
+    """From the smallest that is promised, a fiftieth of the norm, on."""
+    values = jnp.geomspace(0.03, 1, 25)
+    assert values.min() / jnp.linalg.norm(values) < 1 / 50
+    values = values[values / jnp.linalg.norm(values) > 1 / 50]
+    after = jnp.linalg.svd(newton_schulz(jnp.diag(values)))[1]
+    assert after.min() > 0.65 and after.max() < 1.15
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (7, 3), (3, 7)], ids=str)
 def test_gradient_form_descends_on_the_distance_to_orthogonality(x64, shape):
     """The objective is written on the side where it can be zero."""

@@ -228,6 +228,24 @@ def test_matrices_decay_and_nothing_else():
     assert decays == cms | mixer | {"embedding", "head"}
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
+    """Three updates by large gradients, through the warm-up, against a chain written out."""
+    config = TrainConfig(model=small_model("tiny-hope"), steps=9, warmup=2, learning_rate=0.1, weight_decay=0.3, clip=clip)
+    parameters = to_float64(states.draw_parameters(config.model, 0))
+    adam = [optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.3, mask=states.decayed)]
+    rates = (0.05, 0.075, 0.1)
+    clipped = [optax.clip_by_global_norm(clip)] if clip else []
+    own = states.optimizer(config)
+    theirs = optax.chain(*clipped, *adam)
+    memory, other = own.init(parameters), theirs.init(parameters)
+    for i, rate in enumerate(rates):
+        gradient = jax.tree.map(lambda w, i=i: jnp.cos(w + i), parameters)
+        got, memory = own.update(gradient, memory, parameters)
+        expected, other = theirs.update(gradient, other, parameters)
+        chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
+
+
 def test_memory_is_that_of_boundary_states_and_layer_inputs():
     """Temporaries of an update, as XLA counts them, at three lengths: at most twice what has to be kept."""
     model = small_model("tiny-hope", width=64, layers=3, chunk=32)

@@ -1,0 +1,55 @@
+"""Norms, gates' starts and rotary positions against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory.attention import rotate
+from nested_jax.memory.deep import Deep, in_batch
+from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.projections import l2norm, project_in, rms_norm
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.titans import Titans
+
+
+def normal(*shape):
+    return jax.random.normal(jax.random.key(0), shape, jnp.float64)
+
+
+def test_norms(x64):
+    x = 3 * normal(5, 8)
+    np.testing.assert_allclose(jnp.linalg.norm(l2norm(x), axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(rms_norm(jnp.ones(8), x) ** 2, -1), 1, rtol=1e-6)
+    np.testing.assert_allclose(l2norm(x), x / np.linalg.norm(x, axis=-1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [LinearMemory(16, 2, "linear"), LinearMemory(16, 2), Titans(16, 2, 4)], ids=str)
+def test_fixed_projections_start_with_unit_keys_and_a_retention_near_one(layer):
+    weights = layer.init_weights(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (3, 20, 16))
+    _, (q, k, _), (rate, retention, *_) = project_in(weights, jnp.zeros((3, 3, 16)), x, 2, None)
+    for vectors in (q, k):
+        np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
+    assert retention.min() > 0.98 and 0.2 < rate.mean() < 0.35
+
+
+def test_self_modifying_memories_start_with_unit_keys_and_values_and_a_retention_near_one():
+    layer = SelfModifyingTitans(32, 2, 8)
+    weights = layer.init_weights(jax.random.key(0))
+    projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), 1))
+    x, q = jax.random.normal(jax.random.key(1), (2, 64, 1, 2, 16))
+    keys, values, _, strengths = layer.generate(weights, projections, x, q, jnp.full((64, 1, 2), 0.5))
+    for vectors in (keys, values):
+        np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
+    assert strengths.retain.min() > 0.98
+
+
+def test_rotary_positions_are_complex_turns(x64):
+    """Pairs (x_i, x_{i+4}) as complex numbers; scores depend on the distance of two tokens, and do depend on it."""
+    x, at = np.asarray(normal(2, 5, 3, 8)), np.array([0, 1, 7, 30, 1000])
+    z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * at[:, None] * 10_000.0 ** (-np.arange(4) / 4))[:, None]
+    np.testing.assert_allclose(rotate(x, at), np.concatenate([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
+    score = lambda i, j: (rotate(x[:1, :1], np.array([i])) * rotate(x[:1, 1:2], np.array([j]))).sum()
+    np.testing.assert_allclose(score(3, 9), score(13, 19), rtol=1e-4)
+    assert abs(score(3, 9) - score(3, 12)) > 1e-2

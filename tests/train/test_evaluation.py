@@ -1,0 +1,61 @@
+"""Held-out bits per byte of a model that knows nothing; the verdict; windows of any length."""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+from tiny_run import rows, small_model
+
+from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer
+from nested_jax.train import report
+from nested_jax.train import state as states
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.evaluation import HeldOut
+from nested_jax.train.loop import train
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa "
+TEXTS = [(WORDS * 5)[i : i + 7 * i + 3].encode() for i in range(30)]
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("tokens", ["bytes", "sentencepiece"])
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens, carry):
+    """For every target, the boundary after each document too; over the bytes of the text, not over the targets."""
+    bytes_only = tokens == "bytes"
+    tokenizer = ByteTokenizer() if bytes_only else SentencePieceTokenizer.train(TEXTS, 290)
+    size = 256 if bytes_only else 290
+    model = small_model("tiny-hope", tie_embeddings=False, vocabulary=size)
+    config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch=4, carry=carry)
+    parameters = states.draw_parameters(model, 0)
+    parameters["head"] = jnp.zeros_like(parameters["head"])
+    heldout = HeldOut(config, states.network(model), tokenizer, TEXTS, limit=10**6)
+    targets = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
+    expected = math.log2(size) * targets / sum(map(len, TEXTS))
+    assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
+    assert heldout.bits_per_byte(parameters) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "verdict"), [(3.3, ", below the bigram"), (3.4, ", not below the bigram")])
+def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_path, bits, verdict):
+    numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="")
+    report.write(tmp_path, TrainConfig(), bits_per_byte=bits, entropies=NgramEntropies(4.5, 3.35), **numbers)
+    assert verdict in (tmp_path / report.REPORT).read_text()
+
+
+@pytest.mark.parametrize(("window", "carry"), [(8, True), (24, True), (24, False)])
+def test_any_window_trains(window, carry, tmp_path, monkeypatch):
+    """Shorter than the alignment of 16, or no multiple of it, on documents of all lengths: every step is finite."""
+    monkeypatch.setenv("NESTED_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "text" / f"{i}.txt").write_bytes(text + b"%d" % i)
+    config = TrainConfig.from_preset(
+        "tiny-hope", model=small_model("tiny-hope"), window=window, carry=carry, batch=2, steps=12, warmup=2,
+        data=str(tmp_path / "text"), run_dir=str(tmp_path / "run"), sample_tokens=0, eval_every=12, log_every=1,
+    )  # fmt: skip
+    state = train(config, Console(file=io.StringIO()))
+    assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 13))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
