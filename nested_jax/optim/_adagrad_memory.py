@@ -1,0 +1,145 @@
+"""AdaGrad as a memory of gradients that never forgets: element by element, or with whole outer products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_jax.optim._hyperparameters import check, check_choice
+from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, resolve
+from nested_jax.optim._precision import accumulators, safe_divide, safe_root
+from nested_jax.typing import Array, Float, PyTree
+
+
+class AdagradMemoryState(NamedTuple):
+    """Sums of squares of gradients, of the parameters' shapes, or of outer products (..., n, n); float32 or finer."""
+
+    squares: PyTree
+
+
+def scale_by_adagrad_memory(
+    form: Literal["diagonal", "full"] = "diagonal",
+    *,
+    penalty: float = 0.0,
+    dimension_numbers: DimensionNumbers = None,
+) -> optax.GradientTransformation:
+    """The linear memory that maps all gradients so far to their root sum of squares, read at the last gradient.
+
+        diagonal:  h <- h + g^2         emits  sqrt(h) / (h + penalty) g                     (NL Eq. 101-105)
+        full:      H <- H + g g^T       emits  H^{1/2} (H + penalty I)^{-1} g                (NL Eq. 106-111)
+
+    In the full form g is a vector, the last axis of a leaf, or a matrix (in, out): then H is (in, in), one for all columns.
+    Its eigendecomposition costs in^3 a step. Directions in which all gradients were zero, to rounding, stay zero.
+
+    Args:
+        form: squares element by element, or outer products.
+        penalty: lambda, at least 0.
+        dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
+            None: leaves of two axes.
+
+    Raises:
+        UserError: a hyperparameter is out of range, or dimension numbers do not fit a parameter.
+    """
+    check("adagrad_memory", low=0.0, penalty=penalty)
+    check_choice("adagrad_memory", ("diagonal", "full"), form=form)
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, accumulators(params))
+        return AdagradMemoryState(zeros if form == "diagonal" else _columns(_outer, dimension_numbers, zeros))
+
+    def update(updates, state, params=None):
+        del params
+        gradients = accumulators(updates)
+        if form == "diagonal":
+            squares = jax.tree.map(lambda h, g: h + jnp.square(g), state.squares, gradients)
+            emitted = jax.tree.map(lambda h, g: safe_divide(safe_root(h) * g, h + penalty), squares, gradients)
+        else:
+            squares = jax.tree.map(jnp.add, state.squares, _columns(_outer, dimension_numbers, gradients))
+            read = lambda g, H: _root_over(H, penalty) @ g
+            emitted = _columns(read, dimension_numbers, gradients, squares)
+        squares = optax.tree.cast_like(squares, state.squares)
+        return optax.tree.cast_like(emitted, updates), AdagradMemoryState(squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _outer(g: Float[Array, "*batch N M"]) -> Float[Array, "*batch N N"]:
+    return g @ jnp.swapaxes(g, -2, -1)
+
+
+def _columns(function: Callable, dimension_numbers: DimensionNumbers, tree: PyTree, *rest: PyTree) -> PyTree:
+    """`function` of every leaf as (..., n, m), a vector's m being 1, and of what other trees hold for it, as that is."""
+    leaves, structure = jax.tree.flatten(tree)
+    results = []
+    for leaf, numbers, *own in zip(leaves, resolve(dimension_numbers, tree), *map(jax.tree.leaves, rest), strict=True):
+        turned = as_matrices(leaf, numbers) if numbers else jnp.atleast_1d(leaf)[..., None]
+        out = function(turned, *own)
+        if out.shape == turned.shape and own:
+            out = from_matrices(out, numbers, leaf.shape) if numbers else out.reshape(leaf.shape)
+        results.append(out)
+    return structure.unflatten(results)
+
+
+@jax.custom_jvp
+def _root_over(H: Float[Array, "*batch N N"], penalty: Array) -> Float[Array, "*batch N N"]:
+    """H^{1/2} (H + penalty I)^{-1} of a positive semi-definite H, its null space left out."""
+    values, vectors = _eigen(H)
+    return _sandwich(vectors, safe_divide(jnp.sqrt(values), values + penalty)[..., None, :])
+
+
+@_root_over.defjvp
+def _root_over_jvp(primals, tangents):
+    """By divided differences of f(x) = sqrt(x) / (x + penalty), which need no gap between eigenvalues."""
+    (H, penalty), (dH, dpenalty) = primals, tangents
+    values, vectors = _eigen(H)
+    roots, f = jnp.sqrt(values), safe_divide(jnp.sqrt(values), values + penalty)
+    a, b, x, y = roots[..., :, None], roots[..., None, :], values[..., :, None], values[..., None, :]
+    both = safe_divide(penalty - a * b, (x + penalty) * (y + penalty) * (a + b))
+    one = safe_divide(f, values)
+    slope = jnp.where((x > 0) & (y > 0), both, one[..., :, None] + one[..., None, :])
+    turned = jnp.swapaxes(vectors, -2, -1) @ dH @ vectors
+    by_penalty = -safe_divide(roots, jnp.square(values + penalty)) * dpenalty
+    value = _sandwich(vectors, f[..., None, :])
+    return value, vectors @ (slope * turned) @ jnp.swapaxes(vectors, -2, -1) + _sandwich(vectors, by_penalty[..., None, :])
+
+
+def _eigen(H):
+    values, vectors = jnp.linalg.eigh(H)
+    floor = H.shape[-1] * jnp.finfo(H.dtype).eps * jnp.max(values, axis=-1, keepdims=True)
+    return jnp.where(values > floor, values, 0), vectors
+
+
+def _sandwich(vectors, middle):
+    return (vectors * middle) @ jnp.swapaxes(vectors, -2, -1)
+
+
+def adagrad_memory(
+    learning_rate: optax.ScalarOrSchedule,
+    form: Literal["diagonal", "full"] = "diagonal",
+    *,
+    penalty: float = 0.0,
+    dimension_numbers: DimensionNumbers = None,
+) -> optax.GradientTransformation:
+    """`scale_by_adagrad_memory`, then the learning rate. By default it is AdaGrad, started at zero, without its epsilon.
+
+    Args:
+        learning_rate: a number or a schedule.
+        form, penalty, dimension_numbers: as of `scale_by_adagrad_memory`.
+
+    Raises:
+        UserError: a hyperparameter is not finite or out of range, or dimension numbers do not fit a parameter.
+
+    >>> rule = adagrad_memory(1.0, "full")
+    >>> print(rule.update(jnp.array([3.0, 4.0]), rule.init(jnp.zeros(2)))[0].round(3))
+    [-0.6 -0.8]
+
+    References:
+        NL, Eq. 101-111; Duchi et al., JMLR 2011.
+    """
+    check("adagrad_memory", learning_rate=learning_rate)
+    rule = scale_by_adagrad_memory(form, penalty=penalty, dimension_numbers=dimension_numbers)
+    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))

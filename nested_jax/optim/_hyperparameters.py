@@ -1,0 +1,48 @@
+"""Checks of hyperparameters where a transformation is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.errors import UserError
+from nested_jax.typing import Array
+
+
+def check(rule: str, *, low: float = -math.inf, high: float = math.inf, below: float = math.inf, **values: Any) -> None:
+    """Raises UserError for the first value that is not finite, or not in [low, high] and below `below`.
+
+    Traced values and schedules pass.
+    """
+    for name, value in values.items():
+        if callable(value) or isinstance(value, jax.core.Tracer):
+            continue
+        if not np.all(np.isfinite(value)):
+            raise UserError(f"{rule}: {name} {value} is not finite")
+        if not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high) & (np.asarray(value) < below)):
+            end = f" and below {below:g}" if below < math.inf else f" and at most {high:g}" if high < math.inf else ""
+            raise UserError(f"{rule}: {name} {value} is out of range: give a number of at least {low:g}{end}")
+
+
+def check_period(rule: str, **values: Any) -> None:
+    """Raises UserError for the first value that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{rule}: {name} {value!r} is no period: give a whole number of steps, at least 1")
+
+
+def check_choice(rule: str, known: tuple, **values: Any) -> None:
+    """Raises UserError for the first value that is not known."""
+    for name, value in values.items():
+        if value not in known:
+            raise UserError(f"{rule}: {name} {value!r} is unknown: give one of {', '.join(map(str, known))}")
+
+
+def rate_at(learning_rate: float | Callable, count: Array) -> Array:
+    """A learning rate's value at a step."""
+    return learning_rate(count) if callable(learning_rate) else jnp.asarray(learning_rate)

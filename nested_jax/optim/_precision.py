@@ -1,0 +1,35 @@
+"""Numbers that are safe: memories in float32 or finer, norms and roots with derivatives that are finite at zero."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.typing import Array, PyTree
+
+
+def accumulators(tree: PyTree) -> PyTree:
+    """The tree in float32, or float64 where it is that. Updates go back to the type of their gradients."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def safe_root(x: Array) -> Array:
+    """Square root, its derivative zero at zero."""
+    some = x > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, x, 1)), 0)
+
+
+def safe_divide(x: Array, by: Array) -> Array:
+    """x / by, and zero with derivatives of zero where `by` is zero."""
+    some = by != 0
+    return jnp.where(some, x / jnp.where(some, by, 1), 0)
+
+
+def norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """Euclidean norm over some axes, which are kept."""
+    return safe_root(jnp.sum(jnp.square(x), axis, keepdims=True))
+
+
+def unit(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """x over its norm; zeros stay zeros."""
+    return safe_divide(x, norm(x, axis))
