@@ -116,7 +116,11 @@ def assert_healthy(step: int, metrics: Metrics) -> None:
 
 
 def _level(leaf: str) -> str:
-    return leaf.split("/")[0]
+    """What users call the level that a leaf of `ModelState` belongs to."""
+    parts = leaf.split("/")
+    if "slow" in parts:  # learning/levels/fast/.../slow/matrices/...
+        return f"{parts[: parts.index('slow')].count('fast') + 1} of the CMS levels that learn, from the slowest"
+    return "of the sequence layers' memories" if {"mixers", "begun"} & set(parts) else "of the open segment"
 
 
 def _finite(tree: PyTree, check: Callable = lambda x: jnp.isfinite(x).all()) -> PyTree:

@@ -161,6 +161,14 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("name", ["gated-delta", "linear", "titans-4", "self-modifying-4"])
+def test_retention_starts_above_a_hundredth_from_one(name):
+    """A new memory keeps what it stores: for a hundred tokens and more, whatever they are."""
+    weights = LAYERS[name].init_weights(jax.random.key(0))
+    bias = weights["retention_bias"] if "retention_bias" in weights else weights["gates_bias"][H : 2 * H]
+    assert jax.nn.sigmoid(bias).min() > 0.99
+
+
 def assert_bounded(layer, biases):
     """20,480 random tokens in float32, for each row of the biases."""
     weights = layer.init_weights(jax.random.key(0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.memory.recurrence import Gates, MemoryState, _unit_lower_inverse, chunked, tokenwise
+from nested_jax.memory.recurrence import Gates, MemoryState, _solve, _unit_lower_inverse, chunked, tokenwise
 
 
 def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, queries=True, dtype=np.float64):
@@ -70,6 +70,17 @@ def test_chunked_is_tokenwise(seed, batch, C, K, V, options):
 
 
 @pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("erase", [False, True])
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("anchor", [False, True])
+def test_chunked_is_tokenwise_with_every_option(x64, momentum, erase, decay, anchor):
+    """All combinations, with empty slots, over a chunk that is no multiple of the solve's blocks."""
+    rng = np.random.default_rng(8)
+    options = dict(momentum=momentum, erase=erase, decay=decay, anchor=anchor, slots=True)
+    assert_close(*both(*problem(rng, (2,), 11, 3, 2, **options)), 1e-10)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
 def test_exactly_zero_gates(x64, momentum):
     """Zeros in every gate, runs of them too: values and gradients, those with respect to the zeros included."""
     arrays, keywords, _ = problem(
@@ -85,22 +96,44 @@ def test_exactly_zero_gates(x64, momentum):
     assert float(jnp.min(jnp.abs(slow[1][0][3].retain[..., np.array([4, 5, 9])]))) > 0  # not trivially zero
 
 
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(np.float64, 1e-10), (np.float32, 2e-5)])
-def test_identical_keys_with_erase_near_one(x64, dtype, tolerance):
-    """The hardest triangular system: every entry near 1. Powers of it lose 1e-3 in float32; inverting blocks does not."""
+def test_identical_keys_with_erase_near_one(x64, dtype, tolerance, momentum):
+    """The hardest triangular system: every entry near 1. Powers of it lose 1e-3 in float32; inverting blocks does not.
+
+    Values, and gradients with respect to every input.
+    """
     rng = np.random.default_rng(0)
     C, K = 64, 8
     key = rng.normal(size=K)
     key /= np.linalg.norm(key)
     ones = np.ones(C)
     arguments = [
-        MemoryState(rng.normal(size=(K, K))), np.tile(key, (C, 1)), rng.normal(size=(C, K)),
-        Gates(0.5 * ones, 0.999 * ones, ones), rng.normal(size=(C, K)),
+        MemoryState(rng.normal(size=(K, K)), rng.normal(size=(K, K)) if momentum else None),
+        np.tile(key, (C, 1)), rng.normal(size=(C, K)),
+        Gates(0.5 * ones, 0.999 * ones, ones, 0.9 * ones if momentum else None), rng.normal(size=(C, K)),
     ]  # fmt: skip
-    exact = tokenwise(*jax.tree.map(jnp.asarray, arguments))
-    fast = jax.jit(chunked)(*jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments))
-    assert fast[1].dtype == dtype
+    exact, _ = both(jax.tree.map(jnp.asarray, arguments), {}, None)
+    _, fast = both(jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments), {}, None)
+    assert {x.dtype for x in jax.tree.leaves(fast)} == {jnp.dtype(dtype)}
     assert_close(exact, fast, tolerance)
+
+
+def test_the_triangular_solve_is_in_full_precision():
+    """On a TPU a product of float32 is one of bfloat16 unless it says otherwise: here and in the derivatives each does."""
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield equation.params["precision"]
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    lower, right = jnp.tril(jnp.ones((32, 32)), -1), jnp.ones((32, 4))
+    solve = lambda *arguments: jnp.sum(jnp.sin(_solve(*arguments)))
+    for order in (solve, jax.grad(solve, (0, 1)), jax.grad(lambda *a: jnp.sum(jax.grad(solve)(*a) ** 2))):
+        found = list(products(jax.make_jaxpr(order)(lower, right).jaxpr))
+        assert len(found) > 5 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 @pytest.mark.parametrize("C", [1, 7, 32, 40])

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from tiny import config, differentiable, model, read, tokens, without_rates
 
+from nested_jax.cms import MATRICES
 from nested_jax.errors import UserError
 from nested_jax.models.in_context import definition
 
@@ -15,9 +16,9 @@ CASES = {
     "two levels": dict(periods=(8, 4)),
     "last block": dict(periods=(8, 4), blocks=1),
     "one of two levels": dict(periods=(4,), activation="swiglu"),
-    "three levels": dict(hidden=(5, 4, 3), periods=(16, 8, 4)),
+    "three levels": dict(hidden=(5, 4, 3), periods=(16, 8, 4), mixer="sliding-window"),
     "nested": dict(hidden=(4, 4, 4), periods=(16, 8, 4), variant="nested"),
-    "independent": dict(periods=(8, 8), variant="independent", rule="momentum"),
+    "independent": dict(periods=(8, 8), variant="independent", rule="momentum", mixer="linear"),
     "first order": dict(periods=(8, 4), blocks=1, meta_gradient="first-order", rule="adam"),
     "self-modifying": dict(periods=(8, 4), mixer="self-modifying"),
     "shorter than a chunk": dict(periods=(6, 2), mixer="titans", clip=0.0),
@@ -25,8 +26,9 @@ CASES = {
     "two of three blocks": dict(periods=(8, 4), blocks=2, layers=3, mixer="self-modifying"),
     "two chunks a segment": dict(periods=(8, 4), chunk=2, mixer="self-modifying"),
     "segments across chunks": dict(periods=(12, 6), mixer="self-modifying"),
-    "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum"),
-    "shared by the batch": dict(periods=(8, 4), scope="batch"),
+    "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum", mixer="delta"),
+    "titans": dict(periods=(8, 4), mixer="titans"),
+    "shared by the batch": dict(periods=(8, 4), scope="batch", activation="swiglu"),
 }
 
 
@@ -64,15 +66,19 @@ def test_outer_gradient_equals_that_of_the_loop(x64, case):
     assert all(jnp.abs(rate[-1]) > 0 for rate in rates)
 
 
-@pytest.mark.parametrize("case", ["two levels", "nested", "self-modifying"])
+@pytest.mark.parametrize("case", ["two levels", "nested", "independent", "self-modifying"])
 def test_rates_of_zero_are_the_frozen_model(x64, case):
-    """The same weights read by the same architecture, with no period at all."""
-    made = model(config(**CASES[case] | {"variant": "sequential", "rate": 0.0}))
+    """The same weights read by the same architecture with no period at all; levels of a nested CMS are then equal."""
+    made = model(config(**CASES[case] | {"rate": 0.0}))
     net, weights = differentiable(made)
     weights = without_rates(weights)
-    frozen_net, frozen = differentiable(model(config(**CASES[case] | {"variant": "sequential", "periods": ()})))
+    variant = "sequential" if case == "nested" else made.config.cms.variant
+    frozen_net, _ = differentiable(model(config(**CASES[case] | {"variant": variant, "periods": ()})))
     given = nnx.to_pure_dict(weights)
-    given["blocks"]["cms"] = {k: {n: w for n, w in v.items() if n != "rate"} for k, v in given["blocks"]["cms"].items()}
+    levels = given["blocks"]["cms"]
+    shared = {k: w for k, w in levels["level1"].items() if k in MATRICES} if case == "nested" else {}
+    still = lambda level: {k: w for k, w in (shared | level).items() if k != "rate"}
+    given["blocks"]["cms"] = {k: still(v) if k != "mix" else v for k, v in levels.items()}
     frozen = nnx.State(given)
     text = tokens(2, 19)
     fast = jax.jit(lambda: read(nnx.merge(net, weights), text, 40)[0])()

@@ -10,11 +10,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny import cms_forward as forward
 from tiny import config, differentiable, model, read, tokens
 
-from nested_jax import PRESETS, LanguageModel, preset
+from nested_jax import PRESETS, LanguageModel, cms, preset
 from nested_jax.errors import UserError
+from nested_jax.memory import linear
 from nested_jax.models.__main__ import table
+from nested_jax.models.block import sequence_layer
 
 IN_CONTEXT = dict(periods=(8, 4))
 MODELS = {
@@ -23,28 +26,30 @@ MODELS = {
     "hope-attention": dict(mixer="attention", **IN_CONTEXT),
     "sliding-window": dict(mixer="sliding-window"),
     "titans": dict(mixer="titans"),
+    "transformer": dict(mixer="attention", hidden=(5,), activation="swiglu"),
     "gated-delta": dict(mixer="gated-delta", **IN_CONTEXT),
 }
 READERS = MODELS | {
-    "delta": dict(mixer="delta", variant="nested", **IN_CONTEXT),
+    "delta": dict(mixer="delta", variant="nested", hidden=(4, 4, 4), periods=(16, 8, 4)),
     "linear": dict(mixer="linear", variant="independent", periods=(8, 8), rule="adam"),
     "first order": dict(mixer="gated-delta", meta_gradient="first-order", **IN_CONTEXT),
     "two of three blocks": dict(mixer="self-modifying", blocks=2, layers=3, **IN_CONTEXT),
     "segments across chunks": dict(mixer="self-modifying", periods=(12, 6)),
-    "titans in context": dict(mixer="titans", hidden=(5, 4, 3), periods=(16, 8, 4)),
+    "titans in context": dict(mixer="titans", blocks=1, **IN_CONTEXT),
 }
+SPLIT = READERS | {"shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT)}
 LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
 def tolerance(name):
-    return LOOSE if name in ("hope-attention", "sliding-window") else CLOSE
+    return LOOSE if name in ("hope-attention", "sliding-window", "transformer") else CLOSE
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", SPLIT)
 def test_any_split_is_one_call(x64, name):
     """Token by token with the position traced, in uneven pieces with it known, and promised to be aligned."""
-    made, text = model(config(**READERS[name])), tokens(2, 26)
+    made, text = model(config(**SPLIT[name])), tokens(2, 26)
     state, whole = (lambda out: (out[1], out[0]))(jax.jit(lambda: read(made, text, 32))())
     net, weights = differentiable(made)
     token = jax.jit(lambda weights, token, state: nnx.merge(net, weights)(token, state))
@@ -69,6 +74,32 @@ def test_any_split_is_one_call(x64, name):
     first, now = half(text[:, :16], made.init_state(2, max_length=32))
     second, _ = half(text[:, 16:], now)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **tolerance(name))
+
+
+def test_a_cache_that_grows_is_one_of_given_length(x64):
+    """In calls of uneven lengths that close segments begun before."""
+    made, text = model(config(**MODELS["hope-attention"])), tokens(2, 26)
+    whole, _ = jax.jit(lambda: read(made, text, 32))()
+    state, parts = made.init_state(2), []
+    for start, end in ((0, 5), (5, 14), (14, 18), (18, 26)):
+        logits, state = jax.jit(made.__call__)(text[:, start:end], state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **LOOSE)
+
+
+def test_a_frozen_model_is_its_equation(x64):
+    """Embedding; in every block a sequence layer, then a CMS, each behind a norm and beside its input; norm and head."""
+    made = model(config("gated-delta", hidden=(5, 3)))
+    text, layer = tokens(1, 13), sequence_layer(made.config)
+    weights = jax.tree.map(np.asarray, nnx.to_pure_dict(differentiable(made)[1]))
+    norm = lambda x, w: x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * w
+    x = weights["embedding"][text] * made.config.width**0.5
+    for i in range(made.config.layers):
+        block = jax.tree.map(lambda w, i=i: w[i], weights["blocks"])
+        x = x + np.asarray(linear.definition(layer, block["mixer"], jnp.asarray(norm(x, block["norm"])[0])))[None]
+        x = forward(made.config.cms, block["cms"], x)
+    out = weights["embedding"].T if made.config.tie_embeddings else weights["head"]
+    np.testing.assert_allclose(read(made, text)[0], norm(x, weights["norm"]) @ out, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -120,6 +151,27 @@ def test_a_reset_is_seen_wherever_the_call_begins(x64, scope):
     np.testing.assert_allclose(short(state), whole[:, 4:10], **CLOSE)
 
 
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_restart_is_of_the_rows_that_are_reset(x64, scope, rule):
+    """Weights, gradients and the rule's memory; those of the whole batch are restarted with its last row alone."""
+    made = model(config(scope=scope, rule=rule, **IN_CONTEXT))
+    fresh = made.init_state(2).learning.levels
+    levels = jax.jit(lambda: read(made, tokens(2, 14)))()[1].learning.levels
+    for rows in ([True, False], [True, True]):
+        new = cms.restart(made.config.cms, jnp.array(rows), fresh, levels)
+        for start, before, after in zip(*map(cms.fast_weights, (fresh, levels, new)), strict=True):
+            for part, axis in (("matrices", 1), ("gradient", 1), ("rule", 0)):
+                for a, b, c in zip(*(jax.tree.leaves(getattr(x, part)) for x in (start, before, after)), strict=True):
+                    assert part == "gradient" or not np.array_equal(a, b)
+                    if scope == "batch":
+                        np.testing.assert_array_equal(c, a if all(rows) else b)
+                    else:
+                        each = lambda x, row, axis=axis: jnp.take(x, row, axis)
+                        for row, restarted in enumerate(rows):
+                            np.testing.assert_array_equal(each(c, row), each(a if restarted else b, row))
+
+
 def test_every_weight_learns_from_the_start():
     """A new tiny Hope: non-zero, finite gradients for every leaf, the starts of all memories and CMS levels included."""
     small = dataclasses.replace(preset("tiny-hope"), width=16, layers=2, heads=2, chunk=8, memory_hidden=4)
@@ -168,7 +220,7 @@ def test_bfloat16_keeps_fast_state_in_float32():
     made = LanguageModel(small, rngs=nnx.Rngs(0))
     text = tokens(1, 20)
     logits, state = jax.jit(lambda: read(made, text, 20))()
-    assert logits.dtype == jnp.float32
+    assert logits.dtype == jnp.float32 and state.learning.open.inputs.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(state.learning.levels)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     exact = LanguageModel(dataclasses.replace(small, dtype="float32"), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(logits, jax.jit(lambda: read(exact, text, 20)[0])(), atol=0.15)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nested_jax import CMSConfig, LanguageModel, ModelConfig
@@ -41,3 +42,23 @@ def without_rates(weights):
 
 def read(model: LanguageModel, tokens, max_length=None, **keywords):
     return model(tokens, model.init_state(len(tokens), max_length=max_length), **keywords)
+
+
+def cms_forward(config, weights, x):
+    """NL Eq. 73 (a chain, each MLP behind its norm and beside a residual) or 74 (a weighted sum); gelu in its tanh form."""
+    start, total = x, x
+    for i in range(len(config.hidden)):
+        level = jax.tree.map(np.asarray, weights[f"level{i + 1}"])
+        z = start / np.sqrt(np.mean(start**2, -1, keepdims=True) + 1e-6) * level["norm"]
+        h = z @ level["up"]
+        if config.activation == "swiglu":
+            gate = z @ level["gate"]
+            h = h * gate / (1 + np.exp(-gate))
+        else:
+            h = h / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (h + 0.044715 * h**3)))
+        y = h @ level["down"]
+        if config.variant == "independent":
+            total = total + float(weights["mix"][i]) * y
+        else:
+            start = total = start + y
+    return total

@@ -1,6 +1,7 @@
 """A config is flags, JSON and a dataclass, and each gives back the others."""
 
 import dataclasses
+import inspect
 import json
 import shlex
 
@@ -8,8 +9,9 @@ import pytest
 import tyro
 from tiny_run import small_model
 
+from nested_jax import CMSConfig, ModelConfig
 from nested_jax.errors import UserError
-from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
+from nested_jax.train.config import TrainConfig, command, difference, flag
 
 
 def other(value):
@@ -79,11 +81,10 @@ def test_impossible_values_are_named(fields):
         TrainConfig(**fields).check()
 
 
-def test_every_field_is_documented():
-    for name, _ in flatten(TrainConfig()):
-        assert name == name.strip()
-    source = TrainConfig.__module__
-    text = __import__(source, fromlist=["x"]).__spec__.loader.get_source(source)
-    for f in dataclasses.fields(TrainConfig):
-        after = text.split(f"    {f.name}: ")[1].split("\n", 1)[1].lstrip()
-        assert after.startswith('"""') or f.name == "model"
+def test_every_field_has_a_help_text():
+    """Each flag of the command line, those of the model and of its CMS too."""
+    for config in (TrainConfig, ModelConfig, CMSConfig):
+        text = inspect.getsource(config)
+        for f in dataclasses.fields(config):
+            after = text.split(f"\n    {f.name}: ")[1].split("\n", 1)[1].lstrip()
+            assert after.startswith('"""') or dataclasses.is_dataclass(getattr(config(), f.name)), f.name

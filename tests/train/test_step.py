@@ -189,17 +189,34 @@ def test_a_broken_parameter_is_named(name):
 
 
 def test_a_broken_gradient_or_fast_state_is_named():
-    config, _, step = make("tiny-hope")
+    """With the level that it belongs to, by the name that users know it by."""
+    levels = {
+        "gradients": "pre-training",
+        "updated": "pre-training",
+        "fast/mixers": "of the sequence layers' memories",
+        "fast/learning/levels/slow": "1 of the CMS levels that learn, from the slowest",
+        "fast/learning/levels/fast/slow": "2 of the CMS levels that learn, from the slowest",
+        "fast/learning/levels/fast/fast/mixers": "of the sequence layers' memories",
+        "fast/learning/levels/fast/fast/begun": "of the sequence layers' memories",
+        "fast/learning/open": "of the open segment",
+    }
+    model = small_model("tiny-hope", layers=2)
+    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, blocks=None))
+    config, _, step = make("tiny-hope", model=model)
     _, metrics = jax.jit(step)(states.start(config), next(batches(config)))
-    for kind in ("gradients", "fast", "updated"):
-        leaves, tree = jax.tree.flatten(metrics.finite[kind])
-        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite[kind])):
-            broken = jax.tree.unflatten(tree, leaves[:i] + [jnp.asarray(False)] + leaves[i + 1 :])
-            finite = metrics.finite | {kind: broken}
+    leaves, tree = jax.tree.flatten(metrics.finite)
+    seen = set()
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite)):
+        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
+        begins = [start for start in levels if leaf.startswith(start + "/")]
+        if begins:
+            finite = jax.tree.unflatten(tree, leaves[:i] + [jnp.asarray(False)] + leaves[i + 1 :])
             with pytest.raises(NonFinite) as error:
                 assert_healthy(3, metrics._replace(finite=finite, healthy=False))
-            assert jax.tree_util.keystr(path, simple=True, separator="/") in str(error.value)
-            assert ("level pre-training" in str(error.value)) == (kind != "fast")
+            name = leaf.split("/", 1)[1]
+            assert str(error.value).startswith(f"step 3, level {levels[begins[0]]}: ") and f" {name} " in str(error.value)
+            seen |= set(begins)
+    assert seen == set(levels)
 
 
 def test_a_carried_state_that_overflows_is_seen_at_once():
@@ -246,15 +263,24 @@ def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 
 
-def test_memory_is_that_of_boundary_states_and_layer_inputs():
-    """Temporaries of an update, as XLA counts them, at three lengths: at most twice what has to be kept."""
-    model = small_model("tiny-hope", width=64, layers=3, chunk=32)
-    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(64, 64), periods=(), blocks=None))
-    for window in (256, 512, 1024):
+@pytest.mark.parametrize(
+    ("cms", "windows"),
+    [(dict(periods=(), blocks=None), (256, 512, 1024)), (dict(periods=(128, 32), blocks=1), (512, 1024, 2048))],
+    ids=["frozen", "in context"],
+)
+def test_memory_is_that_of_boundary_states_and_layer_inputs(cms, windows):
+    """Temporaries of an update, as XLA counts them, at three lengths: at most twice what has to be kept.
+
+    Of memories that is their state at every chunk's start, of a CMS that learns its state at every segment's.
+    """
+    model = small_model("tiny-hope", width=64, layers=3 if cms["blocks"] is None else 2, chunk=32)
+    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(64, 64), **cms))
+    for window in windows:
         config, net, step = make("tiny-hope", model=model, window=window)
         state = jax.eval_shape(lambda config=config: states.start(config))
-        memory = jax.eval_shape(lambda p, net=net: states.bind(net, p).init_state(4), state.parameters).mixers.memory
-        boundary = sum(leaf.size for leaf in jax.tree.leaves(memory.running)) * window // model.chunk
+        start = jax.eval_shape(lambda p, net=net: states.bind(net, p).init_state(4), state.parameters)
+        kept = [start.mixers.memory.running, start.learning.levels if start.learning else ()]
+        boundary = sum(leaf.size for leaf in jax.tree.leaves(kept)) * window // 32
         D, levels = model.width, model.cms.hidden
         mixer = 5 * D  # norm, convolution, query map, memories, output map
         layers = model.layers * (mixer + sum(2 * D + F for F in levels)) + 2 * D + model.vocabulary

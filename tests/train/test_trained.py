@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import small_model
 
+from nested_jax.cms import fast_weights
 from nested_jax.data import Batch
 from nested_jax.memory.deep import weights_of
 from nested_jax.train import state as states
@@ -66,3 +67,25 @@ def test_a_trained_model_stays_bounded(trained, text, chunk):
         norms.append(max(float(jnp.linalg.norm(w, axis=(-2, -1)).max()) for w in memories))
     assert max(norms) < 30, norms
     assert max(norms[10:]) < 2 * max(norms[:10]), norms
+
+
+def test_a_trained_model_stays_bounded_while_its_cms_learns(trained, text):
+    """The same text, all blocks learning in context at the rates they start from and at ten times those."""
+    learning = dataclasses.replace(FROZEN, periods=(256, 64))
+    net = states.network(dataclasses.replace(MODEL, chunk=64, cms=learning))
+    start = trained["blocks"]["cms"]
+    rated = lambda rate: {name: {**level, "rate": jnp.full(MODEL.layers, rate)} for name, level in start.items()}
+    made = lambda rate: {**trained, "blocks": {**trained["blocks"], "cms": rated(rate)}}
+    both = jax.tree.map(lambda *w: jnp.stack(w), made(learning.rate), made(10 * learning.rate))
+    read = jax.jit(
+        jax.vmap(lambda w, piece, state: states.bind(net, w)(piece[None], state, multiple=1_024), in_axes=(0, None, 0))
+    )
+    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, states.bind(net, w).init_state(1))))(both)
+    matrices = lambda: jax.tree.leaves([level.matrices for level in fast_weights(state.learning.levels)])
+    begun, ways = matrices(), []
+    for piece in text.reshape(-1, 1_024):
+        logits, state = read(both, piece, state)
+        assert jnp.isfinite(logits).all()
+        ways.append(max(float(jnp.linalg.norm(w - b, axis=(-2, -1)).max()) for w, b in zip(matrices(), begun, strict=True)))
+    assert 0.1 < max(ways) < 10, ways
+    assert max(ways[10:]) < 2 * max(ways[:10]), ways
