@@ -93,9 +93,10 @@ def _direction(path: str, rate: Array, gradient: Array, kernel: Array, x: Array)
             f"delta_gradient_descent: inputs of {path} have shape {list(x.shape)}: give one that begins with "
             f"{list(stacked)} and ends with {width}"
         )
-    x = x.reshape(*stacked, -1, width)
+    x = x.reshape(*stacked, -1, width).astype(gradient.dtype)
     C = jnp.swapaxes(x, -2, -1) @ x / x.shape[-2]
-    return jnp.linalg.solve(jnp.eye(width, dtype=x.dtype) + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    one = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
+    return jnp.linalg.solve(one + rate.astype(x.dtype) * C, gradient + C @ kernel)
 
 
 def delta_gradient_descent(

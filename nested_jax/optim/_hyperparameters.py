@@ -45,4 +45,4 @@ def check_choice(rule: str, known: tuple, **values: Any) -> None:
 
 def rate_at(learning_rate: float | Callable, count: Array) -> Array:
     """A learning rate's value at a step."""
-    return learning_rate(count) if callable(learning_rate) else jnp.asarray(learning_rate)
+    return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
