@@ -1,0 +1,235 @@
+"""Rules against what they minimise, in float64, and against plain loops of their equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.optimize import minimize
+
+from nested_jax import optim
+from nested_jax.optim import newton_schulz
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def minimiser(objective, start):
+    """Of a smooth convex function, by scipy's BFGS."""
+    flat = jax.jit(lambda x: objective(x.reshape(start.shape)))
+    found = minimize(flat, np.ravel(start), jac=jax.jit(jax.grad(flat)), method="BFGS", options={"gtol": 1e-11})
+    return found.x.reshape(start.shape)
+
+
+def stepped(rule, params, gradient, **extra):
+    updates, _ = optax.with_extra_args_support(rule).update(gradient, rule.init(params), params, **extra)
+    return optax.apply_updates(params, updates)
+
+
+def test_gradient_descent_is_a_proximal_step(x64):
+    """NL Eq. 31: of <W x, delta> + |W - W_t|^2 / (2 eta)."""
+    W, x, delta, rate = normal(0, 3, 4), normal(1, 4), normal(2, 3), 0.3
+    proximal = minimiser(lambda V: (V @ x) @ delta + jnp.sum((V - W) ** 2) / (2 * rate), W)
+    for rule in (optim.generalized_gradient_descent(rate), optim.momentum(rate)):
+        np.testing.assert_allclose(stepped(rule, W, jnp.outer(delta, x)), proximal, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("examples", [1, 6])
+def test_delta_gradient_descent_is_the_exact_minimiser(x64, examples, size):
+    """NL Eq. 56: of the mean of |W x - u|^2 / 2 with u = -delta, and |W - W_t|^2 / (2 eta); for inputs of any norm."""
+    W, x, delta, rate = normal(0, 3, 4), size * normal(1, examples, 4), normal(2, examples, 3), 0.3
+    error = lambda V: jnp.mean(jnp.sum((x @ V.T + delta) ** 2, axis=-1)) / 2
+    expected = minimiser(lambda V: error(V) + jnp.sum((V - W) ** 2) / (2 * rate), W)
+    gradient = x.T @ delta / examples
+    got = stepped(optim.delta_gradient_descent(rate), {"w": W.T}, {"w": gradient}, inputs={"w": x})["w"].T
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
+    if examples == 1:  # the form of NL Eq. 57
+        eta = rate / (1 + rate * jnp.sum(x**2))
+        np.testing.assert_allclose(got, W - eta * (W @ x.T) @ x - eta * delta.T @ x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_adams_memory_minimises_its_objective(x64, penalty):
+    """NL Eq. 101: of sum (m g_s - P)^2 + penalty m^2, P^2 the sum of squares."""
+    gradients = normal(0, 7, 5)
+    rule = optim.scale_by_adam_memory(1.0, 1.0, penalty=penalty, eps=0.0, average=False)
+    state = rule.init(gradients[0])
+    for g in gradients:
+        got, state = rule.update(g, state)
+    P = jnp.sqrt(jnp.sum(gradients**2, axis=0))
+    objective = lambda m: jnp.sum((m[None] * gradients - P[None]) ** 2) + penalty * jnp.sum(m**2)
+    np.testing.assert_allclose(got, minimiser(objective, np.zeros(5)), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_adagrads_memory_of_outer_products(x64, penalty, columns):
+    """X with the least |X H^{1/2} - I|^2 + penalty |X|^2, read at the last gradient; a vector is one column."""
+    gradients = normal(0, 7, 4, columns)
+    rule = optim.scale_by_adagrad_memory("full", penalty=penalty)
+    shaped = gradients if columns > 1 else gradients[..., 0]
+    state = rule.init(shaped[0])
+    for g in shaped:
+        got, state = rule.update(g, state)
+    values, vectors = np.linalg.eigh(np.einsum("tik,tjk->ij", gradients, gradients))
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    objective = lambda X: jnp.sum((X @ root - jnp.eye(4)) ** 2) + penalty * jnp.sum(X**2)
+    expected = minimiser(objective, np.zeros((4, 4))) @ gradients[-1]
+    np.testing.assert_allclose(got, expected if columns > 1 else expected[:, 0], rtol=1e-5, atol=1e-7)
+
+
+def test_directions_without_gradients_stay_zero(x64):
+    """Outer products of one gradient have rank one; their root's inverse is taken where there is something."""
+    g = normal(0, 5)
+    rule = optim.scale_by_adagrad_memory("full")
+    got, _ = rule.update(g, rule.init(g))
+    np.testing.assert_allclose(got, g / jnp.linalg.norm(g), rtol=1e-6)
+    slope = jax.jacobian(lambda g: rule.update(g, rule.init(g))[0])(g)
+    unit = g / jnp.linalg.norm(g)
+    np.testing.assert_allclose(slope @ g, 0, atol=1e-6)  # of g / |g|, along g
+    assert jnp.isfinite(slope).all() and unit.shape == g.shape
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_delta_momentum_in_the_papers_orientation(x64, normalize):
+    """NL Eq. 48-49 with matrices (out, in): m (decay I - erase u^T u) + P(g); element by element for a vector."""
+    gradients, decay, erase = 0.5 * normal(0, 5, 3, 4), 0.8, 0.6
+    values = optax.scale(2.0)
+    rule = optim.scale_by_delta_momentum(decay, erase, normalize=normalize, preconditioner=values)
+    memory = {"w": np.zeros((3, 4)), "b": np.zeros(4)}
+    state = rule.init({"w": jnp.zeros((4, 3)), "b": jnp.zeros(4)})
+    for g in np.asarray(gradients):
+        got, state = rule.update({"w": jnp.asarray(g.T), "b": jnp.asarray(g[0])}, state)
+        size = lambda x: np.linalg.norm(x) if normalize else 1.0
+        u, v = g / size(g), g[0] / size(g[0])
+        memory["w"] = memory["w"] @ (decay * np.eye(4) - erase * u.T @ u) + 2 * g
+        memory["b"] = memory["b"] * (decay - erase * v**2) + 2 * g[0]
+    np.testing.assert_allclose(got["w"].T, memory["w"], rtol=1e-10)
+    np.testing.assert_allclose(got["b"], memory["b"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
+    """A plain loop: keys are a kernel's columns, one at a time; targets orthogonal; the memory is an MLP and learns."""
+    gradients, decay, rate = normal(0, 4, 5, 3), 0.8, 0.4
+    begun = {"up": normal(1, 5, 6), "down": 0.3 * normal(2, 6, 5)}
+    m = lambda w, z: z + jax.nn.gelu(z @ w["up"]) @ w["down"] / jnp.sqrt(6.0)
+    memory = begun
+    rule = optim.scale_by_deep_momentum(
+        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**begun)}
+    )
+    state = rule.init({"k": gradients[0]})
+    for g in gradients:
+        got, state = rule.update({"k": g}, state)
+        u, P = g / jnp.linalg.norm(g), newton_schulz(g / jnp.linalg.norm(g))
+
+        def loss(w, u=u, P=P):
+            total = 0.0
+            for column in range(3):
+                out, target = m(w, jnp.sqrt(3.0) * u[:, column]), jnp.sqrt(3.0) * P[:, column]
+                total += -out @ target if objective == "dot" else jnp.sum((out - target) ** 2) / 2
+            return total / 3
+
+        slope = jax.grad(loss)(memory)
+        memory = {k: begun[k] + decay * (memory[k] - begun[k]) - rate * slope[k] for k in memory}
+        expected = jnp.stack([m(memory, jnp.sqrt(3.0) * u[:, i]) for i in range(3)], 1) / jnp.sqrt(3.0) * jnp.linalg.norm(g)
+    np.testing.assert_allclose(got["k"], expected, rtol=1e-9)
+    np.testing.assert_allclose(state.memory["k"].up, memory["up"], rtol=1e-9)
+    assert all(jnp.max(jnp.abs(memory[k] - begun[k])) > 1e-2 for k in memory)  # both layers learned
+
+
+def test_deep_momentum_remembers_and_its_start_learns(x64):
+    """A gradient seen before comes back larger than a new one; an outer loss has gradients for both layers of the start."""
+    g, other = normal(0, 6, 3), normal(1, 6, 3)
+    start = optim.deep_momentum_start({"k": g}, 8)
+
+    def recall(start, then):
+        rule = optim.scale_by_deep_momentum(start=start)
+        state = rule.init({"k": g})
+        for _ in range(5):
+            _, state = rule.update({"k": g}, state)
+        return jnp.sum(rule.update({"k": then}, state)[0]["k"] * then) / jnp.sum(then**2)
+
+    assert recall(start, g) > recall(start, other) > 0
+    slopes = jax.grad(recall)(start, other)
+    assert all(jnp.max(jnp.abs(leaf)) > 1e-3 for leaf in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_m3_is_algorithm_1(x64, average):
+    """Steps of both memories, as sums as the paper has them, and as averages; the slow one every third."""
+    gradients, (fast, second, slow, weight, eps) = normal(0, 7, 4, 3), (0.9, 0.99, 0.8, 0.4, 1e-8)
+    options = dict(slow_weight=weight, slow_period=3, average=average, nesterov=False, eps=eps)
+    rule = optim.scale_by_m3(fast, second, slow, **options)
+    state = rule.init(gradients[0])
+    m1 = m2 = h = pending = o2 = jnp.zeros((4, 3))
+    for t, g in enumerate(gradients, start=1):
+        got, state = rule.update(g, state)
+        if average:
+            m1, h = fast * m1 + (1 - fast) * g, second * h + (1 - second) * g**2
+        else:
+            m1, h = m1 + fast * g, h + second * g**2
+        pending = pending + g
+        if t % 3 == 0:
+            m2 = slow * m2 + (1 - slow) * pending if average else m2 + slow * pending
+            o2, pending = newton_schulz(m2), 0 * g
+        read, root = (m1 / (1 - fast**t), jnp.sqrt(h / (1 - second**t))) if average else (m1, jnp.sqrt(h))
+        np.testing.assert_allclose(got, (newton_schulz(read) + weight * o2) / (root + eps), rtol=1e-9)
+
+
+def test_m3_makes_its_slow_memory_orthogonal_at_its_own_frequency():
+    """In a branch that is taken every `slow_period` steps: as many products are inside it as outside."""
+    rule = optim.scale_by_m3(slow_period=4)
+    g = jnp.ones((4, 3))
+    equations = jax.make_jaxpr(rule.update)(g, rule.init(g)).jaxpr.eqns
+    count = lambda jaxpr: str(jaxpr).count("dot_general")
+    (branch,) = [e for e in equations if e.primitive.name == "cond"]
+    inside = sum(count(b) for b in branch.params["branches"])
+    outside = sum(count(e) for e in equations if e is not branch)
+    assert inside == outside > 0
+
+
+def test_generalized_gradient_descent_solves_its_problem(x64):
+    """Of an objective that is not quadratic, with a retention towards the mean of the last three weights."""
+    W, data, rate = normal(0, 4), normal(1, 9, 4), 0.5
+    objective = lambda weights, gradients, labels: jnp.mean(jax.nn.softplus(-labels * (data @ weights)))
+    retention = lambda weights, recent, eta: jnp.sum((weights - jnp.mean(recent, axis=0)) ** 2) / (2 * eta)
+    rule = optim.generalized_gradient_descent(rate, objective, retention, window=3, steps=8)
+    labels, state, past = jnp.sign(normal(2, 9)), rule.init(W), [W, W, W]
+    for _ in range(3):
+        updates, state = rule.update(jnp.zeros(4), state, W, labels=labels)
+        recent = jnp.stack(past)
+        expected = minimiser(lambda w, r=recent: objective(w, None, labels) + retention(w, r, rate), W)
+        W = optax.apply_updates(W, updates)
+        np.testing.assert_allclose(W, expected, rtol=1e-5)
+        past = [W, *past[:2]]
+
+
+def test_feature_momentum_writes_values_of_features(x64):
+    """NL Eq. 51: m <- decay m + P(g) phi(g)."""
+    gradients = normal(0, 4, 3)
+    rule = optim.scale_by_feature_momentum(jnp.tanh, 0.7, preconditioner=lambda g: 1 / (1 + g**2))
+    memory, state = np.zeros(3), rule.init(gradients[0])
+    for g in np.asarray(gradients):
+        got, state = rule.update(jnp.asarray(g), state)
+        memory = 0.7 * memory + np.tanh(g) / (1 + g**2)
+    np.testing.assert_allclose(got, memory, rtol=1e-12)
+
+
+def test_continuum_moves_each_group_at_its_own_frequency(x64):
+    """On the sum of its gradients, by its own rule, the schedule counting all steps."""
+    gradients = normal(0, 6)
+    rates = optax.piecewise_constant_schedule(1.0, {4: 0.1})
+    rule = optim.continuum(
+        rates, {"slow": 3, "fast": 1}, {"a": "slow", "b": "fast"}, inner={"slow": optax.trace(0.5), "fast": optax.identity()}
+    )
+    state = rule.init({"a": jnp.zeros(()), "b": jnp.zeros(())})
+    moved = []
+    for g in gradients:
+        updates, state = rule.update({"a": g, "b": g}, state)
+        moved.append((float(updates["a"]), float(updates["b"])))
+    first, second = gradients[:3].sum(), gradients[3:].sum()
+    np.testing.assert_allclose([a for a, _ in moved], [0, 0, -first, 0, 0, -0.1 * (second + 0.5 * first)], atol=1e-12)
+    np.testing.assert_allclose([b for _, b in moved], -gradients * jnp.array([1, 1, 1, 1, 0.1, 0.1]), rtol=1e-12)
