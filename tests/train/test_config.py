@@ -87,4 +87,4 @@ def test_every_field_is_documented(capsys):
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--[a-z])", capsys.readouterr().out)[1:]]
     said = {entry.split(" ")[0].rstrip(","): entry for entry in entries}
     names = [flag(name) for name, _ in flatten(TrainConfig())]
-    assert [name for name in names if not re.search(r"[\w)]\. \(default:", said[name])] == []
+    assert [name for name in names if not re.search(r"[\w)`]\. \(default:", said[name])] == []
