@@ -173,16 +173,17 @@ def test_train_resume_evaluate_generate(place, say):
     assert set(told) == {"unigram entropy", "bigram entropy", "this model"}
     assert f"**{told['this model']:.3f} bits per byte**" in Path("a/report.md").read_text()
     assert say("eval --run-dir a --data text.txt --eval-bytes 2000")[1][1:] == out[1:]
+    assert "on 900 held-out bytes of text.txt" in say("eval --run-dir a --eval-bytes 900")[1][0]
     Path("b.txt").write_text("Tyger Tyger, burning bright,\n\n" * 100)
     assert say("eval --run-dir a --data b.txt")[1][1:] != out[1:]
 
     code, out, err = say("generate --run-dir a --prompt Assertions --tokens 5")
     assert (code, err) == (0, []) and "\n".join(out).startswith("Assertions")
-    assert say("generate --run-dir a --tokens 5")[0] == 0
-    assert (
-        say("generate --run-dir a --tokens 5 --temperature 0 --seed 1")[1]
-        == say("generate --run-dir a --tokens 5 --temperature 0 --seed 2")[1]
-    )
+    written = lambda *words: say(shlex.join(["generate", "--run-dir", "a", *words]))[1]
+    assert written("--tokens", "5") == written("--tokens", "5", "--seed", "0") != written("--tokens", "5", "--seed", "1")
+    greedy = [written("--tokens", "5", "--temperature", "0", "--seed", seed, "--prompt", "q") for seed in "12"]
+    assert greedy[0] == greedy[1]
+    assert greedy[0][0][1:] != written("--tokens", "5", "--temperature", "0", "--prompt", "z")[0][1:]
 
     largest = max((f for f in Path("a/checkpoints/3").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     whole = largest.read_bytes()

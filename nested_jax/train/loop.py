@@ -181,7 +181,7 @@ class _Run:
 
     def _assert_healthy(self, metrics: Metrics) -> None:
         try:
-            assert_healthy(self.step, metrics)
+            assert_healthy(self.step, metrics, self.config.model)
         except NonFinite as error:
             last = self.checkpoints.latest()
             kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} is kept"

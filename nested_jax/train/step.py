@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from nested_jax.models.config import ModelConfig
 from nested_jax.train.state import TrainState, bind
 from nested_jax.train.stopping import NonFinite
 from nested_jax.typing import Array, PyTree
@@ -103,7 +105,7 @@ def eval_step(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch], tup
     return lambda parameters, fast, batch: cross_entropy(net, parameters, fast, batch)
 
 
-def assert_healthy(step: int, metrics: Metrics) -> None:
+def assert_healthy(step: int, metrics: Metrics, model: ModelConfig) -> None:
     """Raises NonFinite naming the step, the level and the leaf: the first cause, of all that a broken number breaks."""
     if metrics.healthy:
         return
@@ -111,16 +113,20 @@ def assert_healthy(step: int, metrics: Metrics) -> None:
     wrong.sort(key=lambda path: list(_CAUSES).index(path[0].key))
     kind = wrong[0][0].key
     leaf = jax.tree_util.keystr(wrong[0][1:], simple=True, separator="/")
-    level = _level(leaf) if kind == "fast" else "pre-training"
+    level = _level(leaf, model) if kind == "fast" else "pre-training"
     raise NonFinite(f"step {step}, level {level}: {_CAUSES[kind].format(leaf)} is not finite")
 
 
-def _level(leaf: str) -> str:
-    """What users call the level that a leaf of `ModelState` belongs to."""
-    parts = leaf.split("/")
-    if "slow" in parts:  # learning/levels/fast/.../slow/matrices/...
-        return f"{parts[: parts.index('slow')].count('fast') + 1} of the CMS levels that learn, from the slowest"
-    return "of the sequence layers' memories" if {"mixers", "begun"} & set(parts) else "of the open segment"
+def _level(leaf: str, model: ModelConfig) -> str:
+    """What users call the level that a leaf of the fast state belongs to."""
+    if found := re.match("learning/levels/((fast/)*)slow/", leaf):  # a nest: slow, fast/slow, fast/fast/slow, ...
+        index = found[1].count("/")
+        return f"CMS level{model.cms.frozen + index + 1}, period {model.cms.periods[index]}"
+    if leaf.startswith("learning/open/"):
+        return f"open segment of the CMS, period {model.cms.periods[-1]}"
+    if model.mixer in ("attention", "sliding-window"):
+        return "caches of the sequence layers"
+    return f"memories of the sequence layers, chunk {model.reading if '/memory/slow/' in leaf else model.chunk}"
 
 
 def _finite(tree: PyTree, check: Callable = lambda x: jnp.isfinite(x).all()) -> PyTree:

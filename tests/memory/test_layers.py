@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nested_jax.memory import linear, titans
-from nested_jax.memory.deep import weights_of
+from nested_jax.memory.deep import Deep, in_batch, weights_of
 from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 
@@ -161,12 +162,45 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", ["gated-delta", "linear", "titans-4", "self-modifying-4"])
-def test_retention_starts_above_a_hundredth_from_one(name):
-    """A new memory keeps what it stores: for a hundred tokens and more, whatever they are."""
-    weights = LAYERS[name].init_weights(jax.random.key(0))
-    bias = weights["retention_bias"] if "retention_bias" in weights else weights["gates_bias"][H : 2 * H]
-    assert jax.nn.sigmoid(bias).min() > 0.99
+def retentions(layer, weights, x):
+    """Every token's alpha (T, B, H), the memories at their starts."""
+    if isinstance(layer, SelfModifyingTitans):
+        projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), len(x)))
+        z = x.reshape(*x.shape[:2], H, -1).swapaxes(0, 1)
+        return jnp.moveaxis(layer.generate(weights, projections, z, z, jnp.zeros(z.shape[:3]))[3].retain, 2, 0)
+    rate, *others = project_in(weights, layer.init_state(weights, len(x)).window, x, H, None)[2]
+    return others[0] if others else jnp.ones_like(rate)
+
+
+def running(memory):
+    """Leaves that are weights now, and not of a snapshot."""
+    leaves = jax.tree_util.tree_leaves_with_path(memory)
+    return [w for path, w in leaves if path[-1].name == "weights"]
+
+
+@every_layer
+def test_what_is_stored_decays_by_the_retentions_alone(x64, name):
+    """Without writes, by exactly their product. They start above 0.99; the delta rule has none."""
+    layer = LAYERS[name]
+    weights, x = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0))), inputs()
+    bias, rates = ("rate_bias", slice(None)) if "rate_bias" in weights else ("gates_bias", slice(H))
+    weights[bias] = weights[bias].at[rates].set(-1e3)
+    random = np.random.default_rng(4)
+
+    def store(path, w):
+        """In the memory that is read, the last of several (B, H, M, ., .)."""
+        if path[-1].name != "weights" or "slow" in {getattr(key, "name", None) for key in path}:
+            return w
+        return w + random.normal(size=w.shape) * (w.ndim == 4 or np.eye(w.shape[2])[-1, :, None, None])
+
+    start = layer.init_state(weights, 2)
+    stored = jax.tree_util.tree_map_with_path(store, start)
+    after, without = (jitted(layer)(weights, state, x)[0].memory for state in (stored, start))
+    added, left = (jax.tree.map(jnp.subtract, *pair) for pair in ((stored.memory, start.memory), (after, without)))
+    alpha = retentions(layer, weights, x)
+    assert (alpha.min() == 1) if name == "delta" else (0.99 < alpha.min() < alpha.max() < 1)
+    kept = lambda w: w * jnp.prod(alpha, axis=0).reshape(2, H, *[1] * (w.ndim - 2))
+    assert_close(running(left), [kept(w) for w in running(added)], 1e-11)
 
 
 def assert_bounded(layer, biases):

@@ -24,6 +24,16 @@ def test_norms(x64):
     np.testing.assert_allclose(l2norm(x), x / np.linalg.norm(x, axis=-1, keepdims=True), rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [l2norm, lambda x: rms_norm(jnp.ones(8), x)], ids=["l2norm", "rms_norm"])
+def test_norms_are_smooth_at_zero(x64, norm):
+    """Near it they are a linear map, 1,000 x; a square root's derivative there is not finite."""
+    x = jnp.zeros((2, 8))
+    slope = 1e3 * np.eye(16).reshape(2, 8, 2, 8)
+    np.testing.assert_array_equal(norm(x), 0)
+    np.testing.assert_allclose(jax.jacobian(norm)(x), slope, rtol=1e-12)
+    np.testing.assert_array_equal(jax.hessian(norm)(x), 0)
+
+
 @pytest.mark.parametrize("layer", [LinearMemory(16, 2, "linear"), LinearMemory(16, 2), Titans(16, 2, 4)], ids=str)
 def test_fixed_projections_start_with_unit_keys_and_a_retention_near_one(layer):
     weights = layer.init_weights(jax.random.key(0))

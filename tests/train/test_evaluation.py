@@ -5,6 +5,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from rich.console import Console
 from tiny_run import rows, small_model
@@ -36,6 +38,28 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     expected = math.log2(size) * targets / sum(map(len, TEXTS))
     assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
     assert heldout.bits_per_byte(parameters) == pytest.approx(expected, rel=1e-5)
+
+
+def test_carried_held_out_text_is_read_as_whole_documents():
+    """In windows of 32 bytes, two rows of documents: as each document read in one call; without carry it is not."""
+    model, texts, tokenizer = small_model("tiny-hope"), TEXTS[-5:], ByteTokenizer()
+    net, random = states.network(model), np.random.default_rng(0)
+    noisy = lambda w: w + 0.3 * random.normal(size=w.shape).astype("f")
+    parameters = jax.tree.map(noisy, states.draw_parameters(model, 0))
+    ids = np.zeros((5, 2 + max(map(len, texts))), np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[1 : len(text) + 1] = list(text)
+    read = jax.jit(lambda tokens: states.bind(net, parameters)(tokens, states.bind(net, parameters).init_state(5))[0])
+    nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
+    whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
+    carried, apart = (
+        HeldOut(TrainConfig(model=model, window=32, batch=2, carry=carry), net, tokenizer, texts, limit=10**6).bits_per_byte(
+            parameters
+        )
+        for carry in (True, False)
+    )
+    assert carried == pytest.approx(float(whole) / math.log(2) / sum(map(len, texts)), rel=1e-5)
+    assert abs(apart - carried) > 1e-3
 
 
 @pytest.mark.parametrize(("bits", "verdict"), [(3.3, ", below the bigram"), (3.4, ", not below the bigram")])

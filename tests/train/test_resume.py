@@ -1,9 +1,11 @@
 """A run that was stopped and resumed is the run that was not; what makes it another run is told."""
 
 import dataclasses
+import itertools
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -14,6 +16,7 @@ from nested_jax.errors import UserError
 from nested_jax.train import evaluation, loop
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.folder import claim
+from nested_jax.train.record import read_rows
 from nested_jax.train.stopping import Interrupted
 
 
@@ -107,11 +110,15 @@ def test_a_run_stopped_before_its_report_gets_it(small, quiet):
     assert Path(config.run_dir, "report.md").exists()
 
 
-def test_more_steps_go_on(small, quiet):
+def test_more_steps_go_on(small, quiet, monkeypatch):
+    """The clock goes on too: one that counts how often it is read."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     quiet(small())
     state, said = quiet(small(steps=9))
     assert "from step 6" in said and state.step == 9
     assert [row["step"] for row in rows(small()) if "loss" in row] == [*range(1, 10)]
+    seconds = [row["seconds"] for row in read_rows(Path(small().run_dir)) if "seconds" in row]
+    assert seconds == sorted(seconds)
     assert "| steps | 9 |" in Path(small().run_dir, "report.md").read_text()
     with pytest.raises(UserError, match="--steps 9, not 6: give --steps 9 or more"):
         quiet(small())
@@ -137,7 +144,10 @@ def test_another_config_is_refused_and_changes_nothing(small, quiet, fields, nam
 
 def test_how_often_to_report_is_no_other_run(small, quiet):
     quiet(small(steps=1))
-    quiet(small(steps=2, log_every=5, eval_every=0, checkpoint_every=7, eval_bytes=1000, sample_tokens=2))
+    quiet(small(steps=6, log_every=4, eval_every=0, checkpoint_every=7, eval_bytes=1000, sample_tokens=2))
+    assert [row["step"] for row in rows(small()) if "loss" in row] == [1, 4, 6]
+    assert [row["step"] for row in rows(small()) if "heldout_bits_per_byte" in row] == [1, 6]
+    assert {path.name for path in Path(small().run_dir, "checkpoints").iterdir()} == {"1", "6"}
 
 
 def test_fresh_keeps_the_old_run_aside(small, quiet):

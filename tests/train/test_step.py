@@ -16,7 +16,7 @@ from nested_jax.data import Batch
 from nested_jax.level import Level, run
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.step import assert_healthy, cross_entropy, train_step
+from nested_jax.train.step import Metrics, assert_healthy, cross_entropy, train_step
 from nested_jax.train.stopping import NonFinite
 
 NAMES = ("tiny-transformer", "tiny-hope")
@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_targets(name):
     assert metrics.loss.dtype == jnp.float32
     assert metrics.bits == pytest.approx(metrics.loss / math.log(2))
     assert metrics.loss == pytest.approx(math.log(256), rel=0.05)
-    assert_healthy(1, metrics)
+    assert_healthy(1, metrics, config.model)
 
 
 @pytest.mark.parametrize("carry", [False, True])
@@ -183,40 +183,51 @@ def test_a_broken_parameter_is_named(name):
         )
         _, metrics = update(state._replace(parameters=broken), next(batches(config)))
         with pytest.raises(NonFinite) as error:
-            assert_healthy(7, metrics)
+            assert_healthy(7, metrics, config.model)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert str(error.value) == f"step 7, level pre-training: parameter {name} is not finite"
 
 
 def test_a_broken_gradient_or_fast_state_is_named():
-    """With the level that it belongs to, by the name that users know it by."""
-    levels = {
-        "gradients": "pre-training",
-        "updated": "pre-training",
-        "fast/mixers": "of the sequence layers' memories",
-        "fast/learning/levels/slow": "1 of the CMS levels that learn, from the slowest",
-        "fast/learning/levels/fast/slow": "2 of the CMS levels that learn, from the slowest",
-        "fast/learning/levels/fast/fast/mixers": "of the sequence layers' memories",
-        "fast/learning/levels/fast/fast/begun": "of the sequence layers' memories",
-        "fast/learning/open": "of the open segment",
-    }
-    model = small_model("tiny-hope", layers=2)
-    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, blocks=None))
-    config, _, step = make("tiny-hope", model=model)
+    config, _, step = make("tiny-hope")
     _, metrics = jax.jit(step)(states.start(config), next(batches(config)))
-    leaves, tree = jax.tree.flatten(metrics.finite)
-    seen = set()
-    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite)):
-        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-        begins = [start for start in levels if leaf.startswith(start + "/")]
-        if begins:
-            finite = jax.tree.unflatten(tree, leaves[:i] + [jnp.asarray(False)] + leaves[i + 1 :])
+    for kind in ("gradients", "fast", "updated"):
+        leaves, tree = jax.tree.flatten(metrics.finite[kind])
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite[kind])):
+            broken = jax.tree.unflatten(tree, leaves[:i] + [jnp.asarray(False)] + leaves[i + 1 :])
+            finite = metrics.finite | {kind: broken}
             with pytest.raises(NonFinite) as error:
-                assert_healthy(3, metrics._replace(finite=finite, healthy=False))
-            name = leaf.split("/", 1)[1]
-            assert str(error.value).startswith(f"step 3, level {levels[begins[0]]}: ") and f" {name} " in str(error.value)
-            seen |= set(begins)
-    assert seen == set(levels)
+                assert_healthy(3, metrics._replace(finite=finite, healthy=False), config.model)
+            assert jax.tree_util.keystr(path, simple=True, separator="/") in str(error.value)
+            assert ("level pre-training" in str(error.value)) == (kind != "fast")
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "level"),
+    [
+        ("tiny-hope", "mixers/memory/slow/running/first/weights", "memories of the sequence layers, chunk 32"),
+        ("tiny-hope", "mixers/memory/fast/running/first/momentum", "memories of the sequence layers, chunk 16"),
+        ("tiny-hope", "mixers/window", "memories of the sequence layers, chunk 16"),
+        ("tiny-hope", "learning/levels/slow/matrices/up", "CMS level2, period 16"),
+        ("tiny-hope", "learning/levels/fast/slow/gradient/down", "CMS level3, period 8"),
+        ("tiny-hope", "learning/levels/fast/fast/begun/memory/slow/running/second/weights",
+         "memories of the sequence layers, chunk 32"),
+        ("tiny-hope", "learning/open/inputs", "open segment of the CMS, period 8"),
+        ("tiny-hope-attention", "mixers/keys", "caches of the sequence layers"),
+        ("tiny-hope-attention", "learning/levels/fast/fast/mixers/values", "caches of the sequence layers"),
+    ],
+)  # fmt: skip
+def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
+    """Of a model with a frozen CMS level, two that learn in two blocks, and memories of two chunk lengths."""
+    model = small_model(name, layers=2, projection_chunk=32)
+    model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(16, 16, 16), blocks=2))
+    net, parameters = states.network(model), states.draw_parameters(model, 0)
+    fast = jax.eval_shape(lambda: states.bind(net, parameters).init_state(1))
+    keystr = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    finite = {"fast": jax.tree_util.tree_map_with_path(lambda path, _: keystr(path) != leaf, fast)}
+    with pytest.raises(NonFinite) as error:
+        assert_healthy(3, Metrics(*[None] * 3, healthy=False, finite=finite), model)
+    assert str(error.value) == f"step 3, level {level}: fast state {leaf} is not finite"
 
 
 def test_a_carried_state_that_overflows_is_seen_at_once():
@@ -229,8 +240,8 @@ def test_a_carried_state_that_overflows_is_seen_at_once():
     batch = next(batches(config))
     batch = batch._replace(reset=np.zeros_like(batch.reset))
     _, metrics = update(state._replace(fast=jax.tree.unflatten(tree, leaves)), batch)
-    with pytest.raises(NonFinite, match="step 1, level .*: fast state"):
-        assert_healthy(1, metrics)
+    with pytest.raises(NonFinite, match="step 1, level memories of the sequence layers, chunk 16: fast state"):
+        assert_healthy(1, metrics, config.model)
 
 
 def test_matrices_decay_and_nothing_else():
