@@ -69,6 +69,10 @@ def test_a_new_file_moves_no_other_between_splits(folder, cache):
     assert len(set(read(folder, "heldout")) ^ heldout) <= 1
 
 
+def test_a_twentieth_is_held_out():
+    assert len(text_module._hold_out([str(i) for i in range(10_000)])) == pytest.approx(500, rel=0.15)
+
+
 @pytest.mark.parametrize("change", ["content", "name", "new", "gone"])
 def test_changed_text_is_prepared_again_and_unchanged_text_is_not(change, folder, cache):
     before = read(folder, "train") + read(folder, "heldout")
@@ -335,6 +339,7 @@ def test_entropies_of_known_sources():
     assert ngram_entropies(["ab" * 500]) == pytest.approx((1.0, 0.0))
     assert ngram_entropies([bytes(range(256))] * 3).unigram == pytest.approx(8.0)
     assert ngram_entropies(["aa", "bb"]) == pytest.approx((1.0, 0.0)), "pairs stay within a document"
+    assert ngram_entropies(["ab", "ac"]).bigram == pytest.approx(1.0), "of a byte given the one before it"
     assert ngram_entropies(["aabb" * 10**4]).bigram == pytest.approx(1.0, abs=1e-3)
     assert ngram_entropies(["a"]) == (0.0, 0.0)
     with pytest.raises(UserError, match="^entropies of no text"):

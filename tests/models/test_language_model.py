@@ -206,6 +206,15 @@ def test_the_readme_has_the_table_of_parameters():
     assert table() in Path(__file__, "../../../README.md").resolve().read_text()
 
 
+@pytest.mark.parametrize(
+    ("mixer", "reading", "alignment"), [("self-modifying", 24, 48), ("titans", 12, 48), ("attention", 1, 16)]
+)
+def test_documents_align_with_the_longest_chunk_and_period(mixer, reading, alignment):
+    """Chunks of 12 and 24 tokens, periods of 16 and 8: their least common multiple."""
+    made = config(mixer=mixer, chunk=12, projection_chunk=24, periods=(16, 8))
+    assert (made.reading, made.alignment) == (reading, alignment)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_first_loss_is_near_chance(tied):
     made = LanguageModel(dataclasses.replace(preset("tiny-hope-attention"), tie_embeddings=tied), rngs=nnx.Rngs(0))
@@ -250,6 +259,8 @@ def test_what_is_refused():
         (dict(variant="parallel"), "cms.variant 'parallel' is unknown: give one of sequential, nested, independent"),
         (dict(width=9), "width 9 is not a multiple of model.heads 2"),
         (dict(projection_chunk=6), "6 is not a multiple of model.chunk 4"),
+        (dict(blocks=0), "model.cms.blocks 0 must be from 1 to model.layers 2"),
+        (dict(blocks=3), "model.cms.blocks 3 must be from 1 to model.layers 2"),
     ]:
         with pytest.raises(UserError, match=message):
             LanguageModel(config(**fields), rngs=nnx.Rngs(0))

@@ -47,7 +47,9 @@ def test_flags_and_json_give_the_config_back(config):
 
 def test_a_preset_brings_its_sizes():
     config = TrainConfig.from_preset("140m-hope")
-    assert config.run_dir == "runs/140m-hope" and config.tokenizer == "sentencepiece" and config.window == 2048
+    assert config.run_dir == "runs/140m-hope" and config.tokenizer == "sentencepiece"
+    sizes = (config.window, config.batch, config.steps, config.warmup, config.learning_rate, config.eval_every)
+    assert sizes == (2048, 8, 20_000, 500, 6e-4, 1000)
     assert TrainConfig() == TrainConfig.from_preset("tiny-hope")
     with pytest.raises(UserError, match="tiny-hop"):
         TrainConfig.from_preset("tiny-hop")
