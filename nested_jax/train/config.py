@@ -8,7 +8,7 @@ import shlex
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig, preset
@@ -41,8 +41,13 @@ class TrainConfig:
     carry: bool = False
     """Carry the fast state from one window of a document to the next (truncated back-propagation), instead of
     starting each window afresh."""
+    optimizer: Literal["adamw", "momentum", "delta-momentum", "deep-momentum", "muon", "m3", "continuum"] = "adamw"
+    """Rule of the updates. muon and m3 take matrices and leave the rest to AdamW; continuum is AdamW at two
+    frequencies, slow for all CMS levels but the fastest."""
+    slow_period: int = 8
+    """Updates between two steps of the slow memory of m3, or of the slow parameters of continuum."""
     learning_rate: float = 8e-3
-    """Largest learning rate of AdamW."""
+    """Largest learning rate; rules other than AdamW may need another."""
     warmup: int = 20
     """Updates over which the learning rate grows to its largest; it then falls along a cosine to a tenth."""
     weight_decay: float = 0.1
@@ -82,12 +87,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError for the first value that cannot be."""
-        for name in ("steps", "window", "batch", "accumulate", "eval_bytes", "checkpoint_every", "log_every"):
+        for name in ("steps", "window", "batch", "accumulate", "slow_period", "eval_bytes", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be a finite number and at least 0")
+        if self.optimizer not in (known := typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"])):
+            raise UserError(f"--optimizer {self.optimizer} is unknown: give one of {', '.join(known)}")
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed} must be below {2**32}")
         if self.batch % self.accumulate:

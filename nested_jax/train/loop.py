@@ -16,10 +16,11 @@ from nested_jax.train import folder as folders
 from nested_jax.train import report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, say
 from nested_jax.train.record import Record, read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import TrainState, learning_rate, network, optimizer, start
+from nested_jax.train.state import TrainState, network, start
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 from nested_jax.train.text import TOKENIZER, open_text

@@ -15,9 +15,10 @@ from tiny_run import rows, small_model
 from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer, load_tokenizer
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.optimizer import learning_rate
 from nested_jax.train.record import read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import bind, draw_parameters, learning_rate, network, start
+from nested_jax.train.state import bind, draw_parameters, network, start
 from nested_jax.train.stopping import NonFinite
 from nested_jax.train.text import open_text
 

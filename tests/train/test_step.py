@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from nested_jax.data import Batch
 from nested_jax.level import Level, run
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
+from nested_jax.train.optimizer import MATRICES, decayed, learning_rate, optimizer
 from nested_jax.train.step import Metrics, assert_healthy, cross_entropy, train_step
 from nested_jax.train.stopping import NonFinite
 
@@ -25,7 +27,7 @@ NAMES = ("tiny-transformer", "tiny-hope")
 def make(name="tiny-transformer", **fields):
     sizes = {"window": 32, "batch": 4, "steps": 10, "warmup": 2, "model": small_model(name)}
     config = TrainConfig.from_preset(name, **(sizes | fields))
-    net, rule = states.network(config.model), states.optimizer(config)
+    net, rule = states.network(config.model), optimizer(config)
     return config, net, train_step(net, rule, accumulate=config.accumulate)
 
 
@@ -166,10 +168,10 @@ def test_training_is_the_slowest_level():
 
 
 def test_schedule_warms_up_and_falls_to_a_tenth():
-    rate = states.learning_rate(TrainConfig(steps=100, warmup=10, learning_rate=1.0))
+    rate = learning_rate(TrainConfig(steps=100, warmup=10, learning_rate=1.0))
     values = [float(rate(step)) for step in range(101)]
     assert values[0] > 0 and max(values) == values[10] == 1.0 and values[100] == pytest.approx(0.1)
-    assert all(np.isfinite(float(states.learning_rate(TrainConfig(steps=1, warmup=w))(0))) for w in (0, 1, 5))
+    assert all(np.isfinite(float(learning_rate(TrainConfig(steps=1, warmup=w))(0))) for w in (0, 1, 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,7 +250,7 @@ def test_matrices_decay_and_nothing_else():
     parameters = states.draw_parameters(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("blocks/")
-        for path, value in jax.tree_util.tree_leaves_with_path(states.decayed(parameters))
+        for path, value in jax.tree_util.tree_leaves_with_path(decayed(parameters))
         if value
     }
     cms = {f"cms/level{level}/{part}" for level in (1, 2) for part in ("up", "down")}
@@ -256,15 +258,49 @@ def test_matrices_decay_and_nothing_else():
     assert decays == cms | mixer | {"embedding", "head"}
 
 
+@pytest.mark.parametrize("rule", typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"]))
+def test_every_optimizer_of_the_command_line_trains(rule):
+    """A few updates on one batch bring its loss down; matrices stacked over the layers are each their own."""
+    sgd = rule in ("momentum", "delta-momentum", "deep-momentum")  # whose updates are of the gradient's size
+    config, _, step = make("tiny-hope", optimizer=rule, slow_period=3, learning_rate=0.3 if sgd else 0.01, warmup=0)
+    state, update, batch = states.start(config), jax.jit(step), next(batches(config))
+    losses = []
+    for _ in range(9):
+        state, metrics = update(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.02, losses
+    assert update._cache_size() == 1
+
+
+def test_muons_matrices_are_those_of_blocks():
+    """Not embeddings, heads, gates, convolutions or the starts of memories."""
+    shapes = jax.eval_shape(lambda: states.draw_parameters(dataclasses.replace(small_model("tiny-hope"), layers=3), 0))
+    leaves = jax.tree_util.tree_leaves_with_path(MATRICES(shapes), is_leaf=lambda x: isinstance(x, tuple))
+    chosen = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+    cms = {f"blocks/cms/level{level}/{part}" for level in (1, 2) for part in ("up", "down")}
+    assert chosen == cms | {"blocks/mixer/query", "blocks/mixer/out"}
+
+
+def test_continuum_moves_the_slow_level_every_so_many_updates():
+    config, _, step = make("tiny-hope", optimizer="continuum", slow_period=3)
+    state, update, moved = states.start(config), jax.jit(step), []
+    for batch in batches(config, 6):
+        after, _ = update(state, batch)
+        levels = [tree.parameters["blocks"]["cms"] for tree in (state, after)]
+        moved.append([not jnp.array_equal(levels[0][name]["up"], levels[1][name]["up"]) for name in ("level1", "level2")])
+        state = after
+    assert moved == [[False, True], [False, True], [True, True]] * 2
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
     """Three updates by large gradients, through the warm-up, against a chain written out."""
     config = TrainConfig(model=small_model("tiny-hope"), steps=9, warmup=2, learning_rate=0.1, weight_decay=0.3, clip=clip)
     parameters = to_float64(states.draw_parameters(config.model, 0))
-    adam = [optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.3, mask=states.decayed)]
+    adam = [optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.3, mask=decayed)]
     rates = (0.05, 0.075, 0.1)
     clipped = [optax.clip_by_global_norm(clip)] if clip else []
-    own = states.optimizer(config)
+    own = optimizer(config)
     theirs = optax.chain(*clipped, *adam)
     memory, other = own.init(parameters), theirs.init(parameters)
     for i, rate in enumerate(rates):

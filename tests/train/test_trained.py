@@ -14,6 +14,7 @@ from nested_jax.data import Batch
 from nested_jax.memory.deep import weights_of
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
+from nested_jax.train.optimizer import optimizer
 from nested_jax.train.step import train_step
 
 FROZEN = dataclasses.replace(small_model("tiny-hope").cms, periods=(), blocks=None)
@@ -32,7 +33,7 @@ def text() -> np.ndarray:
 def trained(text):
     """Parameters after 60 updates at a high rate."""
     config = TrainConfig.from_preset("tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch=4, learning_rate=1e-2)
-    update = jax.jit(train_step(states.network(MODEL), states.optimizer(config)), donate_argnums=0)
+    update = jax.jit(train_step(states.network(MODEL), optimizer(config)), donate_argnums=0)
     state, losses, random = states.start(config), [], np.random.default_rng(0)
     reset = np.zeros((4, 128), bool)
     reset[:, 0] = True

@@ -1,0 +1,80 @@
+"""The optimizers of `nested-jax train`: the rule of the slowest level, its schedule, and what of the parameters decays."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from nested_jax import optim
+from nested_jax.train.config import TrainConfig
+from nested_jax.typing import PyTree
+
+MATRICES = optim.matrices("up|gate|down|query|project|out")  # (L, in, out); embeddings and heads are none
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from learning_rate / warmup, then a cosine to a tenth at the last step.
+
+    >>> rate = learning_rate(TrainConfig(steps=100, warmup=10, learning_rate=1.0))
+    >>> [round(float(rate(step)), 2) for step in (0, 10, 55, 100)]
+    [0.1, 1.0, 0.55, 0.1]
+    """
+    peak, warmup = config.learning_rate, config.warmup
+    return optax.warmup_cosine_decay_schedule(
+        peak / max(warmup, 1), peak, warmup, max(config.steps, warmup + 1), end_value=peak / 10
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the config's rule, its decay of matrices, and the scheduled rate last."""
+    rule = _rule(config)
+    return optax.chain(optim.clip_by_norm(config.clip), rule) if config.clip else rule
+
+
+def _rule(config: TrainConfig) -> optax.GradientTransformation:
+    rate = learning_rate(config)
+    decay = optax.add_decayed_weights(config.weight_decay, decayed)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.95)
+    descend = lambda *rules: optax.chain(*rules, decay, optax.scale_by_learning_rate(rate))
+    orthogonal = {"consistent_rms": 0.2, "weight_decay": config.weight_decay, "vectors": descend(adam)}
+    match config.optimizer:
+        case "adamw":
+            return descend(adam)
+        case "momentum":
+            return descend(optim.scale_by_momentum())
+        case "delta-momentum":
+            return descend(optim.scale_by_delta_momentum(dimension_numbers=MATRICES))
+        case "deep-momentum":
+            return descend(optim.scale_by_deep_momentum(dimension_numbers=MATRICES))
+        case "muon":
+            return optim.nonlinear_momentum(rate, **orthogonal, dimension_numbers=MATRICES)
+        case "m3":  # without its second moment, its updates are of the size of Adam's for any scale of the loss
+            options = {"slow_period": config.slow_period, "second_moment": False}
+            return optim.m3(rate, **options, **orthogonal, dimension_numbers=MATRICES)
+        case "continuum":
+            periods = {"slow": config.slow_period, "fast": 1}
+            return optim.continuum(rate, periods, frequencies, inner=optax.chain(adam, decay))
+
+
+def frequencies(parameters: PyTree) -> PyTree:
+    """The groups of continuum: "slow" for all CMS levels but the fastest, or for the only one; "fast" for the rest.
+
+    >>> frequencies({"cms": {"level1": {"up": 0}, "level2": {"up": 0}}, "norm": 0})
+    {'cms': {'level1': {'up': 'slow'}, 'level2': {'up': 'fast'}}, 'norm': 'fast'}
+    """
+    names = lambda path: [key.key for key in path]
+    paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
+    levels = sorted({name for path in paths if "cms" in path for name in path if name.startswith("level")})
+    slow = set(levels[:-1] or levels)
+    return jax.tree_util.tree_map_with_path(lambda path, _: "slow" if slow & set(names(path)) else "fast", parameters)
+
+
+def decayed(parameters: PyTree) -> PyTree:
+    """Which leaves decay: a tree of bools, by path."""
+
+    def matrix(path, leaf):
+        names = {key.key for key in path}
+        stacked = "blocks" in names
+        return leaf.ndim - stacked >= 2 and not names & {"start", "norm"}
+
+    return jax.tree_util.tree_map_with_path(matrix, parameters)
