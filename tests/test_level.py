@@ -95,8 +95,8 @@ def scans(jaxpr):
     """Lengths of the scans in a jaxpr: [(length, scans inside), ...]."""
     found = []
     for equation in jaxpr.eqns:
-        inside = [scans(sub) for sub in jax.core.jaxprs_in_params(equation.params)]
-        inside = [scan for each in inside for scan in each]
+        parts = jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "eqns"))
+        inside = [scan for part in parts if hasattr(part, "eqns") for scan in scans(part)]
         found += [(equation.params["length"], inside)] if equation.primitive.name == "scan" else inside
     return found
 
