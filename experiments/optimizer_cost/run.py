@@ -1,0 +1,118 @@
+"""python experiments/optimizer_cost/run.py: times updates; writes results/{optimizer_cost.json, table.md, figure.png}."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import config as settings
+import jax
+import matplotlib
+import optax
+import tyro
+
+from nested_jax import optim
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+BASE = "optax.contrib.muon"
+
+
+def rules(config: settings.Config) -> dict[str, optax.GradientTransformation]:
+    m3 = {"slow_period": config.slow_period, "steps": config.steps}
+    return {
+        BASE: optax.contrib.muon(0.1, ns_steps=config.steps),
+        "nonlinear_momentum": optim.nonlinear_momentum(0.1, lambda m: optim.newton_schulz(m, config.steps)),
+        "m3": optim.m3(0.1, **m3),
+        "m3, no second moment": optim.m3(0.1, **m3, second_moment=False),
+        "optax.adamw": optax.adamw(0.1),
+        "momentum": optim.momentum(0.1),
+        "delta_momentum": optim.delta_momentum(0.1),
+        "deep_momentum": optim.deep_momentum(0.1),
+        "continuum (AdamW)": optim.continuum(0.1, config.slow_period),
+    }
+
+
+def cycle(rule: optax.GradientTransformation, config: settings.Config):
+    """A call that makes one slow period's updates, and its state's bytes a parameter."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (config.width, config.width))}
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    update = jax.jit(rule.update)
+    held = rule.init(params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(held)) / params["kernel"].size
+
+    def call():
+        state = held
+        for _ in range(config.slow_period):
+            updates, state = update(gradients, state, params)
+        return jax.block_until_ready((updates, state))
+
+    return call, size
+
+
+def measure(config: settings.Config) -> dict:
+    calls = {name: cycle(rule, config) for name, rule in rules(config).items()}
+    times = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(config.rounds + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            begun = time.perf_counter()
+            calls[name][0]()
+            if turn:
+                times[name].append((time.perf_counter() - begun) / config.slow_period)
+    base = statistics.median(times[BASE])
+    return {
+        "command": "python experiments/optimizer_cost/run.py",
+        "config": dataclasses.asdict(config),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "rows": [
+            {
+                "optimizer": name,
+                "seconds": times[name],
+                "median_seconds": statistics.median(times[name]),
+                "ratio_to_muon": statistics.median(times[name]) / base,
+                "state_bytes_per_parameter": calls[name][1],
+            }
+            for name in names
+        ],
+    }
+
+
+def table(results: dict) -> str:
+    lines = ["| optimizer | ms an update | times Muon | state, bytes a parameter |", "|---|---:|---:|---:|"]
+    for row in results["rows"]:
+        milliseconds, ratio = 1e3 * row["median_seconds"], row["ratio_to_muon"]
+        lines.append(f"| `{row['optimizer']}` | {milliseconds:.1f} | {ratio:.3f} | {row['state_bytes_per_parameter']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict, path: Path) -> None:
+    rows = results["rows"][::-1]
+    base = next(row["median_seconds"] for row in rows if row["optimizer"] == BASE)
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    ax.boxplot([[s / base for s in row["seconds"]] for row in rows], orientation="horizontal", widths=0.6)
+    ax.set_yticks(range(1, len(rows) + 1), [row["optimizer"] for row in rows])
+    ax.axvline(1.25, color="tab:red", linestyle=":", label="aim for m3: 1.25")
+    ax.set(xlabel="time of an update, Muon's median = 1", xlim=(0, None))
+    ax.legend()
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    results = measure(tyro.cli(settings.Config))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "optimizer_cost.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "table.md").write_text(table(results))
+    figure(results, RESULTS / "figure.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
