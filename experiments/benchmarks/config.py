@@ -1,4 +1,4 @@
-"""What is measured: one dataclass, whose fields are the flags of run.py."""
+"""What is measured: a dataclass whose fields are the flags of run.py, and one for optimizers.py."""
 
 from __future__ import annotations
 
@@ -47,3 +47,17 @@ def in_context(hope: ModelConfig) -> ModelConfig:
 def parameters(config: ModelConfig) -> int:
     """Number of learned parameters."""
     return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))).parameters
+
+
+@dataclass(frozen=True)
+class OptimizersConfig:
+    """Updates of one square matrix by every optimizer, in turns."""
+
+    width: int = 1024
+    """Rows and columns of the matrix."""
+    slow_period: int = 8
+    """Steps between two steps of m3's slow memory; so many updates are timed together."""
+    steps: int = 5
+    """Of Newton-Schulz, in Muon and in m3."""
+    rounds: int = 9
+    """Turns of each optimizer that count."""

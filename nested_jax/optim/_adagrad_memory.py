@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.optim._hyperparameters import check, check_choice
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, resolve
-from nested_jax.optim._precision import accumulators, safe_divide, safe_root
+from nested_jax.errors import assert_choice
+from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._matrices import DimensionNumbers, as_matrices, resolve
+from nested_jax.optim._precision import safe_divide, safe_root, zeros
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -45,22 +46,24 @@ def scale_by_adagrad_memory(
         UserError: a hyperparameter is out of range, or dimension numbers do not fit a parameter.
     """
     check("adagrad_memory", low=0.0, penalty=penalty)
-    check_choice("adagrad_memory", ("diagonal", "full"), form=form)
+    assert_choice("adagrad_memory: form", form, ("diagonal", "full"))
+
+    columns = lambda tree: _columns(dimension_numbers, tree)
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, accumulators(params))
-        return AdagradMemoryState(zeros if form == "diagonal" else _columns(_outer, dimension_numbers, zeros))
+        memory = zeros(params)
+        return AdagradMemoryState(memory if form == "diagonal" else jax.tree.map(_outer, columns(memory)))
 
     def update(updates, state, params=None):
         del params
-        gradients = accumulators(updates)
+        gradients = upcast(updates)
         if form == "diagonal":
             squares = jax.tree.map(lambda h, g: h + jnp.square(g), state.squares, gradients)
             emitted = jax.tree.map(lambda h, g: safe_divide(safe_root(h) * g, h + penalty), squares, gradients)
         else:
-            squares = jax.tree.map(jnp.add, state.squares, _columns(_outer, dimension_numbers, gradients))
-            read = lambda g, H: _root_over(H, penalty) @ g
-            emitted = _columns(read, dimension_numbers, gradients, squares)
+            turned, back = jax.vjp(columns, gradients)  # which only moves entries: its transpose is its inverse
+            squares = jax.tree.map(lambda h, g: h + _outer(g), state.squares, turned)
+            (emitted,) = back(jax.tree.map(lambda h, g: _root_over(h, penalty) @ g, squares, turned))
         squares = optax.tree.cast_like(squares, state.squares)
         return optax.tree.cast_like(emitted, updates), AdagradMemoryState(squares)
 
@@ -71,17 +74,11 @@ def _outer(g: Float[Array, "*batch N M"]) -> Float[Array, "*batch N N"]:
     return g @ jnp.swapaxes(g, -2, -1)
 
 
-def _columns(function: Callable, dimension_numbers: DimensionNumbers, tree: PyTree, *rest: PyTree) -> PyTree:
-    """`function` of every leaf as (..., n, m), a vector's m being 1, and of what other trees hold for it, as that is."""
+def _columns(dimension_numbers: DimensionNumbers, tree: PyTree) -> PyTree:
+    """Every leaf as (..., n, m); of a vector m is 1."""
     leaves, structure = jax.tree.flatten(tree)
-    results = []
-    for leaf, numbers, *own in zip(leaves, resolve(dimension_numbers, tree), *map(jax.tree.leaves, rest), strict=True):
-        turned = as_matrices(leaf, numbers) if numbers else jnp.atleast_1d(leaf)[..., None]
-        out = function(turned, *own)
-        if out.shape == turned.shape and own:
-            out = from_matrices(out, numbers, leaf.shape) if numbers else out.reshape(leaf.shape)
-        results.append(out)
-    return structure.unflatten(results)
+    turn = lambda leaf, numbers: as_matrices(leaf, numbers) if numbers else jnp.atleast_1d(leaf)[..., None]
+    return structure.unflatten(map(turn, leaves, resolve(dimension_numbers, tree)))
 
 
 @jax.custom_jvp

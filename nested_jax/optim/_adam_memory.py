@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._precision import accumulators, safe_divide, safe_root
+from nested_jax.optim._precision import safe_divide, safe_root, zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -49,24 +50,26 @@ def scale_by_adam_memory(
     check("adam_memory", low=0.0, penalty=penalty, eps=eps)
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, accumulators(params))
-        return AdamMemoryState(jnp.zeros((), jnp.int32), zeros, zeros)
-
-    def grow(memory, terms, weight):
-        add = (lambda m, x: weight * m + (1 - weight) * x) if average else (lambda m, x: m + weight * x)
-        return optax.tree.cast_like(jax.tree.map(add, memory, terms), memory)
+        return AdamMemoryState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))
 
     def update(updates, state, params=None):
         del params
-        gradients = accumulators(updates)
+        gradients = upcast(updates)
         count = optax.safe_increment(state.count)
-        sums = grow(state.first, gradients, first), grow(state.second, jax.tree.map(jnp.square, gradients), second)
+        squares = jax.tree.map(jnp.square, gradients)
+        sums = grow(state.first, gradients, first, average), grow(state.second, squares, second, average)
         values = [optax.tree.bias_correction(m, decay, count) for m, decay in zip(sums, (first, second), strict=True)]
         best = lambda m, h: safe_divide(m * safe_root(h), h + penalty + eps * safe_root(h))
         emitted = jax.tree.map(best, *(values if average else sums))
         return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, *sums)
 
     return optax.GradientTransformation(init, update)
+
+
+def grow(memory: PyTree, terms: PyTree, weight: Array | float, average: bool) -> PyTree:
+    """An average that decays by the weight, or a sum in which each term has it."""
+    add = (lambda m, x: weight * m + (1 - weight) * x) if average else (lambda m, x: m + weight * x)
+    return optax.tree.cast_like(jax.tree.map(add, memory, terms), memory)
 
 
 def adam_memory(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.memory.recurrence import upcast
+
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
     """Scales a whole tree of gradients down to a norm of at most `largest`.
@@ -19,9 +21,7 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        squares = sum(
-            jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(updates)
-        )
+        squares = sum(jnp.sum(jnp.square(upcast(x))) for x in jax.tree.leaves(updates))
         over = squares > largest**2
         scale = jnp.where(over, largest * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
         return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, check_period
-from nested_jax.optim._precision import accumulators
+from nested_jax.optim._precision import zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -42,19 +43,18 @@ def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> 
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, accumulators(params))
-        return ContinuumState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
+        return ContinuumState(jnp.zeros((), jnp.int32), zeros(params), inner.init(params))
 
     def update(updates, state, params=None, **extra):
-        pending = jax.tree.map(jnp.add, state.pending, accumulators(updates))
-        zeros = jax.tree.map(jnp.zeros_like, updates)
+        pending = jax.tree.map(jnp.add, state.pending, upcast(updates))
+        still = jax.tree.map(jnp.zeros_like, updates)
 
         def move(pending, memory):
             emitted, memory = inner.update(optax.tree.cast_like(pending, updates), memory, params, **extra)
             return optax.tree.cast_like(emitted, updates), memory, jax.tree.map(jnp.zeros_like, pending)
 
         count = optax.safe_increment(state.count)
-        wait = lambda pending, memory: (zeros, memory, pending)
+        wait = lambda pending, memory: (still, memory, pending)
         emitted, memory, pending = jax.lax.cond(count % period == 0, move, wait, pending, state.inner)
         return emitted, ContinuumState(count, pending, memory)
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.errors import UserError
-from nested_jax.optim._hyperparameters import check, check_choice
+from nested_jax.errors import UserError, assert_choice
+from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
-from nested_jax.optim._precision import accumulators, norm, safe_divide
+from nested_jax.optim._precision import norm, safe_divide, zeros
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -104,16 +105,18 @@ def scale_by_deep_momentum(
     """
     check("deep_momentum", low=0.0, high=1.0, decay=decay)
     check("deep_momentum", low=0.0, rate=rate)
-    check_choice("deep_momentum", ("dot", "l2"), objective=objective)
-    check_choice("deep_momentum", ("gradient", "rms"), scale=scale)
+    assert_choice("deep_momentum: objective", objective, ("dot", "l2"))
+    assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
 
     def init(params):
-        width = _hidden_width(start, hidden)
-        starts = deep_momentum_start(params, width, seed=seed, dimension_numbers=dimension_numbers)
-        starts = starts if start is None else _fitting(start, starts)
-        leaves, structure = jax.tree.flatten(params)
-        zeros = [jnp.zeros_like(x) for x in accumulators(leaves)]
-        memories = [z if s is None else s for z, s in zip(zeros, structure.flatten_up_to(starts), strict=True)]
+        draw = lambda hidden: deep_momentum_start(params, hidden, seed=seed, dimension_numbers=dimension_numbers)
+        if start is None:
+            starts = draw(hidden)
+        else:
+            starts = jax.tree.map(jnp.copy, _fitting(start, jax.eval_shape(lambda: draw(_hidden_width(start, hidden)))))
+        structure = jax.tree.structure(params)
+        pairs = zip(jax.tree.leaves(zeros(params)), structure.flatten_up_to(starts), strict=True)
+        memories = [empty if begun is None else jax.tree.map(jnp.copy, begun) for empty, begun in pairs]
         return DeepMomentumState(structure.unflatten(memories), starts)
 
     def matrix(memory, begun, g):
@@ -136,19 +139,16 @@ def scale_by_deep_momentum(
         del params
         leaves, structure = jax.tree.flatten(updates)
         memories, starts = structure.flatten_up_to(state.memory), structure.flatten_up_to(state.start)
-        results = []
+        moved, emitted = [], []
         for g, numbers, memory, begun in zip(leaves, resolve(dimension_numbers, updates), memories, starts, strict=True):
             if numbers is None:
-                moved = decay * memory + (1 - decay) * accumulators(g)
-                out = moved
+                after = out = decay * memory + (1 - decay) * upcast(g)
             else:
-                moved, out = matrix(memory, begun, as_matrices(accumulators(g), numbers))
+                after, out = matrix(memory, begun, as_matrices(upcast(g), numbers))
                 out = from_matrices(out, numbers, g.shape)
-            results.append((optax.tree.cast_like(moved, memory), out.astype(g.dtype)))
-        memory, emitted = (
-            (structure.unflatten(part) for part in zip(*results, strict=True)) if results else (updates, updates)
-        )
-        return emitted, DeepMomentumState(memory, state.start)
+            moved.append(optax.tree.cast_like(after, memory))
+            emitted.append(out.astype(g.dtype))
+        return structure.unflatten(emitted), DeepMomentumState(structure.unflatten(moved), state.start)
 
     return optax.GradientTransformation(init, update)
 

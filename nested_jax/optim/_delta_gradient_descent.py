@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, rate_at
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
-from nested_jax.optim._precision import accumulators
 from nested_jax.typing import Array
 
 
@@ -76,8 +76,8 @@ def scale_by_delta_gradient_descent(
             unused.discard(name(path))
             if numbers is None:
                 raise UserError(f"delta_gradient_descent: there are inputs for parameter {name(path)}, which is no matrix")
-            turned = [as_matrices(accumulators(part), numbers) for part in (g, kernel)]
-            direction = _direction(name(path), rate, *turned, accumulators(x))
+            turned = [as_matrices(upcast(part), numbers) for part in (g, kernel)]
+            direction = _direction(name(path), rate, *turned, upcast(x))
             emitted.append(from_matrices(direction, numbers, g.shape).astype(g.dtype))
         if unused:
             raise UserError(f"delta_gradient_descent: there are inputs for {sorted(unused)[0]}, which is no parameter")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices
-from nested_jax.optim._precision import accumulators, unit
+from nested_jax.optim._precision import unit, zeros
 from nested_jax.typing import PyTree
 
 
@@ -53,7 +53,7 @@ def scale_by_delta_momentum(
     values = optax.with_extra_args_support(preconditioner or optax.identity())
 
     def init(params):
-        return DeltaMomentumState(jax.tree.map(jnp.zeros_like, accumulators(params)), values.init(params))
+        return DeltaMomentumState(zeros(params), values.init(params))
 
     def matrix(m, g, value):
         u = unit(g, (-2, -1)) if normalize else g
@@ -65,7 +65,7 @@ def scale_by_delta_momentum(
 
     def update(updates, state, params=None, **extra):
         written, inner = values.update(updates, state.preconditioner, params, **extra)
-        trees = state.momentum, accumulators(updates), accumulators(written)
+        trees = state.momentum, upcast(updates), upcast(written)
         momentum = map_matrices(matrix, dimension_numbers, *trees, vectors=vector)
         momentum = optax.tree.cast_like(momentum, state.momentum)
         return optax.tree.cast_like(momentum, updates), DeltaMomentumState(momentum, inner)

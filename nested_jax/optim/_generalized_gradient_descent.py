@@ -11,16 +11,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from nested_jax.errors import UserError
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, check_period, rate_at
-from nested_jax.optim._precision import accumulators
 from nested_jax.typing import Array, PyTree
 
 
 class GeneralizedGradientDescentState(NamedTuple):
-    """Steps taken, and the last values of what is learned, newest first: leaves (window, ...), float32 or finer."""
+    """Steps taken, and the weights before the present ones, newest first: leaves (window - 1, ...), float32 or finer."""
 
     count: Array
-    recent: PyTree
+    past: PyTree
 
 
 def linearised(weights: PyTree, gradients: PyTree, **extra: PyTree) -> Array:
@@ -65,14 +65,14 @@ def scale_by_generalized_gradient_descent(
     check_period("generalized_gradient_descent", window=window, steps=steps)
 
     def init(params):
-        recent = jax.tree.map(lambda w: jnp.stack([w] * window), accumulators(params))
-        return GeneralizedGradientDescentState(jnp.zeros((), jnp.int32), recent)
+        past = jax.tree.map(lambda w: jnp.repeat(w[None], window - 1, axis=0), upcast(params))
+        return GeneralizedGradientDescentState(jnp.zeros((), jnp.int32), past)
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise UserError("generalized_gradient_descent: params are missing: call update(gradients, state, params)")
-        now, gradients = accumulators(params), accumulators(updates)
-        recent = jax.tree.map(lambda w, past: jnp.concatenate([w[None], past[:-1]]), now, state.recent)
+        now, gradients = upcast(params), upcast(updates)
+        recent = jax.tree.map(lambda w, past: jnp.concatenate([w[None], past]), now, state.past)
         start, unravel = ravel_pytree(now)
 
         def problem(flat):
@@ -85,7 +85,8 @@ def scale_by_generalized_gradient_descent(
             curvature = lambda v, flat=flat: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
             flat = flat - jax.scipy.sparse.linalg.cg(curvature, jax.grad(problem)(flat))[0]
         emitted = optax.tree.cast_like(unravel(start - flat), updates)
-        return emitted, GeneralizedGradientDescentState(optax.safe_increment(state.count), recent)
+        past = jax.tree.map(lambda w: w[:-1], recent)
+        return emitted, GeneralizedGradientDescentState(optax.safe_increment(state.count), past)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

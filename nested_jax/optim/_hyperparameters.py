@@ -36,13 +36,6 @@ def check_period(rule: str, **values: Any) -> None:
             raise UserError(f"{rule}: {name} {value!r} is no period: give a whole number of steps, at least 1")
 
 
-def check_choice(rule: str, known: tuple, **values: Any) -> None:
-    """Raises UserError for the first value that is not known."""
-    for name, value in values.items():
-        if value not in known:
-            raise UserError(f"{rule}: {name} {value!r} is unknown: give one of {', '.join(map(str, known))}")
-
-
 def rate_at(learning_rate: float | Callable, count: Array) -> Array:
     """A learning rate's value at a step."""
     return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._adam_memory import grow
 from nested_jax.optim._hyperparameters import check, check_period
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices
 from nested_jax.optim._newton_schulz import newton_schulz
-from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, for_matrices, remember, scale_by_shape, vector_rule
-from nested_jax.optim._precision import accumulators, safe_divide, safe_root
+from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, remember
+from nested_jax.optim._precision import safe_divide, safe_root, zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -75,22 +77,21 @@ def scale_by_m3(
     orthogonal = lambda tree: map_matrices(lambda m: newton_schulz(m, steps), dimension_numbers, tree, rule="m3")
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, accumulators(params))
-        return M3State(jnp.zeros((), jnp.int32), zeros, zeros if second_moment else None, zeros, zeros, zeros)
+        second = zeros(params) if second_moment else None
+        return M3State(jnp.zeros((), jnp.int32), zeros(params), second, zeros(params), zeros(params), zeros(params))
 
     def remember_slowly(pending, memory, _):
-        add = (lambda m, g: slow * m + (1 - slow) * g) if average else (lambda m, g: m + slow * g)
-        memory = optax.tree.cast_like(jax.tree.map(add, memory, pending), memory)
+        memory = grow(memory, pending, slow, average)
         return jax.tree.map(jnp.zeros_like, pending), memory, orthogonal(memory)
 
     def update(updates, state, params=None):
         del params
-        gradients = accumulators(updates)
+        gradients = upcast(updates)
         count = optax.safe_increment(state.count)
         if average:
             ahead, (_, first) = remember(gradients, NonlinearMomentumState(state.count, state.fast), fast, True, nesterov)
         else:
-            first = ahead = jax.tree.map(lambda m, g: m + fast * g, state.fast, gradients)
+            first = ahead = grow(state.fast, gradients, fast, average=False)
         pending = jax.tree.map(jnp.add, state.pending, gradients)
         due = count % slow_period == 0
         wait = lambda *held: held
@@ -98,12 +99,10 @@ def scale_by_m3(
         emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonal(ahead), held)
         squares = state.second
         if second_moment:
-            add = (lambda h, g: second * h + (1 - second) * g**2) if average else (lambda h, g: h + second * g**2)
-            squares = optax.tree.cast_like(jax.tree.map(add, squares, gradients), squares)
+            squares = grow(squares, jax.tree.map(jnp.square, gradients), second, average)
             mean = optax.tree.bias_correction(squares, second, count) if average else squares
             over = lambda a, h: safe_divide(a, jnp.where(h > 0, safe_root(h) + eps, 0))  # nothing came: nothing moves
             emitted = jax.tree.map(over, emitted, mean)
-        first = optax.tree.cast_like(first, state.fast)
         return optax.tree.cast_like(emitted, updates), M3State(count, first, squares, pending, memory, held)
 
     return optax.GradientTransformation(init, update)
@@ -158,10 +157,5 @@ def m3(
         fast, second, slow, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average,
         nesterov=nesterov, second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,
     )  # fmt: skip
-    chain = optax.chain(
-        rule,
-        scale_by_shape(consistent_rms, dimension_numbers),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return for_matrices(chain, vectors or vector_rule(learning_rate, nesterov), dimension_numbers)
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    return as_muon(rule, decay, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)

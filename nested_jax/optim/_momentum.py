@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
+from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import name
-from nested_jax.optim._precision import accumulators
+from nested_jax.optim._precision import zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -31,7 +32,7 @@ def scale_by_momentum(decay: float = 0.9, *, nesterov: bool = False) -> optax.Gr
     Gradients are summed as they are and the learning rate comes last, so that it is `optax.trace` under any schedule.
 
     Args:
-        decay: what is kept of the memory each step, from 0 to 1. With 0.9 the last 6 gradients hold half of its weight.
+        decay: what is kept of the memory each step, from 0 to 1. With 0.9 the last 7 gradients hold half of its weight.
         nesterov: look one step ahead.
 
     Raises:
@@ -40,11 +41,11 @@ def scale_by_momentum(decay: float = 0.9, *, nesterov: bool = False) -> optax.Gr
     check("momentum", low=0.0, high=1.0, decay=decay)
 
     def init(params):
-        return MomentumState(jax.tree.map(jnp.zeros_like, accumulators(params)))
+        return MomentumState(zeros(params))
 
     def update(updates, state, params=None):
         del params
-        gradients = accumulators(updates)
+        gradients = upcast(updates)
         add = lambda m, g: decay * m + g
         momentum = jax.tree.map(add, state.momentum, gradients)
         emitted = jax.tree.map(add, momentum, gradients) if nesterov else momentum
@@ -148,7 +149,7 @@ def scale_by_feature_momentum(
         return keys if preconditioner is None else preconditioner(g) * keys
 
     def update(updates, state, params=None):
-        keys = jax.tree_util.tree_map_with_path(features, accumulators(updates))
+        keys = jax.tree_util.tree_map_with_path(features, upcast(updates))
         emitted, state = memory.update(keys, state, params)
         return optax.tree.cast_like(emitted, updates), state
 

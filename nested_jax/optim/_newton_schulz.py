@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, assert_choice
+from nested_jax.memory.recurrence import upcast
 from nested_jax.typing import Array, Float
 
 
@@ -50,10 +51,9 @@ def newton_schulz(
         raise UserError(f"newton_schulz takes matrices, not shape {list(x.shape)}: give at least two axes")
     if steps < 1:
         raise UserError(f"newton_schulz steps {steps}: give at least 1")
-    if form not in ("quintic", "gradient"):
-        raise UserError(f"newton_schulz form {form!r} is unknown: give one of quintic, gradient")
+    assert_choice("newton_schulz form", form, ("quintic", "gradient"))
     o = x.astype(dtype or x.dtype)
-    some = jnp.sum(jnp.square(o.astype(jnp.promote_types(o.dtype, jnp.float32))), (-2, -1), keepdims=True) > 0
+    some = jnp.sum(jnp.square(upcast(o)), (-2, -1), keepdims=True) > 0
     o = jnp.where(some, o, 1)  # a norm has no derivative at zero
     o = _quintic(o, steps) if form == "quintic" else _gradient(o, steps, step_size)
     return jnp.where(some, o, 0).astype(x.dtype)

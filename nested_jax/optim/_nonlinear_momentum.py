@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.optim._hyperparameters import check, check_choice
+from nested_jax.errors import assert_choice
+from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices, resolve
 from nested_jax.optim._newton_schulz import newton_schulz
-from nested_jax.optim._precision import accumulators
+from nested_jax.optim._precision import zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -52,14 +54,14 @@ def scale_by_nonlinear_momentum(
         UserError: a hyperparameter is out of range, or sigma is for matrices and a parameter is none.
     """
     check("nonlinear_momentum", low=0.0, high=1.0, below=1.0 if average else math.inf, decay=decay)
-    check_choice("nonlinear_momentum", ("matrices", "leaves"), on=on)
+    assert_choice("nonlinear_momentum: on", on, ("matrices", "leaves"))
 
     def init(params):
-        return NonlinearMomentumState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, accumulators(params)))
+        return NonlinearMomentumState(jnp.zeros((), jnp.int32), zeros(params))
 
     def update(updates, state, params=None):
         del params
-        ahead, state = remember(accumulators(updates), state, decay, average, nesterov)
+        ahead, state = remember(upcast(updates), state, decay, average, nesterov)
         if on == "leaves":
             emitted = jax.tree.map(nonlinearity, ahead)
         else:
@@ -123,42 +125,39 @@ def nonlinear_momentum(
     memory = scale_by_nonlinear_momentum(
         nonlinearity, decay, average=average, nesterov=nesterov, on=on, dimension_numbers=dimension_numbers
     )
-    ending = [optax.add_decayed_weights(weight_decay, weight_decay_mask), optax.scale_by_learning_rate(learning_rate)]
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     if on == "leaves":
-        return optax.chain(memory, *ending)
-    shape = scale_by_shape(consistent_rms, dimension_numbers)
-    return for_matrices(
-        optax.chain(memory, shape, *ending), vectors or vector_rule(learning_rate, nesterov), dimension_numbers
-    )
+        return optax.chain(memory, decay, optax.scale_by_learning_rate(learning_rate))
+    return as_muon(memory, decay, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
 
 
-def scale_by_shape(consistent_rms: float | None, dimension_numbers: DimensionNumbers) -> optax.GradientTransformation:
-    """Muon's factor of every matrix: sqrt(max(1, out / in)), or consistent_rms sqrt(max(in, out))."""
-
-    def factor(x):
-        rows, columns = x.shape[-2:]
-        return x * (
-            max(1.0, columns / rows) ** 0.5 if consistent_rms is None else max(rows, columns) ** 0.5 * consistent_rms
-        )
-
-    def update(updates, params=None):
-        return map_matrices(factor, dimension_numbers, updates, rule="scale_by_shape")
-
-    return optax.stateless(update)
-
-
-def vector_rule(learning_rate: optax.ScalarOrSchedule, nesterov: bool) -> optax.GradientTransformation:
-    """What Muon does to leaves that are no matrices. `eps_root` keeps the derivative at a zero gradient finite."""
-    return optax.adamw(learning_rate, b1=0.9, b2=0.999, eps_root=1e-30, weight_decay=0.0, nesterov=nesterov)
-
-
-def for_matrices(
-    rule: optax.GradientTransformation, vectors: optax.GradientTransformation, dimension_numbers: DimensionNumbers
+def as_muon(
+    rule: optax.GradientTransformation,
+    decay: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    nesterov: bool,
+    consistent_rms: float | None,
+    vectors: optax.GradientTransformation | None,
+    dimension_numbers: DimensionNumbers,
 ) -> optax.GradientTransformationExtraArgs:
-    """One rule for matrices and another for other leaves."""
+    """A rule for matrices with what Muon puts around it: scaling by shape, weight decay, AdamW for other leaves."""
+    if vectors is None:  # eps_root keeps the derivative at a zero gradient finite
+        vectors = optax.adamw(learning_rate, eps_root=1e-30, weight_decay=0.0, nesterov=nesterov)
+    shape = _scale_by_shape(consistent_rms, dimension_numbers)
 
     def labels(params):
         kinds = ["vectors" if numbers is None else "matrices" for numbers in resolve(dimension_numbers, params)]
         return jax.tree.unflatten(jax.tree.structure(params), kinds)
 
-    return optax.partition({"matrices": rule, "vectors": vectors}, labels)
+    matrices = optax.chain(rule, shape, decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.partition({"matrices": matrices, "vectors": vectors}, labels)
+
+
+def _scale_by_shape(consistent_rms: float | None, dimension_numbers: DimensionNumbers) -> optax.GradientTransformation:
+    """Muon's factor of every matrix: sqrt(max(1, out / in)), or consistent_rms sqrt(max(in, out))."""
+
+    def factor(x):
+        rows, columns = x.shape[-2:]
+        return max(1.0, columns / rows) ** 0.5 if consistent_rms is None else max(rows, columns) ** 0.5 * consistent_rms
+
+    return optax.stateless(lambda updates, _: map_matrices(lambda x: x * factor(x), dimension_numbers, updates))

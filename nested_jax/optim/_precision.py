@@ -1,16 +1,17 @@
-"""Numbers that are safe: memories in float32 or finer, norms and roots with derivatives that are finite at zero."""
+"""Memories of zeros in float32 or finer; norms, roots and quotients with derivatives that are finite at zero."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from nested_jax.memory.recurrence import upcast
 from nested_jax.typing import Array, PyTree
 
 
-def accumulators(tree: PyTree) -> PyTree:
-    """The tree in float32, or float64 where it is that. Updates go back to the type of their gradients."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+def zeros(params: PyTree) -> PyTree:
+    """An empty memory of every parameter, each call's its own: a state is donated, and no buffer can be twice."""
+    return jax.tree.map(jnp.zeros_like, upcast(params))
 
 
 def safe_root(x: Array) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, assert_choices
 from nested_jax.models.config import ModelConfig, preset
 
 _REPORTING = ("fresh", "run_dir", "log_every", "eval_every", "eval_bytes", "checkpoint_every", "sample_tokens")
@@ -93,8 +93,7 @@ class TrainConfig:
         for name in ("learning_rate", "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be a finite number and at least 0")
-        if self.optimizer not in (known := typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"])):
-            raise UserError(f"--optimizer {self.optimizer} is unknown: give one of {', '.join(known)}")
+        assert_choices(self, "train")
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed} must be below {2**32}")
         if self.batch % self.accumulate:

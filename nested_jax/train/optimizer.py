@@ -64,7 +64,8 @@ def frequencies(parameters: PyTree) -> PyTree:
     """
     names = lambda path: [key.key for key in path]
     paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
-    levels = sorted({name for path in paths if "cms" in path for name in path if name.startswith("level")})
+    levels = {name for path in paths if "cms" in path for name in path if name.startswith("level")}
+    levels = sorted(levels, key=lambda name: int(name.removeprefix("level")))
     slow = set(levels[:-1] or levels)
     return jax.tree_util.tree_map_with_path(lambda path, _: "slow" if slow & set(names(path)) else "fast", parameters)
 

@@ -50,9 +50,9 @@ def extra(name, params=None):
 
 
 def run(rule, params, gradients, **more):
-    """Parameters and state after some updates."""
+    """Parameters and state after some updates, to which the state is donated."""
     rule = optax.with_extra_args_support(rule)
-    update, state = jax.jit(rule.update), rule.init(params)
+    update, state = jax.jit(rule.update, donate_argnums=1), rule.init(params)
     for gradient in gradients:
         updates, state = update(gradient, state, params, **more)
         params = optax.apply_updates(params, updates)
@@ -128,6 +128,23 @@ def test_layers_that_are_stacked_are_each_their_own(x64, name):
         own = {"inputs": {"up": more["inputs"]["blocks/up"][i]}} if more else {}
         alone, _ = run(_seeded(name, None, i)(0.1), layer(params), [layer(g) for g in gradients], **own)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), layer(together), alone)
+
+
+def test_numbers_by_path_are_optaxs_too(x64):
+    """Of stacked layers, Muon's updates are ours."""
+    params, gradients = tree(0, jnp.float64, STACKED), [tree(i, jnp.float64, STACKED) for i in range(1, 5)]
+    numbers = optim.matrices("blocks/up")
+    own, _ = run(optim.nonlinear_momentum(0.1, dimension_numbers=numbers), params, gradients)
+    theirs, _ = run(optax.contrib.muon(0.1, muon_weight_dimension_numbers=numbers), params, gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), own, theirs)
+
+
+def test_a_start_that_is_given_is_kept():
+    """Its state is donated; the start is the user's."""
+    params = tree(0)
+    start = optim.deep_momentum_start(params)
+    run(optim.deep_momentum(0.1, start=start), params, [params, params])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((start, params)))
 
 
 def _seeded(name, numbers, layer=None):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.test_util import check_grads
 from scipy.optimize import minimize
 
 from nested_jax import optim
@@ -81,15 +82,29 @@ def test_adagrads_memory_of_outer_products(x64, penalty, columns):
 
 
 def test_directions_without_gradients_stay_zero(x64):
-    """Outer products of one gradient have rank one; their root's inverse is taken where there is something."""
+    """Outer products of one gradient have rank one; their root's inverse is taken where there is something: g / |g|."""
     g = normal(0, 5)
     rule = optim.scale_by_adagrad_memory("full")
     got, _ = rule.update(g, rule.init(g))
     np.testing.assert_allclose(got, g / jnp.linalg.norm(g), rtol=1e-6)
     slope = jax.jacobian(lambda g: rule.update(g, rule.init(g))[0])(g)
-    unit = g / jnp.linalg.norm(g)
-    np.testing.assert_allclose(slope @ g, 0, atol=1e-6)  # of g / |g|, along g
-    assert jnp.isfinite(slope).all() and unit.shape == g.shape
+    u = g / jnp.linalg.norm(g)
+    np.testing.assert_allclose(slope, (jnp.eye(5) - jnp.outer(u, u)) / jnp.linalg.norm(g), atol=1e-10)
+
+
+def test_derivatives_of_the_memory_of_outer_products(x64):
+    """With respect to all gradients and the penalty, against finite differences; two of its eigenvalues are equal."""
+
+    def emitted(gradients, penalty):
+        rule = optim.scale_by_adagrad_memory("full", penalty=penalty)
+        state = rule.init(gradients[0])
+        for g in gradients:
+            out, state = rule.update(g, state)
+        return out
+
+    equal = jnp.concatenate([2 * jnp.eye(4)[:2], normal(0, 3, 4) * jnp.array([[0.0, 0, 1, 1]])])
+    for gradients in (normal(0, 6, 4), equal):
+        check_grads(emitted, (gradients, jnp.asarray(0.3)), order=1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -118,11 +133,12 @@ def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
     m = lambda w, z: z + jax.nn.gelu(z @ w["up"]) @ w["down"] / jnp.sqrt(6.0)
     memory = begun
     rule = optim.scale_by_deep_momentum(
-        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**begun)}
+        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**begun), "v": None}
     )
-    state = rule.init({"k": gradients[0]})
+    state, vector = rule.init({"k": gradients[0], "v": gradients[0][0]}), jnp.zeros(3)
     for g in gradients:
-        got, state = rule.update({"k": g}, state)
+        got, state = rule.update({"k": g, "v": g[0]}, state)
+        vector = decay * vector + (1 - decay) * g[0]
         u, P = g / jnp.linalg.norm(g), newton_schulz(g / jnp.linalg.norm(g))
 
         def loss(w, u=u, P=P):
@@ -136,6 +152,7 @@ def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
         memory = {k: begun[k] + decay * (memory[k] - begun[k]) - rate * slope[k] for k in memory}
         expected = jnp.stack([m(memory, jnp.sqrt(3.0) * u[:, i]) for i in range(3)], 1) / jnp.sqrt(3.0) * jnp.linalg.norm(g)
     np.testing.assert_allclose(got["k"], expected, rtol=1e-9)
+    np.testing.assert_allclose(got["v"], vector, rtol=1e-12)
     np.testing.assert_allclose(state.memory["k"].up, memory["up"], rtol=1e-9)
     assert all(jnp.max(jnp.abs(memory[k] - begun[k])) > 1e-2 for k in memory)  # both layers learned
 
@@ -179,16 +196,41 @@ def test_m3_is_algorithm_1(x64, average):
         np.testing.assert_allclose(got, (newton_schulz(read) + weight * o2) / (root + eps), rtol=1e-9)
 
 
+def test_m3_leaves_what_had_no_gradient(x64):
+    """Newton-Schulz fills an entry whose gradients were all zero; without a second moment there is nothing to move it by."""
+    g = normal(0, 4, 3).at[1, 2].set(0.0)
+    assert newton_schulz(g)[1, 2] != 0
+    rule = optim.scale_by_m3()
+    emitted, _ = rule.update(g, rule.init(g))
+    assert emitted[1, 2] == 0 and (emitted != 0).sum() == 11
+
+
+def test_deep_momentum_of_unit_size(x64):
+    """Updates of a root mean square of 1, for a gradient of any size."""
+    g = 1e-3 * normal(0, 5, 3)
+    rule = optim.scale_by_deep_momentum(scale="rms")
+    np.testing.assert_allclose(jnp.mean(rule.update(g, rule.init(g))[0] ** 2), 1.0, rtol=1e-12)
+
+
 def test_m3_makes_its_slow_memory_orthogonal_at_its_own_frequency():
     """In a branch that is taken every `slow_period` steps: as many products are inside it as outside."""
-    rule = optim.scale_by_m3(slow_period=4)
+    inside, outside = products(optim.scale_by_m3(slow_period=4))
+    assert inside == outside > 0
+
+
+def test_continuum_runs_its_optimizer_at_its_own_frequency():
+    """All of its products are inside the branch."""
+    inside, outside = products(optim.scale_by_continuum(optax.contrib.muon(0.1), 4))
+    assert inside > 0 == outside
+
+
+def products(rule):
+    """How many matrix products an update has inside a branch, and outside."""
     g = jnp.ones((4, 3))
-    equations = jax.make_jaxpr(rule.update)(g, rule.init(g)).jaxpr.eqns
+    equations = jax.make_jaxpr(rule.update)(g, rule.init(g), g).jaxpr.eqns
     count = lambda jaxpr: str(jaxpr).count("dot_general")
     (branch,) = [e for e in equations if e.primitive.name == "cond"]
-    inside = sum(count(b) for b in branch.params["branches"])
-    outside = sum(count(e) for e in equations if e is not branch)
-    assert inside == outside > 0
+    return sum(map(count, branch.params["branches"])), sum(count(e) for e in equations if e is not branch)
 
 
 def test_generalized_gradient_descent_solves_its_problem(x64):

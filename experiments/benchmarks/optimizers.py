@@ -1,11 +1,10 @@
-"""python experiments/optimizer_cost/run.py: times updates; writes results/{optimizer_cost.json, table.md, figure.png}."""
+"""python experiments/benchmarks/optimizers.py: times updates; writes results/optimizers.{json, md, png}."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
-import time
 from pathlib import Path
 
 import config as settings
@@ -13,17 +12,17 @@ import jax
 import matplotlib
 import optax
 import tyro
+from run import RESULTS, alternate
 
 from nested_jax import optim
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 BASE = "optax.contrib.muon"
 
 
-def rules(config: settings.Config) -> dict[str, optax.GradientTransformation]:
+def rules(config: settings.OptimizersConfig) -> dict[str, optax.GradientTransformation]:
     m3 = {"slow_period": config.slow_period, "steps": config.steps}
     return {
         BASE: optax.contrib.muon(0.1, ns_steps=config.steps),
@@ -38,7 +37,7 @@ def rules(config: settings.Config) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def cycle(rule: optax.GradientTransformation, config: settings.Config):
+def cycle(rule: optax.GradientTransformation, config: settings.OptimizersConfig):
     """A call that makes one slow period's updates, and its state's bytes a parameter."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (config.width, config.width))}
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
@@ -50,25 +49,18 @@ def cycle(rule: optax.GradientTransformation, config: settings.Config):
         state = held
         for _ in range(config.slow_period):
             updates, state = update(gradients, state, params)
-        return jax.block_until_ready((updates, state))
+        return updates, state
 
     return call, size
 
 
-def measure(config: settings.Config) -> dict:
+def measure(config: settings.OptimizersConfig) -> dict:
     calls = {name: cycle(rule, config) for name, rule in rules(config).items()}
-    times = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(config.rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            begun = time.perf_counter()
-            calls[name][0]()
-            if turn:
-                times[name].append((time.perf_counter() - begun) / config.slow_period)
+    turns = alternate({name: call for name, (call, _) in calls.items()}, config.rounds)
+    times = {name: [s / config.slow_period for s in own] for name, own in turns.items()}
     base = statistics.median(times[BASE])
     return {
-        "command": "python experiments/optimizer_cost/run.py",
+        "command": "python experiments/benchmarks/optimizers.py",
         "config": dataclasses.asdict(config),
         "jax": jax.__version__,
         "optax": optax.__version__,
@@ -80,7 +72,7 @@ def measure(config: settings.Config) -> dict:
                 "ratio_to_muon": statistics.median(times[name]) / base,
                 "state_bytes_per_parameter": calls[name][1],
             }
-            for name in names
+            for name in calls
         ],
     }
 
@@ -106,11 +98,11 @@ def figure(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    results = measure(tyro.cli(settings.Config))
+    results = measure(tyro.cli(settings.OptimizersConfig))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "optimizer_cost.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "table.md").write_text(table(results))
-    figure(results, RESULTS / "figure.png")
+    (RESULTS / "optimizers.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "optimizers.md").write_text(table(results))
+    figure(results, RESULTS / "optimizers.png")
     print(table(results))
 
 
