@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from nested_jax.typing import Array, PyTree
 
 Slower = tuple[PyTree, ...]
-Checkpoint = Literal["none", "full", "sqrt"] | int
+Checkpoint = Literal["none", "full", "sqrt", "log"] | int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ def run(
         state: where to start; None for `level.init(slower)`.
         stream: pytree of arrays with one leading axis, of any length T.
         slower: states of levels slower than this one.
-        checkpoint: what the backward pass keeps. "none": everything; "full": the state before each step; "sqrt": about
-            sqrt(n) of those states; a number: that many of them.
+        checkpoint: what the backward pass keeps, see `scan`.
 
     Returns:
         (state, emitted): what each step emitted, stacked. Where T is not a multiple of the period, emitted is a tuple of
@@ -160,18 +160,30 @@ def _advance(level, state, stream, slower, checkpoint):
 
 
 def scan(step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = "none") -> tuple[PyTree, PyTree]:
-    """`lax.scan` with one knob for what its backward pass keeps (see `run`)."""
+    """`lax.scan` with one knob for what its backward pass keeps; the rest it computes again.
+
+    Args:
+        checkpoint: "none": all that happens inside the steps. "full": the state before each step. A number n: the state
+            before each of n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments. A
+            tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
+
+    Raises:
+        ValueError: a checkpoint that is none of these, or more segments than steps.
+    """
     if checkpoint == "none":
         return jax.lax.scan(step, state, xs)
-    step = jax.checkpoint(step, prevent_cse=False)
     if checkpoint == "full":
-        return jax.lax.scan(step, state, xs)
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, xs)
+    return _scan_segments(step, _segments(checkpoint, _length(xs)), state, xs)
+
+
+def _scan_segments(step: Callable, counts: tuple[int, ...], state: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
     length = _length(xs)
-    segments = max(1, math.isqrt(length)) if checkpoint == "sqrt" else checkpoint
-    if not isinstance(segments, int) or not 1 <= segments <= length:
-        raise ValueError(f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt' or a number from 1 to {length} (steps)")
+    if not counts or length == 1:
+        return jax.lax.scan(step, state, xs)
+    segments = min(counts[0], length)
     size, rest = divmod(length, segments)
-    inner = jax.checkpoint(lambda s, chunk: jax.lax.scan(step, s, chunk), prevent_cse=False)
+    inner = jax.checkpoint(partial(_scan_segments, step, counts[1:]), prevent_cse=False)
     head = jax.tree.map(lambda x: x[: size * segments].reshape(segments, size, *x.shape[1:]), xs)
     state, emitted = jax.lax.scan(inner, state, head)
     emitted = jax.tree.map(lambda x: x.reshape(size * segments, *x.shape[2:]), emitted)
@@ -179,6 +191,20 @@ def scan(step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = 
         state, tail = inner(state, jax.tree.map(lambda x: x[size * segments :], xs))
         emitted = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), emitted, tail)
     return state, emitted
+
+
+def _segments(checkpoint: Checkpoint, length: int) -> tuple[int, ...]:
+    if checkpoint == "sqrt":
+        return (max(1, math.isqrt(length)),)
+    if checkpoint == "log":
+        return (4,) * ((length.bit_length() - 1) // 2) or (1,)
+    counts = checkpoint if isinstance(checkpoint, tuple) else (checkpoint,)
+    if not counts or not all(type(n) is int and n >= 1 for n in counts) or math.prod(counts) > length:
+        raise ValueError(
+            f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt', 'log', a number of segments from 1 to {length} (steps), "
+            "or a tuple of numbers whose product is at most that"
+        )
+    return counts
 
 
 def _restart(level: Level, state: PyTree, slower: Slower) -> PyTree:

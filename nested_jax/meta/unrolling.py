@@ -1,0 +1,129 @@
+"""Inner loops of any length that can be differentiated: a scan that keeps few of its states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from nested_jax.errors import UserError
+from nested_jax.level import Checkpoint, scan
+from nested_jax.typing import PyTree
+
+_STATE = "nested_jax.meta.unroll state"
+
+
+def unroll(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    state: PyTree,
+    xs: PyTree,
+    *,
+    checkpoint: Checkpoint = "sqrt",
+    debug: bool = False,
+    offload: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """Runs an inner loop, as `jax.lax.scan` does, and computes again in the backward pass what it did not keep.
+
+        state_t, y_t = step(state_{t-1}, x_t)
+
+    Of T steps, the backward pass holds about
+
+    | `checkpoint` | states | what happens inside steps | forward passes |
+    |---|---|---|---|
+    | "none" | - | of all T | 1 |
+    | "full" | T | of one | 2 |
+    | n | n | of T / n | 2 |
+    | "sqrt" | sqrt T | of sqrt T | 2 |
+    | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + how many numbers |
+    | "log" | 4 log_4 T | of at most 15 | 1 + log_4 T |
+
+    Args:
+        step: (state, x) -> (state, y), pure. An optax optimizer is one: its state and the parameters are the state, its
+            gradient is taken inside.
+        state: where the loop starts, a pytree of arrays.
+        xs: pytree of arrays with a leading axis of T, what each step is given.
+        checkpoint: see above. A `Level` takes the same: `nested_jax.run(level, ..., checkpoint=...)`.
+        debug: a plain Python loop instead, step by step, in which `print` and a debugger see numbers; not under `jit`.
+        offload: keep the states before the segments in the host's memory, where the backend has one ("pinned_host"); for a
+            checkpoint of segments in one layer, "sqrt" or a number.
+
+    Returns:
+        (state, ys), each y stacked along a leading axis of T.
+
+    Raises:
+        UserError: an empty context, leaves of several lengths, more segments than steps, a step that changes the state's
+            structure, or a leaf's shape or type.
+
+    Source: NL section 3.3 (transfer by initialisation); nested rematerialisation as in MixFlow-MG.
+
+    The derivative of 100 steps of gradient descent on (w - target)^2 / 2 with respect to their learning rate:
+
+    >>> def solution(rate, target=1.0):
+    ...     step = lambda w, _: (w - rate * (w - target), w)
+    ...     return unroll(step, jnp.zeros(()), jnp.arange(100))[0]
+    >>> print(jax.grad(solution)(0.01).round(4), round(100 * 0.99**99, 4))
+    36.9730 36.973
+    """
+    length = _length(xs)
+    _assert_steady(step, state, xs)
+    if debug:
+        return _loop(step, state, xs, length)
+    try:
+        if offload:
+            return _scan_offloaded(step, state, xs, length, checkpoint)
+        return scan(step, state, xs, checkpoint=checkpoint)
+    except ValueError as error:
+        raise UserError(str(error)) if str(error).startswith("checkpoint=") else error
+
+
+def _loop(step, state, xs, length):
+    outputs = []
+    for t in range(length):
+        state, y = step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
+        outputs.append(y)
+    return state, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+
+
+def _scan_offloaded(step, state, xs, length, checkpoint):
+    """Segments whose first states wait in the host's memory."""
+    segments = max(1, math.isqrt(length)) if checkpoint == "sqrt" else checkpoint
+    if type(segments) is not int or not 1 <= segments <= length or length % segments:
+        raise UserError(
+            f"unroll: offload with checkpoint={checkpoint!r} and {length} steps: give a number of segments that divides them"
+        )
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_STATE],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    named = lambda state: jax.tree.map(lambda leaf: checkpoint_name(leaf, _STATE), state)
+    segment = jax.checkpoint(lambda state, chunk: jax.lax.scan(step, named(state), chunk), policy=policy, prevent_cse=False)
+    chunks = jax.tree.map(lambda x: x.reshape(segments, -1, *x.shape[1:]), xs)
+    state, ys = jax.lax.scan(segment, state, chunks)
+    return state, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), ys)
+
+
+def _length(xs: PyTree) -> int:
+    lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(xs)})
+    if len(lengths) != 1 or not lengths[0]:
+        raise UserError(f"unroll: xs has leading axes of {lengths}: give one length of at least 1")
+    return lengths[0]
+
+
+def _assert_steady(step, state, xs) -> None:
+    """Raises UserError for the first leaf of the state that a step makes another."""
+    after, _ = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
+    was, now = (jax.tree_util.tree_leaves_with_path(tree) for tree in (jax.eval_shape(lambda s: s, state), after))
+    if jax.tree.structure(state) != jax.tree.structure(after):
+        odd = sorted({jax.tree_util.keystr(path) for path, _ in was} ^ {jax.tree_util.keystr(path) for path, _ in now})
+        raise UserError(f"unroll: the step changes the state's structure at state{odd[0] if odd else ''}: return it as it came")
+    for (path, a), (_, b) in zip(was, now, strict=True):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            what = lambda x: f"{x.dtype.name}{list(x.shape)}"
+            raise UserError(
+                f"unroll: the step changes state{jax.tree_util.keystr(path)} from {what(a)} to {what(b)}: return it as it came"
+            )
