@@ -1,0 +1,300 @@
+"""The memories in an optimizer and the levels that they make, derived from what its update computes.
+
+A leaf of the state is a memory if it depends on gradients or weights, keeps something of what it was, and is neither
+emptied again (then it only gathers the context of another) nor a copy of what another memory was read as. Loops between a
+memory and what reads it are levels too, such as Newton-Schulz, which solves a problem of its own at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_jax.level import Description
+from nested_jax.picture.component import Component
+from nested_jax.picture.graph import Loop
+from nested_jax.picture.trial import Recurrence, Trial
+from nested_jax.typing import PyTree
+
+
+@dataclass(eq=False)
+class _Part:
+    """Something with a new state at every step: a memory, a loop, or parameters."""
+
+    name: str
+    frequency: float
+    ends: list[int]  # the values that are its new state
+    starts: list[int]  # what its new state is computed from
+    leaves: list[int] = field(default_factory=list)
+    law: Recurrence | None = None
+    description: Description = Description()
+    loop: Loop | None = None
+    above: set[_Part] = field(default_factory=set)  # parts whose new state it reads
+    reads: set[int] = field(default_factory=set)  # the computation's inputs that it reads
+
+
+def learned(
+    optimizer: optax.GradientTransformation,
+    shapes: PyTree,
+    labels: Sequence[str],
+    extra: Callable[[PyTree], dict[str, Any]] | None = None,
+    objective: str = "the loss L",
+) -> tuple[list[Component], int]:
+    """Components of an optimizer and of the parameters that it moves, and the bytes of its state.
+
+    Args:
+        shapes: parameters, or their shapes.
+        labels: a name for every leaf; leaves of one name that move at one frequency make a component.
+        extra: stand-ins of the parameters -> what `update` takes beside gradients and parameters, by keyword.
+    """
+    real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+    with jax.enable_x64(True):
+        parts, held = _parts(Trial(optimizer, shapes, extra), shapes, labels)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
+    counts = [leaf.size for leaf in jax.tree.leaves(shapes)]
+    n, state = len(sizes), [leaf.size * leaf.dtype.itemsize for leaf in real]
+    components = []
+    for part in parts:
+        weights = [i for i in part.leaves if i < n]
+        bytes_held = sum(sizes[i] for i in weights) + sum(state[i - n] for i in (*part.leaves, *held[part]) if i >= n)
+        context, objective_, rule, knowledge = _words(part, n, held[part], objective)
+        components.append(
+            Component(
+                part.name, part.frequency, "step", context, objective_, rule, knowledge,
+                needs=tuple(sorted(p.name for p in part.above)),
+                parameters=sum(counts[i] for i in weights),
+                state_bytes=bytes_held or None,
+            )
+        )  # fmt: skip
+    return components, sum(state)
+
+
+def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_Part], dict[_Part, list[int]]]:
+    """All parts, and the leaves of the state that each holds beside its own: what it gathers, copies of it."""
+    graph, (n, s) = trial.graph, trial.kept
+    weights, gradients = set(graph.inputs[:n]), set(graph.inputs[n + s :])
+    made = lambda i: graph.outputs[i]
+    forms = lambda i: {v for v in graph.forms(made(i)) if v not in graph.inputs and graph.parents[v]}
+    read_again = graph.behind(graph.outputs)
+
+    places = _places(trial, shapes)
+    memories: dict[tuple, list[int]] = {}
+    for i in range(n, n + s):
+        learns = trial.learns[i] and graph.behind([made(i)]) & (weights | gradients)
+        if learns and graph.inputs[i] in read_again:
+            memories.setdefault((places[i][0], trial.frequency(i)), []).append(i)
+    parts, gather = [], set()
+    for (where, frequency), leaves in memories.items():
+        match = [places[i][1] for i in leaves]
+        fit = [g is not None and trial.shapes[i] == trial.shapes[g] for i, g in zip(leaves, match, strict=True)]
+        law = trial.recurrence(leaves, [g if ok else None for g, ok in zip(match, fit, strict=True)])
+        if any(trial.emptied[i] for i in leaves) or (frequency == 0 and not law.keep):
+            gather |= set(leaves)
+            continue
+        name, description = _named(trial.state, where)
+        parts.append(_Part(name, frequency, [v for i in leaves for v in forms(i)], [*map(made, leaves)], leaves, law, description))
+
+    fed = gradients | {graph.inputs[i] for part in parts for i in part.leaves}
+    for loops in _alike([loop for loop in graph.loops if _iterates(trial, loop, fed, gradients)]):
+        ends, starts = ([v for loop in loops for v in vs(loop)] for vs in (lambda x: x.ends, lambda x: x.inputs))
+        parts.append(_Part("", _runs(trial, loops[0]), ends, starts, loop=loops[0]))
+
+    groups: dict[tuple, list[int]] = {}
+    for i in range(n):
+        groups.setdefault((labels[i], trial.frequency(i)), []).append(i)
+    split = len(groups) > len(set(labels))
+    for (label, frequency), leaves in groups.items():
+        name = f"{label}, {Component('', frequency, 'step').updates}" if split else label
+        taken = {v for part in parts for v in part.ends}
+        ends = [v for i in leaves for v in forms(i) if v not in taken]
+        law = trial.recurrence(leaves, leaves)
+        parts.append(_Part(name, frequency, ends, [*map(made, leaves)], leaves, law))
+
+    _connect(trial, parts)
+    copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}
+    parts = [p for p in parts if p not in copies]
+    _connect(trial, parts)
+    while idle := [p for p in parts if p.loop and not any(p in other.above for other in parts)]:
+        parts = [p for p in parts if p not in idle]  # nothing that stays depends on them
+    _name_loops(trial, parts)
+    held = {p: [i for i in gather if graph.inputs[i] in p.reads] for p in parts}
+    for copy in copies:
+        source = next((p for p in parts if p in copy.above), None)
+        if source:
+            held[source] += copy.leaves
+    return parts, held
+
+
+def _connect(trial: Trial, parts: Sequence[_Part]) -> None:
+    """What every part reads: of other parts the new state, of the computation's inputs."""
+    owners: dict[int, set[_Part]] = {}
+    for part in parts:
+        for value in part.ends:
+            owners.setdefault(value, set()).add(part)
+    for part in parts:
+        others = lambda value, part=part: {p for p in owners.get(value, ()) if p is not part}
+        mine = set(part.ends) if not part.loop else set()
+        seen = trial.graph.behind(part.starts, lambda v, mine=mine, others=others: v not in mine and bool(others(v)))
+        part.above = {p for v in seen if v not in mine for p in others(v)}
+        part.reads = seen & set(trial.graph.inputs)
+
+
+def _iterates(trial: Trial, loop: Loop, fed: set[int], gradients: set[int]) -> bool:
+    """Whether a loop solves something at a step: it starts from what has been learned, and is not a pass over gradients."""
+    graph = trial.graph
+    start = loop.inputs[loop.first : loop.first + len(loop.ends)]
+    return bool(graph.behind(start) & fed) and not graph.behind(loop.streams) & gradients
+
+
+def _alike(loops: Sequence[Loop]) -> list[list[Loop]]:
+    kinds: dict[tuple, list[Loop]] = {}
+    for loop in loops:
+        kinds.setdefault(loop.kind, []).append(loop)
+    return list(kinds.values())
+
+
+def _runs(trial: Trial, loop: Loop) -> float:
+    """Iterations a step."""
+    share = 1.0
+    if loop.branch and loop.branch[0] in trial.branches:
+        share = float(np.mean(trial.branches[loop.branch[0]] == loop.branch[1]))
+    length = loop.length
+    if length is None:
+        length = np.mean(trial.branches[loop.where]) if loop.where in trial.branches else 1
+    return share * float(length)
+
+
+def _name_loops(trial: Trial, parts: Sequence[_Part]) -> None:
+    for part in (p for p in parts if p.loop):
+        kind = "orthogonalisation" if _orthogonalises(trial, part.loop) else "inner loop"
+        part.name = f"{kind} of {_list(p.name for p in part.above)}" if part.above else kind
+
+
+def _orthogonalises(trial: Trial, loop: Loop) -> bool:
+    """Whether the loop brings random matrices of norm 1 much nearer to O^T O = I."""
+    graph, (n, _) = trial.graph, trial.kept
+    known = dict(graph.known)
+    known |= dict(zip(graph.inputs[n:], jax.tree.leaves(trial.state), strict=False))
+    rng, types = np.random.default_rng(0), [v.aval for v in loop.equation.invars]
+    before = after = 0.0
+    for _ in range(8):
+        values, matrices = [], []
+        for i, (value, kind) in enumerate(zip(loop.inputs, types, strict=True)):
+            constant = next((known[v] for v in graph.forms(value) if v in known), None)
+            carried = loop.first <= i < loop.first + len(loop.ends)
+            if carried and jnp.issubdtype(kind.dtype, jnp.inexact) and kind.ndim >= 2:
+                matrix = rng.normal(size=kind.shape)
+                values.append(jnp.asarray(matrix / np.linalg.norm(matrix, axis=(-2, -1), keepdims=True), kind.dtype))
+                matrices.append(i)
+            elif constant is None:
+                return False
+            else:
+                values.append(jnp.broadcast_to(jnp.asarray(constant, kind.dtype), kind.shape))
+        if len(matrices) != 1:
+            return False
+        out = loop.equation.primitive.bind(*values, **loop.equation.params)[matrices[0] - loop.first]
+        before, after = before + _distance(values[matrices[0]]), after + _distance(out)
+    return after < before / 2
+
+
+def _distance(matrices: Any) -> float:
+    x = np.asarray(matrices, np.float64)
+    x = x if x.shape[-2] >= x.shape[-1] else np.swapaxes(x, -2, -1)
+    return float(np.sum((np.swapaxes(x, -2, -1) @ x - np.eye(x.shape[-1])) ** 2))
+
+
+def _places(trial: Trial, shapes: PyTree) -> dict[int, tuple[tuple, int | None]]:
+    """Of every leaf of the state: the path to the tree that it is in, and the gradient of the parameter it belongs to."""
+    n, s = trial.kept
+    plain = lambda path: [jax.tree_util.keystr((key,), simple=True) for key in path]
+    params = [plain(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    places = {}
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(trial.state)):
+        words, found = plain(path), (len(path), None)
+        for g, name in sorted(enumerate(params), key=lambda pair: len(pair[1])):
+            ends = [at for at in range(len(words) - len(name) + 1) if words[at : at + len(name)] == name]
+            found = (ends[-1], g) if ends else found
+        places[n + i] = tuple(path[: found[0]]), found[1]
+    return places
+
+
+def _named(state: Any, path: Sequence[Any]) -> tuple[str, Description]:
+    """A memory's name, by the field that holds it and the class of the state, and what that says of itself."""
+    name, groups, description = "memory", [], Description()
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            kind = type(state).__name__.removesuffix("State")
+            if key.name not in ("inner_state", "inner_states", "inner", "inner_opt_state"):
+                name, description = f"{key.name} ({kind})", getattr(type(state), "description", Description())
+            state = getattr(state, key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            state = state[key.idx]
+        else:
+            label = getattr(key, "key", None)
+            groups.append(str(label))
+            state = state[label]
+    return f"{name} of {'/'.join(groups)}" if groups else name, description
+
+
+def _words(part: _Part, n: int, held: Sequence[int], objective: str) -> tuple[str, str, str, str]:
+    """(context flow, objective, rule, knowledge transfer)."""
+    sources = _list(p.name for p in part.above)
+    period = 1 / part.frequency if part.frequency else math.inf
+    flow = f"what comes of {sources}" if sources else "gradients"
+    if held and part.loop is None:
+        flow += f", gathered over {period:.0f} steps"
+    if part.loop:
+        solved = part.name.startswith("orthogonalisation")
+        goal = "1/4 |O^T O - I|^2" if solved else ""
+        return flow, goal, "a loop of gradient-like steps", f"initialisation: starts from {sources or 'the gradient'} anew"
+    if part.leaves[0] < n:
+        return _weights(part, sources, flow, objective)
+    own, law = part.description, part.law
+    transfer = own.knowledge or "generation: back-propagation writes its gradients"
+    goal, rule = _law(law, "u" if sources else "g")
+    return own.context or flow, own.objective or goal, own.rule or rule, transfer
+
+
+def _weights(part: _Part, sources: str, flow: str, objective: str) -> tuple[str, str, str, str]:
+    law = part.law
+    if part.frequency == 0:
+        return "none", objective, "frozen", ""
+    if sources:
+        step = f"adds what comes of {sources}"
+    else:
+        step = "W <- W - eta g" if law.power == 1 else "W <- W + f(g)"
+    decay = ", and decays" if law.keep else ""
+    return flow, objective, step + decay, "back-propagation through all faster levels"
+
+
+def _law(law: Recurrence, letter: str) -> tuple[str, str]:
+    """The objective whose gradient step, with decay, is the measured recurrence, and that."""
+    if law.keep is None or not law.apart:
+        return "", ""
+    if law.add is None:
+        what = "u" if letter == "u" else "phi(g)"
+        return f"-<m, {what}>" + (" + decay" if law.keep < 1 - 1e-9 else ""), f"m <- {_terms(law.keep, 'm')} + {what}"
+    if law.add == 0:
+        return "", f"m <- {_terms(law.keep, 'm')}"
+    what = letter if law.power == 1 else f"{letter}^2"
+    pull = (1 - law.keep) / abs(law.add)
+    signed = what if law.add > 0 else f"-{what}"
+    goal = f"-<m, {signed}>" + (f" + {_terms(pull / 2, '|m|^2')}" if pull > 1e-9 else "")
+    sign = "+" if law.add > 0 else "-"
+    return goal, f"m <- {_terms(law.keep, 'm')} {sign} {_terms(abs(law.add), what)}"
+
+
+def _terms(factor: float, what: str) -> str:
+    return what if abs(factor - 1) < 1e-9 else f"{factor:.3g} {what}"
+
+
+def _list(names: Any) -> str:
+    names = sorted(set(names))
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
