@@ -7,8 +7,8 @@ memory and what reads it are levels too, such as Newton-Schulz, which solves a p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from nested_jax.picture.graph import Loop
 from nested_jax.picture.trial import Recurrence, Trial
 from nested_jax.typing import PyTree
 
+_AROUND = ("inner_state", "inner_states", "inner_opt_state", "inner")  # fields that hold the state of another rule
+
 
 @dataclass(eq=False)
 class _Part:
@@ -30,44 +32,50 @@ class _Part:
 
     name: str
     frequency: float
+    label: str  # of parameters
     ends: list[int]  # the values that are its new state
     starts: list[int]  # what its new state is computed from
     leaves: list[int] = field(default_factory=list)
     law: Recurrence | None = None
     description: Description = Description()
     loop: Loop | None = None
-    above: set[_Part] = field(default_factory=set)  # parts whose new state it reads
+    solves: bool = False  # whether the loop makes matrices orthogonal
+    above: set[_Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
     reads: set[int] = field(default_factory=set)  # the computation's inputs that it reads
+    sources: str = ""  # of these, gradients and weights
+    gathers: bool = False  # whether its context is gathered over its period
+    held: list[int] = field(default_factory=list)  # leaves beside its own: what it gathers, copies of what it is read as
 
 
 def learned(
     optimizer: optax.GradientTransformation,
     shapes: PyTree,
     labels: Sequence[str],
+    words: Mapping[str, tuple[str, str]],
     extra: Callable[[PyTree], dict[str, Any]] | None = None,
-    objective: str = "the loss L",
 ) -> tuple[list[Component], int]:
     """Components of an optimizer and of the parameters that it moves, and the bytes of its state.
 
     Args:
         shapes: parameters, or their shapes.
         labels: a name for every leaf; leaves of one name that move at one frequency make a component.
+        words: of every name, the objective and, if it is not what comes of the optimizer, the context flow.
         extra: stand-ins of the parameters -> what `update` takes beside gradients and parameters, by keyword.
     """
     real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
     with jax.enable_x64(True):
-        parts, held = _parts(Trial(optimizer, shapes, extra), shapes, labels)
+        parts = _parts(Trial(optimizer, shapes, extra), shapes, labels)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
     counts = [leaf.size for leaf in jax.tree.leaves(shapes)]
     n, state = len(sizes), [leaf.size * leaf.dtype.itemsize for leaf in real]
     components = []
     for part in parts:
         weights = [i for i in part.leaves if i < n]
-        bytes_held = sum(sizes[i] for i in weights) + sum(state[i - n] for i in (*part.leaves, *held[part]) if i >= n)
-        context, objective_, rule, knowledge = _words(part, n, held[part], objective)
+        bytes_held = sum(sizes[i] for i in weights) + sum(state[i - n] for i in (*part.leaves, *part.held) if i >= n)
+        context, goal, rule, knowledge = _words(part, n, *words.get(part.label, ("", "")))
         components.append(
             Component(
-                part.name, part.frequency, "step", context, objective_, rule, knowledge,
+                part.name, part.frequency, "step", context, goal, rule, knowledge,
                 needs=tuple(sorted(p.name for p in part.above)),
                 parameters=sum(counts[i] for i in weights),
                 state_bytes=bytes_held or None,
@@ -76,8 +84,7 @@ def learned(
     return components, sum(state)
 
 
-def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_Part], dict[_Part, list[int]]]:
-    """All parts, and the leaves of the state that each holds beside its own: what it gathers, copies of it."""
+def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
     graph, (n, s) = trial.graph, trial.kept
     weights, gradients = set(graph.inputs[:n]), set(graph.inputs[n + s :])
     made = lambda i: graph.outputs[i]
@@ -90,7 +97,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_P
         learns = trial.learns[i] and graph.behind([made(i)]) & (weights | gradients)
         if learns and graph.inputs[i] in read_again:
             memories.setdefault((places[i][0], trial.frequency(i)), []).append(i)
-    parts, gather = [], set()
+    parts, gather, names = [], set(), {}
     for (where, frequency), leaves in memories.items():
         match = [places[i][1] for i in leaves]
         fit = [g is not None and trial.shapes[i] == trial.shapes[g] for i, g in zip(leaves, match, strict=True)]
@@ -98,13 +105,16 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_P
         if any(trial.emptied[i] for i in leaves) or (frequency == 0 and not law.keep):
             gather |= set(leaves)
             continue
-        name, description = _named(trial.state, where)
-        parts.append(_Part(name, frequency, [v for i in leaves for v in forms(i)], [*map(made, leaves)], leaves, law, description))
+        names[len(parts)], description = _named(trial.state, where)
+        ends = [v for i in leaves for v in forms(i)]
+        parts.append(_Part("", frequency, "", ends, [*map(made, leaves)], leaves, law, description))
+    for i, (short, long) in names.items():
+        parts[i].name = short if [s for s, _ in names.values()].count(short) == 1 else long
 
     fed = gradients | {graph.inputs[i] for part in parts for i in part.leaves}
     for loops in _alike([loop for loop in graph.loops if _iterates(trial, loop, fed, gradients)]):
         ends, starts = ([v for loop in loops for v in vs(loop)] for vs in (lambda x: x.ends, lambda x: x.inputs))
-        parts.append(_Part("", _runs(trial, loops[0]), ends, starts, loop=loops[0]))
+        parts.append(_Part("", _runs(trial, loops[0]), "", ends, starts, loop=loops[0]))
 
     groups: dict[tuple, list[int]] = {}
     for i in range(n):
@@ -115,7 +125,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_P
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        parts.append(_Part(name, frequency, ends, [*map(made, leaves)], leaves, law))
+        parts.append(_Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}
@@ -123,13 +133,23 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> tuple[list[_P
     _connect(trial, parts)
     while idle := [p for p in parts if p.loop and not any(p in other.above for other in parts)]:
         parts = [p for p in parts if p not in idle]  # nothing that stays depends on them
-    _name_loops(trial, parts)
-    held = {p: [i for i in gather if graph.inputs[i] in p.reads] for p in parts}
+    for i in sorted(gather):
+        readers = [p for p in parts if graph.inputs[i] in p.reads and p.frequency]
+        for part in readers:
+            part.gathers = part.frequency < 1
+        for part in readers[:1]:
+            part.held.append(i)
     for copy in copies:
-        source = next((p for p in parts if p in copy.above), None)
-        if source:
-            held[source] += copy.leaves
-    return parts, held
+        for part in [p for p in parts if p in copy.above][:1]:
+            part.held += copy.leaves
+    direct = {part: set(part.above) for part in parts}
+    for part in parts:
+        moves_weights = part.leaves and part.leaves[0] < n  # then it reads them in any case
+        kinds = {"gradients": gradients} if moves_weights else {"gradients": gradients, "weights": weights}
+        part.sources = " and ".join(name for name, inputs in kinds.items() if part.reads & inputs)
+        part.above -= {p for other in part.above for p in direct[other]}
+    _name_loops(trial, parts)
+    return parts
 
 
 def _connect(trial: Trial, parts: Sequence[_Part]) -> None:
@@ -173,8 +193,9 @@ def _runs(trial: Trial, loop: Loop) -> float:
 
 def _name_loops(trial: Trial, parts: Sequence[_Part]) -> None:
     for part in (p for p in parts if p.loop):
-        kind = "orthogonalisation" if _orthogonalises(trial, part.loop) else "inner loop"
-        part.name = f"{kind} of {_list(p.name for p in part.above)}" if part.above else kind
+        part.solves = _orthogonalises(trial, part.loop)
+        kind = "orthogonalisation" if part.solves else "inner loop"
+        part.name = f"{kind} of {_list(p.name for p in part.above)}" if part.above else f"{kind} of {part.sources}"
 
 
 def _orthogonalises(trial: Trial, loop: Loop) -> bool:
@@ -225,53 +246,56 @@ def _places(trial: Trial, shapes: PyTree) -> dict[int, tuple[tuple, int | None]]
     return places
 
 
-def _named(state: Any, path: Sequence[Any]) -> tuple[str, Description]:
-    """A memory's name, by the field that holds it and the class of the state, and what that says of itself."""
-    name, groups, description = "memory", [], Description()
+def _named(state: Any, path: Sequence[Any]) -> tuple[list[str], Description]:
+    """A memory's names, from short to long, by the field that holds it, the class of the state and the groups that it is in,
+    and what that class says of itself."""
+    name, kind, groups, description = "memory", "", [], Description()
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            kind = type(state).__name__.removesuffix("State")
-            if key.name not in ("inner_state", "inner_states", "inner", "inner_opt_state"):
-                name, description = f"{key.name} ({kind})", getattr(type(state), "description", Description())
+            if key.name not in _AROUND:
+                kind = re.sub("^ScaleBy|State$", "", type(state).__name__)
+                name, description = key.name, getattr(type(state), "description", Description())
             state = getattr(state, key.name)
         elif isinstance(key, jax.tree_util.SequenceKey):
             state = state[key.idx]
         else:
-            label = getattr(key, "key", None)
-            groups.append(str(label))
-            state = state[label]
-    return f"{name} of {'/'.join(groups)}" if groups else name, description
+            groups.append(str(getattr(key, "key", key)))
+            state = state[key.key] if isinstance(key, jax.tree_util.DictKey) else None
+    short = f"{name} ({kind})" if kind else name
+    return [short, ", ".join([short, *groups])], description
 
 
-def _words(part: _Part, n: int, held: Sequence[int], objective: str) -> tuple[str, str, str, str]:
+def _words(part: _Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
     """(context flow, objective, rule, knowledge transfer)."""
-    sources = _list(p.name for p in part.above)
-    period = 1 / part.frequency if part.frequency else math.inf
-    flow = f"what comes of {sources}" if sources else "gradients"
-    if held and part.loop is None:
-        flow += f", gathered over {period:.0f} steps"
+    above = _list(p.name for p in part.above)
+    flow = f"what comes of {above}" if above else part.sources
+    if part.gathers:
+        flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
     if part.loop:
-        solved = part.name.startswith("orthogonalisation")
-        goal = "1/4 |O^T O - I|^2" if solved else ""
-        return flow, goal, "a loop of gradient-like steps", f"initialisation: starts from {sources or 'the gradient'} anew"
+        goal = "1/4 |O^T O - I|^2" if part.solves else ""
+        count = part.loop.length or "some"
+        return flow, goal, f"{count} iterations", f"initialisation: starts from {above or 'gradients'} each time"
     if part.leaves[0] < n:
-        return _weights(part, sources, flow, objective)
-    own, law = part.description, part.law
-    transfer = own.knowledge or "generation: back-propagation writes its gradients"
-    goal, rule = _law(law, "u" if sources else "g")
-    return own.context or flow, own.objective or goal, own.rule or rule, transfer
+        return _weights(part, above, flow, objective, context)
+    transfer = "generation: back-propagation writes the gradients"
+    if "gradients" not in part.sources and not above:
+        transfer = "direct parametric conditioning on the weights"
+    goal, rule = _law(part.law, "u" if above else "s" if part.gathers else "g")
+    own = part.description
+    return own.context or flow, own.objective or goal, own.rule or rule, own.knowledge or transfer
 
 
-def _weights(part: _Part, sources: str, flow: str, objective: str) -> tuple[str, str, str, str]:
+def _weights(part: _Part, above: str, flow: str, objective: str, context: str) -> tuple[str, str, str, str]:
     law = part.law
     if part.frequency == 0:
-        return "none", objective, "frozen", ""
-    if sources:
-        step = f"adds what comes of {sources}"
+        return "", objective, "frozen", ""
+    letter = "s" if part.gathers else "g"
+    if above:
+        step = f"adds what comes of {above}"
     else:
-        step = "W <- W - eta g" if law.power == 1 else "W <- W + f(g)"
-    decay = ", and decays" if law.keep else ""
-    return flow, objective, step + decay, "back-propagation through all faster levels"
+        step = f"W <- W - eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
+    decay = ", decays" if law.keep is None or abs(law.keep) > 1e-9 else ""
+    return context or flow, objective, step + decay, "back-propagation through the faster levels"
 
 
 def _law(law: Recurrence, letter: str) -> tuple[str, str]:
