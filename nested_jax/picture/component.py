@@ -21,8 +21,9 @@ class Component:
     """One row: something that learns, or would if it were not frozen.
 
     level: 1 for the fastest; frequency: updates per unit; needs: components whose new state its update reads at the same
-    moment, by name; parameters: learned by an optimizer; state_bytes: what it holds, of one sequence where it learns in
-    context; None where that is not bounded, or not known.
+    moment, by name; starts_from: components that its start is a function of; generated_by: components that write its context by
+    back-propagation, the nearest; parameters: learned by an optimizer; state_bytes: what it holds, of one sequence where it
+    learns in context; None where that has no bound, or is not known.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Component:
     rule: str = ""
     knowledge: str = ""
     needs: tuple[str, ...] = ()
+    starts_from: tuple[str, ...] = ()
+    generated_by: tuple[str, ...] = ()
     parameters: int = 0
     state_bytes: int | None = None
     level: int = 0
@@ -75,7 +78,7 @@ class Picture:
         share a level. Updates a step are slower than updates a token.
         """
         key = lambda c: (c.frequency == 0, c.unit == "step" and c.frequency > 0, -c.frequency)
-        above = _closure({c.name: set(c.needs) if c.frequency else set() for c in components})
+        above = closure({c.name: set(c.needs) if c.frequency else set() for c in components})
         levels, level = [], 0
         for place in sorted({key(c) for c in components}):
             equal = {c.name for c in components if key(c) == place}
@@ -104,9 +107,8 @@ class Picture:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists, for JSON: an infinite frequency is the string "inf"."""
-        rows = [dataclasses.asdict(c) | {"needs": list(c.needs)} for c in self.components]
-        for row in rows:
-            row["frequency"] = "inf" if row["frequency"] == math.inf else row["frequency"]
+        plain = lambda value: [*value] if isinstance(value, tuple) else "inf" if value == math.inf else value
+        rows = [{name: plain(value) for name, value in dataclasses.asdict(c).items()} for c in self.components]
         totals = {"levels": self.levels, "parameters": self.parameters, "optimizer_bytes": self.optimizer_bytes}
         return totals | {"state_bytes_per_parameter": self.state_bytes_per_parameter, "components": rows}
 
@@ -126,14 +128,18 @@ class Picture:
     def rich(self) -> rich.table.Table:
         """The table for a terminal."""
         from rich import box, table
+        from rich.markup import escape
 
         made = table.Table(box=box.SIMPLE, caption=self.summary(), caption_justify="left", pad_edge=False)
-        for name in COLUMNS:
-            made.add_column(name, justify="right" if name in COLUMNS[-2:] else "left", overflow="fold")
-        for before, component in zip((None, *self.components), self.components, strict=False):
-            if before and before.level != component.level:
+        names = ("level", "component", "updates", "objective, rule", "context flow, knowledge", "parameters, bytes")
+        for name in names:
+            made.add_column(name, justify="right" if name in names[-1:] else "left", overflow="fold")
+        pair = lambda above, below: f"{above}\n{below}" if below else above
+        for before, c in zip((None, *self.components), self.components, strict=False):
+            if before and before.level != c.level:
                 made.add_section()
-            made.add_row(*map(_escaped, component.row()))
+            name, level, updates, context, objective, rule, knowledge, parameters, size = map(escape, c.row())
+            made.add_row(level, name, updates, pair(objective, rule), pair(context, knowledge), pair(parameters, size))
         return made
 
     def __rich__(self) -> rich.table.Table:
@@ -146,13 +152,7 @@ class Picture:
         return draw(self)
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _closure(needs: dict[str, set[str]]) -> dict[str, set[str]]:
+def closure(needs: dict[str, set[str]]) -> dict[str, set[str]]:
     """All that each needs, also by way of others."""
     found = {}
     for name in needs:

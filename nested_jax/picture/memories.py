@@ -53,6 +53,7 @@ def learned(
     labels: Sequence[str],
     words: Mapping[str, tuple[str, str]],
     extra: Callable[[PyTree], dict[str, Any]] | None = None,
+    writers: tuple[str, ...] = (),
 ) -> tuple[list[Component], int]:
     """Components of an optimizer and of the parameters that it moves, and the bytes of its state.
 
@@ -61,6 +62,7 @@ def learned(
         labels: a name for every leaf; leaves of one name that move at one frequency make a component.
         words: of every name, the objective and, if it is not what comes of the optimizer, the context flow.
         extra: stand-ins of the parameters -> what `update` takes beside gradients and parameters, by keyword.
+        writers: components that the gradients come from.
     """
     real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
     with jax.enable_x64(True):
@@ -77,6 +79,7 @@ def learned(
             Component(
                 part.name, part.frequency, "step", context, goal, rule, knowledge,
                 needs=tuple(sorted(p.name for p in part.above)),
+                generated_by=writers if "gradients" in part.sources and part.frequency else (),
                 parameters=sum(counts[i] for i in weights),
                 state_bytes=bytes_held or None,
             )
@@ -108,6 +111,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
         names[len(parts)], description = _named(trial.state, where)
         ends = [v for i in leaves for v in forms(i)]
         parts.append(_Part("", frequency, "", ends, [*map(made, leaves)], leaves, law, description))
+    own = [part.description for part in parts]
+    said = (_named(trial.state, places[i][0])[1] for i in range(n, n + s))  # by states with no memory: of the weights' rule
+    of_weights = next((d for d in said if d != Description() and d not in own), Description())
     for i, (short, long) in names.items():
         parts[i].name = short if [s for s, _ in names.values()].count(short) == 1 else long
 
@@ -125,7 +131,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        parts.append(_Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law))
+        parts.append(_Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}
@@ -295,7 +301,8 @@ def _weights(part: _Part, above: str, flow: str, objective: str, context: str) -
     else:
         step = f"W <- W - eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
     decay = ", decays" if law.keep is None or abs(law.keep) > 1e-9 else ""
-    return context or flow, objective, step + decay, "back-propagation through the faster levels"
+    own = part.description
+    return context or flow, own.objective or objective, own.rule or step + decay, "back-propagation through the faster levels"
 
 
 def _law(law: Recurrence, letter: str) -> tuple[str, str]:

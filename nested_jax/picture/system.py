@@ -82,11 +82,14 @@ def describe(
     learners = [_learner(part) for part in parts if not isinstance(part, optax.GradientTransformation)]
     if not learners:
         learners = [_learner(_ALONE)]
-    components = [component for learner in learners for component in _in_context(learner)]
-    slow, size = _slow(learners, optimizers[0] if optimizers else None, extra)
+    components = _distinct([component for learner in learners for component in _in_context(learner)])
+    slow, size = _slow(learners, optimizers[0] if optimizers else None, extra, tuple(c.name for c in components[-1:]))
+    full = lambda label: [c.name for c in slow if c.name == label or c.name.startswith(f"{label}, ")] or [label]
+    starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
+    components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
     if tokens_per_step:
         slow = [dataclasses.replace(c, frequency=c.frequency / tokens_per_step, unit="token") for c in slow]
-    return Picture.of(_distinct(components) + slow, size)
+    return Picture.of(components + slow, size)
 
 
 def _learner(system: Any) -> _Learner:
@@ -112,17 +115,21 @@ def _learner(system: Any) -> _Learner:
     return _Learner(system, lambda path: "parameters", lambda weights: [])
 
 
-def _slow(learners: Sequence[_Learner], optimizer, extra) -> tuple[list[Component], int]:
+def _slow(learners: Sequence[_Learner], optimizer, extra, writers) -> tuple[list[Component], int]:
     """Components of the parameters and of what moves them, and the bytes of the optimizer's state."""
     learners = [learner for learner in learners if jax.tree.leaves(learner.shapes)]
     if not learners:
         return [], 0
     shapes = learners[0].shapes if len(learners) == 1 else tuple(learner.shapes for learner in learners)
-    plain = lambda path: [jax.tree_util.keystr((key,), simple=True) for key in path]
-    paths = [(x, plain(path)) for x in learners for path, _ in jax.tree_util.tree_leaves_with_path(x.shapes)]
-    labels = [learner.serves(path) for learner, path in paths]
-    words = {learner.serves(path): (learner.objective, learner.context) for learner, path in paths}
-    return learned(optimizer or optax.set_to_zero(), shapes, labels, words, extra)
+    labels = [label for learner in learners for label in _labels(learner)]
+    words = {label: (learner.objective, learner.context) for learner in learners for label in _labels(learner)}
+    return learned(optimizer or optax.set_to_zero(), shapes, labels, words, extra, writers)
+
+
+def _labels(learner: _Learner) -> list[str]:
+    """What every leaf is for."""
+    plain = lambda path: tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return [learner.serves(plain(path)) for path, _ in jax.tree_util.tree_leaves_with_path(learner.shapes)]
 
 
 def _in_context(learner: _Learner) -> Iterator[Component]:
@@ -135,15 +142,22 @@ def _in_context(learner: _Learner) -> Iterator[Component]:
 
     shapes = jax.eval_shape(states, learner.shapes)
     graph = Graph(states, learner.shapes)
-    given = set(graph.inputs)
+    labels = dict(zip(graph.inputs, _labels(learner), strict=True))
     leaves, structure = jax.tree.flatten(shapes)
-    learns = [bool(graph.behind([out]) & given) for out in graph.outputs]
-    states = structure.unflatten([(leaf, own) for leaf, own in zip(leaves, learns, strict=True)])
+    teachers = [{labels[v] for v in graph.behind([out]) if v in labels} for out in graph.outputs]
+    states = structure.unflatten(map(_Leaf, leaves, teachers))
     names: list[str] = []
     for (level, blocks), state in zip(found, states, strict=True):
         for component in _walk(level, state, blocks, tuple(names), None):
             names.append(component.name)
             yield component
+
+
+class _Leaf:
+    """A leaf of a level's state, and the slow weights that its start is made from."""
+
+    def __init__(self, shape, teachers):
+        self.bytes, self.teachers = shape.size * shape.dtype.itemsize, teachers
 
 
 def _start(level: Level) -> PyTree:
@@ -184,17 +198,18 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
             )
         before = (*before, *renamed.values())
     start = "initialisation: " + (f"restarts from {restarts}" if restarts else "a start that slow weights learn")
-    pairs = jax.tree.leaves(state, is_leaf=lambda x: type(x) is tuple and len(x) == 2 and isinstance(x[1], bool))
-    learned_start = restarts or any(own for _, own in pairs)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in pairs) * blocks
+    leaves = jax.tree.leaves(state)
+    teachers = (restarts,) if restarts else sorted({label for leaf in leaves for label in leaf.teachers})
+    bounded = all(leaf.bytes for leaf in leaves)  # an empty one grows
     yield Component(
         name, frequency, "token",
         context=says.context or (f"what {before[-1]} emits" if before else "a stream of data points"),
         objective=says.objective,
         rule=says.rule or step,
-        knowledge="; ".join(filter(None, [start if learned_start else "", says.knowledge])),
+        knowledge="; ".join(filter(None, [start if teachers else "", says.knowledge])),
         needs=before,
-        state_bytes=size or None,
+        starts_from=tuple(teachers),
+        state_bytes=sum(leaf.bytes for leaf in leaves) * blocks or None if bounded else None,
     )  # fmt: skip
 
 
