@@ -52,7 +52,7 @@ class Generation:
     """Seed of the choices."""
 
 
-Rule = typing.get_type_hints(TrainConfig)["optimizer"]
+Rule = Literal[(*typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"]), "none")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Depiction:
 
     preset: str = TrainConfig.preset
     """Model to show, SIZE-FAMILY; --model.FIELD flags change it."""
-    optimizer: Rule | Literal["none"] = TrainConfig.optimizer
+    optimizer: Rule = TrainConfig.optimizer
     """Rule of the updates, as of train, with the batches of the preset's default run; none for the model alone."""
     run_dir: str | None = None
     """Folder of a run to show, in place of a preset."""
@@ -133,6 +133,10 @@ def depict(argv: Sequence[str]) -> None:
     if flags.run_dir is None:
         own = {} if flags.optimizer == "none" else {"optimizer": flags.optimizer}
         config = TrainConfig.from_preset(flags.preset, model=flags.model, **own)
+    elif flags != Depiction(run_dir=flags.run_dir, markdown=flags.markdown, figure=flags.figure):
+        raise UserError(
+            "--run-dir shows a run with its own model and optimizer: leave out --preset, --optimizer and --model"
+        )
     elif (config := read_config(Path(flags.run_dir))) is None:
         raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
     system = config.model if flags.optimizer == "none" else (config.model, optimizer(config))

@@ -201,9 +201,7 @@ def begin(start: Deep, batch: int, momentum: bool) -> LevelState:
     return LevelState(running, weights_of(running), jnp.zeros((), jnp.int32))
 
 
-def memory_level(
-    init: Callable, act: Callable, period: int, name: str, description: Description = Description()
-) -> Level:
+def memory_level(init: Callable, act: Callable, period: int, name: str, description: Description) -> Level:
     """A level of deep memories that keeps its snapshot.
 
     act: (running, snapshot, context, slower) -> (running, emitted, number of tokens that were not empty).
@@ -229,9 +227,7 @@ def described(rule: Rule, momentum: bool, objective: str, context: str, knowledg
         objective="-<S, surprise>", rule="gradient descent, decay", context="local surprises", name="momentum",
         knowledge="generation: the memory it writes to makes the surprises",
     )  # fmt: skip
-    return Description(
-        objective, f"{descent}, decay to {start}", context, knowledge, inner=(inner,) if momentum else ()
-    )
+    return Description(objective, f"{descent}, decay to {start}", context, knowledge, inner=(inner,) if momentum else ())
 
 
 def _is_level(node) -> bool:

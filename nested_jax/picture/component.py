@@ -21,9 +21,9 @@ class Component:
     """One row: something that learns, or would if it were not frozen.
 
     level: 1 for the fastest; frequency: updates per unit; needs: components whose new state its update reads at the same
-    moment, by name; starts_from: components that its start is a function of; generated_by: components that write its context by
-    back-propagation, the nearest; parameters: learned by an optimizer; state_bytes: what it holds, of one sequence where it
-    learns in context; None where that has no bound, or is not known.
+    moment, by name; starts_from: components that its start is a function of; generated_by: the nearest component that writes
+    its context by back-propagation; parameters: learned by an optimizer; state_bytes: what it holds, of one sequence where
+    it learns in context; None where that has no bound, or is not known.
     """
 
     name: str
@@ -74,8 +74,8 @@ class Picture:
     def of(cls, components: Sequence[Component], optimizer_bytes: int = 0) -> Picture:
         """Puts components on levels (NL Def. 2).
 
-        A is faster than B if its frequency is higher, or if they are equal and B's update reads A's new state; otherwise they
-        share a level. Updates a step are slower than updates a token.
+        A is faster than B if its frequency is higher, or if they are equal and B's update reads A's new state; otherwise
+        they share a level. Updates a step are slower than updates a token.
         """
         key = lambda c: (c.frequency == 0, c.unit == "step" and c.frequency > 0, -c.frequency)
         above = closure({c.name: set(c.needs) if c.frequency else set() for c in components})
@@ -150,6 +150,15 @@ class Picture:
         from nested_jax.picture.figure import draw
 
         return draw(self)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """With a number after a name that was there before.
+
+    >>> distinct(["a", "b", "a"])
+    ['a', 'b', 'a 2']
+    """
+    return [f"{name} {names[: i + 1].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def closure(needs: dict[str, set[str]]) -> dict[str, set[str]]:

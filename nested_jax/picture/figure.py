@@ -19,13 +19,15 @@ CONTEXT, START, GENERATED = "#1f5a99", "#c26a1b", "#7a7a7a"
 
 
 def draw(picture: Picture) -> Figure:
-    """A dot for every component, its name and objective beside it; arrows for what it reads and what its start is made of."""
+    """A dot for every component, its name and objective beside it; arrows for its context and for its start."""
     places = _places(picture.components)
     at = {c.name: (places[_key(c)], row) for row, c in enumerate(picture.components)}
     rows, most = len(at), max(places.values())
     figure = Figure(figsize=(13, 1.6 + 0.55 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="update frequency, logarithmic, close ones set apart", xlim=(-0.6, most + 2.8), ylim=(rows - 0.4, -0.6))
+    axes = figure.add_subplot(
+        xlabel="update frequency, logarithmic, close ones set apart", xlim=(-0.6, most + 2.8), ylim=(rows - 0.4, -0.6)
+    )
     for c in picture.components:
         x, y = at[c.name]
         axes.axhspan(y - 0.5, y + 0.5, color=SHADES[c.level % 2], zorder=0, linewidth=0)
@@ -35,11 +37,21 @@ def draw(picture: Picture) -> Figure:
         for text, down, font, color in ((name, 5, 10, "black"), (words, -8, 8, "#444444")):
             box = {"boxstyle": "square,pad=0.1", "color": SHADES[c.level % 2], "alpha": 0.85}
             axes.annotate(
-                text, (x, y), (12, down), textcoords="offset points", fontsize=font, color=color, va="center", bbox=box, zorder=4
+                text,
+                (x, y),
+                (12, down),
+                textcoords="offset points",
+                fontsize=font,
+                color=color,
+                va="center",
+                bbox=box,
+                zorder=4,
             )
     above = closure({c.name: set(c.needs) for c in picture.components})
     for c in picture.components:
-        nearest = {n for n in c.needs if n in at and not any(n in above[m] for m in c.needs if m != n and n not in above.get(n, ()))}
+        nearest = {
+            n for n in c.needs if n in at and not any(n in above[m] for m in c.needs if m != n and n not in above.get(n, ()))
+        }
         kinds = (
             (CONTEXT, "-", nearest, 0.25),
             (START, "--", c.starts_from, -0.25),

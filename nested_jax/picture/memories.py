@@ -18,16 +18,17 @@ import numpy as np
 import optax
 
 from nested_jax.level import Description
-from nested_jax.picture.component import Component
+from nested_jax.picture.component import Component, distinct
 from nested_jax.picture.graph import Loop
 from nested_jax.picture.trial import Recurrence, Trial
+from nested_jax.picture.words import listed, words_of
 from nested_jax.typing import PyTree
 
 _AROUND = ("inner_state", "inner_states", "inner_opt_state", "inner")  # fields that hold the state of another rule
 
 
 @dataclass(eq=False)
-class _Part:
+class Part:
     """Something with a new state at every step: a memory, a loop, or parameters."""
 
     name: str
@@ -40,7 +41,7 @@ class _Part:
     description: Description = Description()
     loop: Loop | None = None
     solves: bool = False  # whether the loop makes matrices orthogonal
-    above: set[_Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
+    above: set[Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
     reads: set[int] = field(default_factory=set)  # the computation's inputs that it reads
     sources: str = ""  # of these, gradients and weights
     gathers: bool = False  # whether its context is gathered over its period
@@ -74,7 +75,7 @@ def learned(
     for part in parts:
         weights = [i for i in part.leaves if i < n]
         bytes_held = sum(sizes[i] for i in weights) + sum(state[i - n] for i in (*part.leaves, *part.held) if i >= n)
-        context, goal, rule, knowledge = _words(part, n, *words.get(part.label, ("", "")))
+        context, goal, rule, knowledge = words_of(part, n, *words.get(part.label, ("", "")))
         components.append(
             Component(
                 part.name, part.frequency, "step", context, goal, rule, knowledge,
@@ -87,7 +88,7 @@ def learned(
     return components, sum(state)
 
 
-def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
+def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     graph, (n, s) = trial.graph, trial.kept
     weights, gradients = set(graph.inputs[:n]), set(graph.inputs[n + s :])
     made = lambda i: graph.outputs[i]
@@ -110,7 +111,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
             continue
         names[len(parts)], description = _named(trial.state, where)
         ends = [v for i in leaves for v in forms(i)]
-        parts.append(_Part("", frequency, "", ends, [*map(made, leaves)], leaves, law, description))
+        parts.append(Part("", frequency, "", ends, [*map(made, leaves)], leaves, law, description))
     own = [part.description for part in parts]
     said = (_named(trial.state, places[i][0])[1] for i in range(n, n + s))  # by states with no memory: of the weights' rule
     of_weights = next((d for d in said if d != Description() and d not in own), Description())
@@ -120,18 +121,19 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
     fed = gradients | {graph.inputs[i] for part in parts for i in part.leaves}
     for loops in _alike([loop for loop in graph.loops if _iterates(trial, loop, fed, gradients)]):
         ends, starts = ([v for loop in loops for v in vs(loop)] for vs in (lambda x: x.ends, lambda x: x.inputs))
-        parts.append(_Part("", _runs(trial, loops[0]), "", ends, starts, loop=loops[0]))
+        parts.append(Part("", _runs(trial, loops[0]), "", ends, starts, loop=loops[0]))
 
     groups: dict[tuple, list[int]] = {}
     for i in range(n):
         groups.setdefault((labels[i], trial.frequency(i)), []).append(i)
     split = len(groups) > len(set(labels))
     for (label, frequency), leaves in groups.items():
-        name = f"{label}, {Component('', frequency, 'step').updates}" if split else label
+        often = Component("", frequency, "step").updates if frequency else "frozen"
+        name = f"{label}, {often}" if split else label
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        parts.append(_Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights))
+        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}
@@ -155,12 +157,14 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[_Part]:
         part.sources = " and ".join(name for name, inputs in kinds.items() if part.reads & inputs)
         part.above -= {p for other in part.above for p in direct[other]}
     _name_loops(trial, parts)
+    for part, name in zip(parts, distinct([part.name for part in parts]), strict=True):
+        part.name = name
     return parts
 
 
-def _connect(trial: Trial, parts: Sequence[_Part]) -> None:
+def _connect(trial: Trial, parts: Sequence[Part]) -> None:
     """What every part reads: of other parts the new state, of the computation's inputs."""
-    owners: dict[int, set[_Part]] = {}
+    owners: dict[int, set[Part]] = {}
     for part in parts:
         for value in part.ends:
             owners.setdefault(value, set()).add(part)
@@ -197,11 +201,11 @@ def _runs(trial: Trial, loop: Loop) -> float:
     return share * float(length)
 
 
-def _name_loops(trial: Trial, parts: Sequence[_Part]) -> None:
+def _name_loops(trial: Trial, parts: Sequence[Part]) -> None:
     for part in (p for p in parts if p.loop):
         part.solves = _orthogonalises(trial, part.loop)
         kind = "orthogonalisation" if part.solves else "inner loop"
-        part.name = f"{kind} of {_list(p.name for p in part.above)}" if part.above else f"{kind} of {part.sources}"
+        part.name = f"{kind} of {listed(p.name for p in part.above)}" if part.above else f"{kind} of {part.sources}"
 
 
 def _orthogonalises(trial: Trial, loop: Loop) -> bool:
@@ -269,63 +273,3 @@ def _named(state: Any, path: Sequence[Any]) -> tuple[list[str], Description]:
             state = state[key.key] if isinstance(key, jax.tree_util.DictKey) else None
     short = f"{name} ({kind})" if kind else name
     return [short, ", ".join([short, *groups])], description
-
-
-def _words(part: _Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
-    """(context flow, objective, rule, knowledge transfer)."""
-    above = _list(p.name for p in part.above)
-    flow = f"what comes of {above}" if above else part.sources
-    if part.gathers:
-        flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
-    if part.loop:
-        goal = "1/4 |O^T O - I|^2" if part.solves else ""
-        count = part.loop.length or "some"
-        return flow, goal, f"{count} iterations", f"initialisation: starts from {above or 'gradients'} each time"
-    if part.leaves[0] < n:
-        return _weights(part, above, flow, objective, context)
-    transfer = "generation: back-propagation writes the gradients"
-    if "gradients" not in part.sources and not above:
-        transfer = "direct parametric conditioning on the weights"
-    goal, rule = _law(part.law, "u" if above else "s" if part.gathers else "g")
-    own = part.description
-    return own.context or flow, own.objective or goal, own.rule or rule, own.knowledge or transfer
-
-
-def _weights(part: _Part, above: str, flow: str, objective: str, context: str) -> tuple[str, str, str, str]:
-    law = part.law
-    if part.frequency == 0:
-        return "", objective, "frozen", ""
-    letter = "s" if part.gathers else "g"
-    if above:
-        step = f"adds what comes of {above}"
-    else:
-        step = f"W <- W - eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
-    decay = ", decays" if law.keep is None or abs(law.keep) > 1e-9 else ""
-    own = part.description
-    return context or flow, own.objective or objective, own.rule or step + decay, "back-propagation through the faster levels"
-
-
-def _law(law: Recurrence, letter: str) -> tuple[str, str]:
-    """The objective whose gradient step, with decay, is the measured recurrence, and that."""
-    if law.keep is None or not law.apart:
-        return "", ""
-    if law.add is None:
-        what = "u" if letter == "u" else "phi(g)"
-        return f"-<m, {what}>" + (" + decay" if law.keep < 1 - 1e-9 else ""), f"m <- {_terms(law.keep, 'm')} + {what}"
-    if law.add == 0:
-        return "", f"m <- {_terms(law.keep, 'm')}"
-    what = letter if law.power == 1 else f"{letter}^2"
-    pull = (1 - law.keep) / abs(law.add)
-    signed = what if law.add > 0 else f"-{what}"
-    goal = f"-<m, {signed}>" + (f" + {_terms(pull / 2, '|m|^2')}" if pull > 1e-9 else "")
-    sign = "+" if law.add > 0 else "-"
-    return goal, f"m <- {_terms(law.keep, 'm')} {sign} {_terms(abs(law.add), what)}"
-
-
-def _terms(factor: float, what: str) -> str:
-    return what if abs(factor - 1) < 1e-9 else f"{factor:.3g} {what}"
-
-
-def _list(names: Any) -> str:
-    names = sorted(set(names))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -15,7 +15,7 @@ from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.picture.component import Component, Picture
+from nested_jax.picture.component import Component, Picture, distinct
 from nested_jax.picture.graph import Graph
 from nested_jax.picture.memories import learned
 from nested_jax.typing import PyTree
@@ -76,13 +76,14 @@ def describe(
         NL, Definitions 1-4 and section 3.3.
     """
     parts = list(system) if type(system) in (tuple, list) else [system]
+    parts = [part.gradient_transformation() if isinstance(part, optax.MultiSteps) else part for part in parts]
     optimizers = [part for part in parts if isinstance(part, optax.GradientTransformation)]
     if len(optimizers) > 1:
         raise UserError(f"describe: {len(optimizers)} optimizers: give one, such as their optax.chain or optax.partition")
     learners = [_learner(part) for part in parts if not isinstance(part, optax.GradientTransformation)]
     if not learners:
         learners = [_learner(_ALONE)]
-    components = _distinct([component for learner in learners for component in _in_context(learner)])
+    components = _renamed([list(_in_context(learner)) for learner in learners])
     slow, size = _slow(learners, optimizers[0] if optimizers else None, extra, tuple(c.name for c in components[-1:]))
     full = lambda label: [c.name for c in slow if c.name == label or c.name.startswith(f"{label}, ")] or [label]
     starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
@@ -90,6 +91,16 @@ def describe(
     if tokens_per_step:
         slow = [dataclasses.replace(c, frequency=c.frequency / tokens_per_step, unit="token") for c in slow]
     return Picture.of(components + slow, size)
+
+
+def _renamed(groups: Sequence[Sequence[Component]]) -> list[Component]:
+    """All components, each of a name of its own; what they need is of their own group."""
+    names = iter(distinct([c.name for group in groups for c in group]))
+    made = []
+    for group in groups:
+        new = {c.name: next(names) for c in group}
+        made += [dataclasses.replace(c, name=new[c.name], needs=tuple(new[n] for n in c.needs)) for c in group]
+    return made
 
 
 def _learner(system: Any) -> _Learner:
@@ -187,9 +198,7 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
             *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
             step = weights.rule
         else:
-            memories = [
-                Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)
-            ]
+            memories = [Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)]
         renamed = {c.name: f"{c.name} of {name}" for c in memories}
         for c in memories:
             needs = (*before, *(renamed[n] for n in c.needs))
@@ -211,13 +220,3 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
         starts_from=tuple(teachers),
         state_bytes=sum(leaf.bytes for leaf in leaves) * blocks or None if bounded else None,
     )  # fmt: skip
-
-
-def _distinct(components: Sequence[Component]) -> list[Component]:
-    """With a number after a name that was there before."""
-    seen: dict[str, int] = {}
-    made = []
-    for component in components:
-        seen[component.name] = count = seen.get(component.name, 0) + 1
-        made.append(dataclasses.replace(component, name=f"{component.name} {count}") if count > 1 else component)
-    return made

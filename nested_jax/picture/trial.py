@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.errors import UserError
 from nested_jax.picture.graph import Graph, measured
 from nested_jax.typing import PyTree
 
@@ -55,7 +56,10 @@ class Trial:
             return [*jax.tree.leaves(updates), *jax.tree.leaves(state)]
 
         leaves = jax.tree.leaves((self.params, self.state, self.params))
-        self.graph = Graph(step, *leaves)
+        try:
+            self.graph = Graph(step, *leaves)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"describe: the optimizer's update refuses: {error}; give what it takes by extra=") from error
         self.shapes = [leaf.shape for leaf in leaves]
         self.learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
         self.call = jax.jit(step)
@@ -125,16 +129,17 @@ class Trial:
 
         still = at(0, 0)
         by_memory, by_gradient = at(1, 0) - still, at(0, 1) - still
-        keep = _ratio(by_memory, _flat([d[i] for i in leaves]))
+        noise = 1e-12 * np.linalg.norm(still)
+        keep = _ratio(by_memory, _flat([d[i] for i in leaves]), noise)
         apart = np.allclose(at(1, 1) - at(0, 1), by_memory, rtol=1e-6, atol=1e-9 * np.abs(by_memory).max(initial=0))
         if any(g is None for g in gradients):
             return Recurrence(keep, None, None, apart)
         own = _flat([h[g] for g in gradients])
-        add = _ratio(by_gradient, own)
-        if add is not None and _close(add, _ratio(at(0, 2) - still, 2 * own)):
+        add = _ratio(by_gradient, own, noise)
+        if add is not None and _close(add, _ratio(at(0, 2) - still, 2 * own, noise)):
             return Recurrence(keep, add, 1, apart)
-        add = _ratio(by_gradient + at(0, -1) - still, 2 * own**2)
-        if add is not None and _close(add, _ratio(at(0, 2) - 2 * at(0, 1) + still, 2 * own**2)):
+        add = _ratio(by_gradient + at(0, -1) - still, 2 * own**2, noise)
+        if add is not None and _close(add, _ratio(at(0, 2) - 2 * at(0, 1) + still, 2 * own**2, noise)):
             return Recurrence(keep, add, 2, apart)
         return Recurrence(keep, None, None, apart)
 
@@ -162,11 +167,13 @@ def _flat(leaves: Sequence[Any]) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in leaves])
 
 
-def _ratio(y: np.ndarray, x: np.ndarray) -> float | None:
-    """c of y = c x, None if there is none."""
+def _ratio(y: np.ndarray, x: np.ndarray, noise: float) -> float | None:
+    """c of y = c x, None if there is none; y of at most the size of the noise is zero."""
+    if np.linalg.norm(y) <= noise:
+        return 0.0
     c = float(y @ x / (x @ x))
-    return c if np.linalg.norm(y - c * x) <= 1e-5 * np.linalg.norm(y) + 1e-12 * np.linalg.norm(x) else None
+    return c if np.linalg.norm(y - c * x) <= 1e-5 * np.linalg.norm(y) else None
 
 
 def _close(a: float, b: float | None) -> bool:
-    return b is not None and abs(a - b) <= 1e-5 * abs(a) + 1e-12
+    return b is not None and abs(a - b) <= 1e-5 * abs(a)
