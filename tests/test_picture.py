@@ -23,6 +23,7 @@ from nested_jax.memory.deep import view
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
+from nested_jax.picture import Component, Picture
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 
@@ -55,6 +56,7 @@ def rows(picture):
         ((MATRICES, optim.nonlinear_momentum(0.1, lambda x: optim.newton_schulz(x, form="gradient"), on="leaves")), 3),
         (optim.nonlinear_momentum(0.1, jnp.sign, on="leaves"), 2),
         ((MLP, optim.preconditioned_momentum(0.1)), 3),
+        ((MLP, optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16)), 2),
         ((MLP, optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale(-0.1))), 3),
         ((LINEAR, LINEAR, optax.sgd(0.1)), 2),
         (({"a": jnp.ones(3)}, LINEAR, optax.sgd(0.1)), 2),
@@ -133,6 +135,47 @@ def test_objectives_that_cannot_be_derived_are_said_by_the_states():
         describe((MLP, rule))
     with pytest.raises(UserError, match="value_fn.*extra="):
         describe((MLP, optax.lbfgs(0.1)))
+
+
+def with_memory(emit):
+    """A rule with a memory m <- 0.9 m + g, kept where g is finite, that emits a function of the new m and g."""
+
+    def update(updates, state, params=None):
+        new = jax.tree.map(lambda m, g: 0.9 * m + g, state, updates)
+        kept = jax.tree.map(lambda a, m, g: jnp.where(jnp.isfinite(g).all(), a, m), new, state, updates)
+        return jax.tree.map(emit, new, updates), kept
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+@pytest.mark.parametrize(
+    ("emit", "levels"),
+    [
+        (lambda m, g: -m, 2),
+        (lambda m, g: -g, 1),
+        (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, sum: sum - m, jnp.zeros_like(m)), 2),  # it starts from nothing
+        (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, c[1]), (0.0, g))[1], 3),
+        (lambda m, g: jax.lax.scan(lambda sum, row: (sum - row.sum(), None), m, g.reshape(2, -1))[0], 2),  # reads gradients
+        (lambda m, g: jax.lax.scan(lambda x, factor: (x * factor, None), m, jnp.ones(3))[0], 3),
+        (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
+        (jax.jit(lambda m, g: jax.nn.relu(m)), 2),
+    ],
+)
+def test_what_is_read_through_branches_and_loops(emit, levels):
+    picture = describe((MATRICES, with_memory(emit)))
+    assert picture.levels == levels
+    (memory,) = [c for c in picture.components if c.name == "memory"]
+    assert memory.rule == "m <- 0.9 m + g"
+
+
+def test_what_never_moves_shares_a_level():
+    frozen = [Component("a", 0, "step"), Component("b", 0, "token", needs=("a",)), Component("c", 1, "token")]
+    assert [(c.name, c.level) for c in Picture.of(frozen).components] == [("c", 1), ("a", 2), ("b", 2)]
+
+
+def test_clipping_does_not_hide_a_memory():
+    memory, _ = describe((MLP, optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)))).components
+    assert memory.rule == "m <- 0.9 m + g"
 
 
 class Two(NamedTuple):
