@@ -154,7 +154,7 @@ def with_memory(emit):
         (lambda m, g: -m, 2),
         (lambda m, g: -g, 1),
         (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, sum: sum - m, jnp.zeros_like(m)), 2),  # it starts from nothing
-        (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, c[1]), (0.0, g))[1], 3),
+        (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, 0.9 * c[1]), (0.0, g))[1], 3),
         (lambda m, g: jax.lax.scan(lambda sum, row: (sum - row.sum(), None), m, g.reshape(2, -1))[0], 2),  # reads gradients
         (lambda m, g: jax.lax.scan(lambda x, factor: (x * factor, None), m, jnp.ones(3))[0], 3),
         (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
