@@ -51,7 +51,7 @@ def train(rule, gradient, params, steps):
 # %% [markdown]
 # ## 1. Momentum: a memory with one objective
 #
-# The momentum $m$ descends on $-\langle m, -g_t\rangle$, one step per gradient, and forgets at the rate $\alpha$ (NL Eq. 33-34):
+# The momentum $m$ descends on $-\langle m, -g_t\rangle$, one step per gradient, and decays by $\alpha$ (NL Eq. 33-34):
 #
 # $$m_t = \alpha\,m_{t-1} - g_t \qquad W_t = W_{t-1} + \eta\,m_t$$
 #
@@ -86,8 +86,8 @@ plt.show()
 # ## 2. Delta momentum: make room before you write
 #
 # With the squared error $\tfrac12\|m\,g - P(g)\|^2$ as its objective, the memory first erases what it holds along the new
-# gradient (NL Eq. 48-49). On a surface whose valley bends, plain momentum carries on along directions that have become wrong.
-# Each rule takes the learning rate at which it arrives soonest from 32 random points:
+# gradient (NL Eq. 48-49). On a surface whose valley bends, plain momentum carries on along directions that have become
+# wrong. Each rule takes the learning rate at which it arrives soonest from 32 random points:
 #
 # $$\psi(r, \varphi) = r^2 + k\,(r - \varphi + a \sin \omega r)^2$$
 
@@ -134,8 +134,8 @@ plt.show()
 # %%
 g = jnp.asarray(rng.normal(size=(16, 8)) @ np.diag(2.0 ** -np.arange(8)), jnp.float32)
 for steps in (0, 3, 5):
-    O = optim.newton_schulz(g, steps=steps) if steps else g / jnp.linalg.norm(g)
-    plt.plot(np.linalg.svd(np.asarray(O), compute_uv=False), "o-", label=f"{steps} steps")
+    read = optim.newton_schulz(g, steps=steps) if steps else g / jnp.linalg.norm(g)
+    plt.plot(np.linalg.svd(np.asarray(read), compute_uv=False), "o-", label=f"{steps} steps")
 plt.yscale("log")
 plt.xlabel("singular value, largest first")
 plt.ylabel("size")
@@ -145,8 +145,8 @@ plt.show()
 # %% [markdown]
 # ## 4. Adam: the best element-wise memory
 #
-# Which element-wise map $m$ recalls a gradient's size from the gradient, $\min_m \sum_t \beta_2^{\,\cdot}\,\|m \odot g_t - P\|^2$?
-# The answer is the first moment over the second (NL Eq. 101-105), and with moving averages, $P = \sqrt h$ and both bias
+# Which element-wise map $m$ recalls a gradient's size from the gradient, $\min_m \sum_t \|m \odot g_t - P\|^2$? The
+# answer is the first moment over the second (NL Eq. 101-105). With moving averages, $P = \sqrt h$ and both bias
 # corrections it is Adam.
 
 # %%

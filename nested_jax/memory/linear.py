@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level
+from nested_jax.level import Description, Level
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, write
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
@@ -58,7 +58,18 @@ class LinearMemory:
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         window, (q, k, v), (rate, *retain) = project_in(weights, state.window, x, self.heads, reset)
+        memory, y = read_stream(
+            self._level(weights, len(x)), state.memory, (q, k, v, rate, *retain),
+            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
+            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
+        )  # fmt: skip
+        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
 
+    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self._level(weights, batch),)
+
+    def _level(self, weights: PyTree, batch: int) -> Level:
         def step(memory, chunk, slower):
             q, k, v, rate, *retain = (heads_first(part) for part in chunk.tokens)
             mask = None if chunk.mask is None else chunk.mask[None, None]
@@ -68,13 +79,15 @@ class LinearMemory:
             memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
             return memory, time_first(y)
 
-        level = Level(None, step, self.chunk, f"{self.rule} memory", due=lambda memory: jnp.asarray(True))
-        memory, y = read_stream(
-            level, state.memory, (q, k, v, rate, *retain),
-            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
-        )  # fmt: skip
-        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+        description = Description(
+            objective={"linear": "-<M k, v>", "oja": "-<M k, v> + 1/2 |M^T v|^2"}.get(self.rule, "1/2 |M k - v|^2"),
+            rule="gradient descent" if self.rule == "delta" else "gradient descent, decay",
+            context="keys and values of tokens",
+            knowledge="direct parametric conditioning: slow weights make keys, values and gates",
+            updates=self.chunk,
+        )
+        init, due = lambda slower: self.init_state(weights, batch).memory, lambda memory: jnp.asarray(True)
+        return Level(init, step, self.chunk, f"{self.rule} memory", due, description=description)
 
 
 def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

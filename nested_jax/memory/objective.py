@@ -19,11 +19,12 @@ _SMOOTH = 1e-6  # below its root, l_p is quadratic: derivatives of every order a
 class Objective(NamedTuple):
     """A loss of outputs and values and its derivative with respect to the outputs.
 
-    loss: (y (..., V), v (..., V)) -> (...); error: the same -> (..., V).
+    loss: (y (..., V), v (..., V)) -> (...); error: the same -> (..., V); name: the loss in symbols, y = M k.
     """
 
     loss: Callable[[Array, Array], Array]
     error: Callable[[Array, Array], Array]
+    name: str
 
 
 def dot_product() -> Objective:
@@ -32,9 +33,8 @@ def dot_product() -> Objective:
     >>> dot_product().error(jnp.ones(2), jnp.array([1.0, 2.0])).tolist()
     [-1.0, -2.0]
     """
-    return Objective(
-        lambda y, v: -jnp.sum(y * v, -1), lambda y, v: jnp.broadcast_to(-v, jnp.broadcast_shapes(y.shape, v.shape))
-    )
+    error = lambda y, v: jnp.broadcast_to(-v, jnp.broadcast_shapes(y.shape, v.shape))
+    return Objective(lambda y, v: -jnp.sum(y * v, -1), error, "-<M k, v>")
 
 
 def l2() -> Objective:
@@ -43,7 +43,7 @@ def l2() -> Objective:
     >>> l2().error(jnp.array([3.0, 4.0]), jnp.zeros(2)).tolist()
     [3.0, 4.0]
     """
-    return Objective(lambda y, v: jnp.sum((y - v) ** 2, -1) / 2, lambda y, v: y - v)
+    return Objective(lambda y, v: jnp.sum((y - v) ** 2, -1) / 2, lambda y, v: y - v, "1/2 |M k - v|^2")
 
 
 def lp(power: float = 3.0) -> Objective:
@@ -61,7 +61,8 @@ def lp(power: float = 3.0) -> Objective:
         e = y - v
         return e * (e**2 + _SMOOTH) ** (power / 2 - 1)
 
-    return Objective(lambda y, v: jnp.sum(((y - v) ** 2 + _SMOOTH) ** (power / 2), -1) / power, error)
+    loss = lambda y, v: jnp.sum(((y - v) ** 2 + _SMOOTH) ** (power / 2), -1) / power
+    return Objective(loss, error, f"sum |M k - v|^{power:g} / {power:g}")
 
 
 def huber(threshold: float = 1.0) -> Objective:
@@ -88,7 +89,7 @@ def huber(threshold: float = 1.0) -> Objective:
         square = jnp.sum(e**2, -1, keepdims=True)
         return e * threshold / jnp.sqrt(jnp.maximum(square, threshold**2))
 
-    return Objective(loss, error)
+    return Objective(loss, error, f"Huber of |M k - v|, linear from {threshold:g} on")
 
 
 def oja(memory: Float[Array, "V K"], key: Float[Array, " K"], value: Float[Array, " V"]) -> Float[Array, ""]:

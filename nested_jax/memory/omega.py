@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level
+from nested_jax.level import Description, Level
 from nested_jax.memory import objective
 from nested_jax.memory.deep import bounded
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
@@ -106,14 +106,29 @@ class OmegaMemory:
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
-        level = Level(None, self._step, self.chunk, "omega memory", due=lambda state: state.elapsed == 0)
         memory, y = read_stream(
-            level, state.memory, (*tokens, *gates),
+            self._level(weights, len(x)), state.memory, (*tokens, *gates),
             position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
             reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
             tight=lambda state: state._replace(snapshot=None), loose=lambda state: state._replace(snapshot=state.weights),
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+
+    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self._level(weights, batch),)
+
+    def _level(self, weights: PyTree, batch: int) -> Level:
+        one = self.bias.name
+        description = Description(
+            objective=one if self.window == 1 else f"sum over the last {self.window} tokens of gamma ({one})",
+            rule="gradient descent, decay",
+            context="keys and values of tokens",
+            knowledge="direct parametric conditioning: slow weights make keys, values and gates",
+        )
+        name = f"{self.objective} memory" if self.window == 1 else "omega memory"
+        init, due = lambda slower: self.init_state(weights, batch).memory, lambda state: state.elapsed == 0
+        return Level(init, self._step, self.chunk, name, due, description=description)
 
     def _step(self, state: OmegaState, chunk, slower):
         q, k, v, rate, retain, strength = (heads_first(part) for part in chunk.tokens)

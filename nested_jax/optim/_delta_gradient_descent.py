@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, rate_at
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
@@ -20,6 +21,7 @@ class DeltaGradientDescentState(NamedTuple):
     """Steps taken, by which a schedule is read."""
 
     count: Array
+    description = Description("1/2 |W x - u|^2, u = -surprise", "closed form: the proximal step, delta rule")
 
 
 def scale_by_delta_gradient_descent(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices
@@ -19,6 +20,7 @@ class DeltaMomentumState(NamedTuple):
 
     momentum: PyTree
     preconditioner: PyTree
+    description = Description("1/2 |u^T m - P|^2, u = g / |g|", "m <- decay m - erase u (u^T m) + P(g)")
 
 
 def scale_by_delta_momentum(
