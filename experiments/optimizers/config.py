@@ -8,11 +8,7 @@ from nested_jax.models.vision import VisionConfig
 
 
 def geometric(low: float, high: float, a_decade: int) -> tuple[float, ...]:
-    """Numbers from low to high, so many for every factor of ten, to three digits.
-
-    >>> geometric(0.01, 0.1, 2)
-    (0.01, 0.0316, 0.1)
-    """
+    """Numbers from low to at most high, so many for every factor of ten, to three digits: 0.01, 0.0316, 0.1."""
     ratio, values = 10 ** (1 / a_decade), [low]
     while values[-1] * ratio < high * 1.01:
         values.append(values[-1] * ratio)
@@ -123,7 +119,7 @@ class Vision:
     """Updates over which the learning rate grows; it then falls along a cosine to a tenth."""
     weight_decay: float = 0.1
     """Decoupled decay of the matrices."""
-    rates: tuple[float, ...] = geometric(1e-5, 0.1, 2)
+    rates: tuple[float, ...] = geometric(1e-5, 0.04, 2)
     """Learning rates tried by every optimizer."""
     tuning_seed: int = 100
     """Seed on which the learning rate is chosen: the one with the least validation loss."""

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import tyro
 from record import RESULTS, finish, once, resume
+from rich.console import Console
 
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, command
@@ -36,7 +37,7 @@ def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: i
         made = TrainConfig.from_preset(preset, **flags)
         row = {"train": command(made)}
         try:
-            train(dataclasses.replace(made, run_dir=folder))
+            train(dataclasses.replace(made, run_dir=folder), Console(quiet=True))
         except NonFinite as error:
             return row | {BITS: None, "error": str(error)}
         rows = read_rows(Path(folder))
@@ -63,6 +64,11 @@ def counted(results: dict, preset: str, name: str) -> list[dict]:
     return [r for r in results["runs"] if (r["preset"], r["optimizer"]) == (preset, name) and r["seed"] in seeds]
 
 
+def entropies(results: dict) -> dict:
+    """A row that has those of the held-out text: any of a run that came to its end."""
+    return next(row for row in results["runs"] if row[BITS])
+
+
 def table(results: dict) -> str:
     """Markdown."""
     lines = ["| preset | optimizer | rate | held-out bits per byte | less than AdamW, same seed | s a run |"]
@@ -77,7 +83,7 @@ def table(results: dict) -> str:
             cells.append(spread(bits(counted(results, preset, config["optimizers"][0])) - bits(rows), "+"))
             cells.append(f"{np.median([row.get('seconds', math.nan) for row in rows]):.0f}")
             lines.append("| " + " | ".join(cells) + " |")
-    last = rows[0]
+    last = entropies(results)
     lines += ["", f"{len(config['seeds'])} seeds. Entropies: unigram {last['unigram']:.3f}, bigram {last['bigram']:.3f}."]
     lines += ["", "| preset | optimizer | " + " | ".join(f"{rate:g}" for rate in config["rates"]) + " |"]
     lines.append("|---|---" + "|---:" * len(config["rates"]) + "|")
@@ -106,7 +112,7 @@ def figure(results: dict, path: Path) -> None:
             above.plot(steps, mean, label=name)
             above.fill_between(steps, mean - deviation, mean + deviation, alpha=0.2)
             below.plot([i] * len(rows), [row[BITS] for row in rows], "o", alpha=0.6)
-        below.axhline(rows[0]["bigram"], color="gray", linestyle="--", label="bigram entropy")
+        below.axhline(entropies(results)["bigram"], color="gray", linestyle="--", label="bigram entropy")
         below.set_xticks(range(len(config["optimizers"])), config["optimizers"])
         above.set(xlabel="step", ylabel="bits per byte of a batch", title=preset)
         below.set(ylabel="held-out bits per byte")

@@ -82,9 +82,8 @@ class Model(NamedTuple):
 
 def model(config: settings.Vision, name: str) -> Model:
     """A vision Transformer and the optimizer of this name."""
-    draw = lambda seed: nnx.split(VisionTransformer(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
-    net = nnx.eval_shape(lambda: VisionTransformer(config.model, rngs=nnx.Rngs(0)))
-    net, _ = nnx.split(net, nnx.Param)
+    draw = lambda seed: nnx.split(VisionTransformer(config.model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+    net, _ = draw(0)
 
     def loss(weights, images):
         logits = nnx.merge(net, nnx.State(weights))(images.images)

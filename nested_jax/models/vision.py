@@ -25,11 +25,11 @@ class VisionConfig:
     """Rows and columns of a patch; those of an image are multiples."""
     width: int = 64
     """Model width D."""
-    layers: int = 4
+    layers: int = 3
     """Number of blocks L."""
     heads: int = 4
     """Heads H of attention; D must be a multiple."""
-    hidden: int = 256
+    hidden: int = 128
     """Hidden width F of the MLPs."""
     classes: int = 10
     """Number of classes V."""
