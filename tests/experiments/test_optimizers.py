@@ -33,7 +33,7 @@ def test_the_surface_is_descended(load):
         tuning_starts=2,
         steps=150,
         rates=(1e-3, 0.02),
-        decays=(0.9,),
+        decays=(0.8,),
         erases=(0.0,),
         raw_erases=(),
     )
@@ -42,8 +42,8 @@ def test_the_surface_is_descended(load):
     for name in ("delta, erase 0", "delta by entries, erase 0"):
         assert rows[name]["steps"] == rows["momentum"]["steps"]
     start = jnp.array([2.0, -1.0])
-    values = surface.descend(config, "momentum", 1.0, 0.02, 0.9, start)[1]
-    (steps,) = surface.arrival(config, "momentum", 1.0, 0.02, 0.9, start[None])
+    values = surface.descend(config, "momentum", 1.0, 0.02, 0.8, start)[1]
+    (steps,) = surface.arrival(config, "momentum", 1.0, 0.02, 0.8, start[None])
     assert values[steps - 1] > config.tolerance and (values[steps:] <= config.tolerance).all()
 
 
