@@ -107,6 +107,10 @@ CASES = {
     "shared": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"], {"a": w[:, :3]}),
     "shared by other examples": (lambda p, x: jnp.concatenate([x @ p["a"], x[:2] @ p["a"]]), {"a": w}),
     "mapped": (lambda p, x: jax.vmap(lambda x: x @ p["a"])(x), {"a": w}),
+    "custom_vjp": (lambda p, x: own_vjp(x @ p["a"], 1 + x[:4, :1]) * (x[:, :2] @ p["b"]), {"a": w, "b": v[:2]}),
+    "dropped": (lambda p, x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, (5, 4)), x @ p["a"], 0), {"a": w}),
+    "carried to the next": (lambda p, x: jax.lax.scan(
+        lambda c, _: ((c[1], jnp.tanh(c[1] @ p["h"]), c[2] + 1), None), (v, v, 0), None, length=3)[0][0], {"h": v}),
     "no gradient beside it": (lambda p, x: x @ p["a"] + jax.lax.stop_gradient(jnp.sum(p["a"] ** 2)), {"a": w}),
     "a sign beside it": (lambda p, x: jnp.where(p["a"].sum() > 0, 1, 2) * (x @ p["a"]), {"a": w}),
 }  # fmt: skip
@@ -134,6 +138,13 @@ def test_casts(x64):
     np.testing.assert_array_equal(gradient["a"], np.float32(pairs["a"].inputs.T @ pairs["a"].surprise))
 
 
+@jax.custom_vjp
+def own_vjp(x, w):
+    return x @ w
+
+
+own_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, d: (d @ kept[1].T, kept[0].T @ d))
+
 LEFT_OUT = {
     "changed": lambda p, x: x @ p["a"] @ (2 * p["b"]),
     "in the loss's decay": lambda p, x: x @ p["a"] @ p["b"] + jnp.sum(p["b"] ** 2),
@@ -143,6 +154,10 @@ LEFT_OUT = {
     "per row": lambda p, x: jax.vmap(lambda x, b: x @ p["a"] @ (b - 0.1 * jnp.outer(x @ p["a"], x @ p["a"])), (0, 0))(
         x, jnp.broadcast_to(p["b"], (5, 4, 4))),
     "in pieces": lambda p, x: jnp.concatenate([x @ p["a"] @ p["b"][:, :2], x @ p["a"] @ p["b"][:, 2:]], axis=1),
+    "shuffled": lambda p, x: x @ p["a"] @ p["b"].reshape(2, 2, 4).transpose(1, 0, 2).reshape(4, 4),
+    "an axis in two roles": lambda p, x: jnp.einsum("bi,bh,iho->bo", x @ p["a"], x[:, :2], p["b"].reshape(4, 2, 2)),
+    "heads of one axis": lambda p, x: jnp.einsum("bhi,iho->bho", jnp.stack([x @ p["a"]] * 2, 1), p["b"].reshape(4, 2, 2)),
+    "in a rule of its own": lambda p, x: own_vjp(x @ p["a"], p["b"]),
     "in a branch": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ p["b"], lambda y: y @ (p["b"] + 1), x @ p["a"]),
     "carried and changed": lambda p, x: jax.lax.scan(
         lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x @ p["a"], p["b"]), None, length=3)[0][0],
@@ -257,6 +272,14 @@ def test_one_backward_pass():
     assert plain == 3 + 3 + 2
     assert products(lambda p, x: surprise_and_grad(loss, p, x)) == plain
     assert products(lambda p, x: local_surprise(loss, p, x)) == plain - 3  # the kernels' gradients are not computed
+
+
+def test_what_is_recomputed_stays_recomputed():
+    """A loss whose layers are checkpointed keeps that in the traced backward pass."""
+    forward, params = CASES["checkpointed scan"]
+    both = (lambda p, x: surprise_and_grad(squared(forward), p, x), jax.grad(squared(forward)))
+    counts = [str(jax.make_jaxpr(function)(params, x)).count("prevent_cse=") for function in both]
+    assert counts[0] == counts[1] > 0
 
 
 def test_aux_and_types():

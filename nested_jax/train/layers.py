@@ -15,11 +15,11 @@ from nested_jax.surprise import layers, surprise_and_grad
 from nested_jax.train.step import cross_entropy
 from nested_jax.typing import Array, PyTree
 
-COLUMNS = {"inputs": "RMS of inputs", "surprise": "RMS of surprise", "share": "share of gradient"}
+COLUMNS = {"inputs": "inputs, RMS", "surprise": "surprise, RMS", "share": "gradient, share"}
 MEANING = (
-    "Surprise is the derivative of a token's loss, in nats, by a layer's outputs; the share is of the squared norm of "
-    "the whole gradient. Measured on the first held-out batch; embeddings, norms and weights that change while reading "
-    "are no linear layers."
+    "Surprise is the derivative of the summed loss, in nats, by a layer's output at a token; the share is the norm of the "
+    "layer's gradient over that of the whole gradient. Measured on the first held-out batch. Embeddings, norms and weights "
+    "that change while reading are no linear layers."
 )
 MOST = 12  # rows of a table
 
@@ -33,7 +33,7 @@ def layer_surprise(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch]
     def measure(parameters, fast, batch):
         loss = lambda parameters, given: cross_entropy(net, parameters, *given)
         _, gradient, pairs = surprise_and_grad(loss, parameters, (fast, batch), has_aux=True)
-        whole, numbers = jnp.maximum(optax.tree.norm(gradient, squared=True), 1e-30), {}
+        whole, numbers = jnp.maximum(optax.global_norm(gradient), 1e-30), {}
         for key, pair in pairs.items():
             path, run = layers(key)
             kernel = gradient
@@ -44,7 +44,7 @@ def layer_surprise(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch]
             for i, (g, (x, surprise)) in enumerate(zip(kernel, zip(*pair, strict=True), strict=True)):
                 layer = f"{path}[{(run.start or 0) + i}]" if stacked else path
                 numbers[f"inputs/{layer}"], numbers[f"surprise/{layer}"] = _rms(x), _rms(surprise)
-                numbers[f"share/{layer}"] = jnp.sum(jnp.square(g)) / whole
+                numbers[f"share/{layer}"] = jnp.linalg.norm(g) / whole
         return numbers
 
     return measure
@@ -53,7 +53,7 @@ def layer_surprise(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch]
 def table(numbers: dict[str, float]) -> Table:
     """The most surprised layers, for a terminal."""
     shown = Table(title=_title(numbers), title_justify="left")
-    shown.add_column("linear layer")
+    shown.add_column("linear layer", no_wrap=True)
     for column in COLUMNS.values():
         shown.add_column(column, justify="right")
     for row in _rows(numbers):
@@ -65,7 +65,7 @@ def section(numbers: dict[str, float]) -> str:
     """The same, as a section of report.md; nothing where there are no such numbers.
 
     >>> print(section({"inputs/head": 1.0, "surprise/head": 0.25, "share/head": 0.5}).split("\\n\\n")[2])
-    | linear layer | RMS of inputs | RMS of surprise | share of gradient |
+    | linear layer | inputs, RMS | surprise, RMS | gradient, share |
     |---|---:|---:|---:|
     | head | 1 | 0.25 | 50.0% |
     """

@@ -1,12 +1,14 @@
 """What linear layers are surprised by: the inputs that an optimizer gets, and the summary that a reader gets."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_step import batches, make, to_float64
 from tiny_run import rows, small_model
 
@@ -83,17 +85,17 @@ def test_the_summary_is_of_the_pairs_and_the_gradient():
     loss = lambda parameters, batch: cross_entropy(net, parameters, None, batch)[0]
     both = jax.jit(lambda *given: (local_surprise(loss, *given), jax.grad(loss)(*given)))
     pairs, gradient = both(parameters, batch)
-    total = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient))
+    total = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)) ** 0.5
     up = gradient["blocks"]["cms"]["level1"]["up"]
     for layer, pair, own in (
         ("blocks/cms/level1/up[1]", jax.tree.map(lambda a: a[1], pairs["blocks/cms/level1/up"]), up[1]),
         ("head", pairs["head"], gradient["head"]),
     ):
         root = lambda a: float(np.sqrt(np.mean(np.square(a))))
-        expected = [root(pair.inputs), root(pair.surprise), float(jnp.sum(own**2)) / total]
+        expected = [root(pair.inputs), root(pair.surprise), float(jnp.linalg.norm(own)) / total]
         got = [numbers[f"{kind}/{layer}"] for kind in ("inputs", "surprise", "share")]
         np.testing.assert_allclose(got, expected, rtol=1e-4)
-    assert 0 < sum(share for name, share in numbers.items() if name.startswith("share/")) < 1
+    assert 0 < sum(share**2 for name, share in numbers.items() if name.startswith("share/")) < 1
 
 
 def test_the_most_surprised_layers_come_first():
@@ -102,6 +104,10 @@ def test_the_most_surprised_layers_come_first():
     shown = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")][1:]
     assert shown == ["13", "6", "19", "12", "5", "18", "11", "4", "17", "10", "3", "16"]
     assert "12 most surprised of 20" in lines[0] and table(numbers).row_count == 12
+    named = table({f"{kind}/blocks/cms/level1/down[23]": 1.0 for kind in ("inputs", "surprise", "share")})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(named)
+    assert "blocks/cms/level1/down[23]" in console.file.getvalue() and "surprise, RMS" in console.file.getvalue()
     assert section({"heldout_bits_per_byte": 3.0}) == ""
 
 
@@ -115,9 +121,9 @@ def test_showing_surprise_changes_nothing_else(small, quiet):
     measured = [row for row in rows(shown) if surprise(row)]
     assert [row["step"] for row in measured] == [3, 6] and all("heldout_bits_per_byte" in row for row in measured)
     assert all(len(surprise(row)) == 3 * 11 and np.isfinite(list(row.values())).all() for row in measured)
-    assert said_more.count("RMS of surprise") == 2 and "RMS of surprise" not in said
+    assert said_more.count("surprise, RMS") == 2 and "surprise, RMS" not in said
     report, other = (Path(config.run_dir, "report.md").read_text() for config in (shown, plain))
-    assert "| blocks/mixer/out[1] |" in report and "RMS of surprise" not in other and "--show-surprise" in report
+    assert "| blocks/mixer/out[1] |" in report and "surprise, RMS" not in other and "--show-surprise" in report
     assert difference(plain, dataclasses.replace(plain, show_surprise=True)) is None
     quiet(small("parts", model=TWO_LAYERS, steps=3))
     quiet(small("parts", model=TWO_LAYERS, show_surprise=True))
