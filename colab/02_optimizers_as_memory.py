@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from nested_jax import optim
+from nested_jax import Level, describe, local_surprise, optim, preset, run
 
 
 def train(rule, gradient, params, steps):
@@ -49,7 +49,60 @@ def train(rule, gradient, params, steps):
 
 
 # %% [markdown]
-# ## 1. Momentum: a memory with one objective
+# ## 1. What there is to remember: inputs and local surprise
+#
+# The gradient of a linear layer $y = W x$ is an outer product, $\delta x^\top$ with $\delta = \partial L/\partial y$. A
+# step of gradient descent stores the pair: it is the proximal step (NL Eq. 31)
+#
+# $$W_{t+1} = \arg\min_W\; \langle W x, \delta\rangle + \tfrac1{2\eta}\|W - W_t\|^2$$
+#
+# $\delta$ says how the layer should have answered, its **local surprise**. `local_surprise` finds the linear
+# layers of any loss and gives the pairs of all of them from one backward pass:
+
+# %%
+rng = np.random.default_rng(0)
+layers = {
+    "up": jnp.asarray(rng.normal(size=(8, 16)) / 8**0.5, jnp.float32),
+    "down": jnp.asarray(rng.normal(size=(16, 4)) / 4, jnp.float32),
+}
+batch = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((32, 8), (32, 4))]
+
+
+def loss(layers, batch):
+    x, target = batch
+    return 0.5 * jnp.mean(jnp.sum((jax.nn.gelu(x @ layers["up"]) @ layers["down"] - target) ** 2, axis=-1))
+
+
+pairs, gradient = local_surprise(loss, layers, batch), jax.grad(loss)(layers, batch)
+for name, (x, delta) in pairs.items():
+    apart = jnp.abs(x.T @ delta - gradient[name]).max()
+    print(f"{name}: inputs {x.shape}, surprise {delta.shape}, from its gradient {apart:.1e}")
+
+# %% [markdown]
+# Delta gradient descent stores the same pair by the squared error, $\tfrac12\|W x + \delta\|^2$ in place of the inner
+# product: it erases what the layer answers at $x$, which then answers $-\delta$ (NL Eq. 56-57). That step overshoots for no
+# $x$, however large. Here inputs are 30 times as large as before, and each example is stored once:
+
+# %%
+for name, rule in {
+    "gradient descent": optax.sgd(0.05),
+    "delta gradient descent": optim.delta_gradient_descent(0.05),
+}.items():
+    rule, weights = optax.with_extra_args_support(rule), {"kernel": jnp.zeros((8, 1))}
+    state, misses = rule.init(weights), []
+    for x in 30 * batch[0][:8]:
+        error = lambda weights, x: 0.5 * jnp.sum((x[None] @ weights["kernel"] - 1.0) ** 2)
+        inputs, surprise = local_surprise(error, weights, x)["kernel"]
+        gradient = {"kernel": inputs.T @ surprise}
+        updates, state = rule.update(gradient, state, weights, inputs={"kernel": inputs})
+        weights = optax.apply_updates(weights, updates)
+        misses.append(float(jnp.abs(inputs @ weights["kernel"] + surprise)[0, 0]))
+    print(
+        f"{name}: from its answer after storing a pair to -δ, for 8 examples: {', '.join(f'{miss:.1g}' for miss in misses)}"
+    )
+
+# %% [markdown]
+# ## 2. Momentum: a memory with one objective
 #
 # The momentum $m$ descends on $-\langle m, -g_t\rangle$, one step per gradient, and decays by $\alpha$ (NL Eq. 33-34):
 #
@@ -58,7 +111,6 @@ def train(rule, gradient, params, steps):
 # That is `optax.sgd` with momentum, also under a schedule.
 
 # %%
-rng = np.random.default_rng(0)
 A = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)
 quadratic = jax.grad(lambda w: 0.5 * jnp.mean((A @ w - 1.0) ** 2))
 schedule = optax.cosine_decay_schedule(0.3, 100)
@@ -83,7 +135,7 @@ plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## 2. Delta momentum: make room before you write
+# ## 3. Delta momentum: make room before you write
 #
 # With the squared error $\tfrac12\|m\,g - P(g)\|^2$ as its objective, the memory first erases what it holds along the new
 # gradient (NL Eq. 48-49). On a surface whose valley bends, plain momentum carries on along directions that have become
@@ -125,7 +177,7 @@ right.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## 3. Muon: a momentum that is read through Newton-Schulz
+# ## 4. Muon: a momentum that is read through Newton-Schulz
 #
 # A matrix of momentum is dominated by a few directions. Newton-Schulz makes all its singular values alike before it is used
 # (NL Eq. 43-44, 52). One step of the cubic form is a gradient step on $\tfrac14\|O^\top O - I\|^2$: the read-out is an
@@ -143,7 +195,7 @@ plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## 4. Adam: the best element-wise memory
+# ## 5. Adam: the best element-wise memory
 #
 # Which element-wise map $m$ recalls a gradient's size from the gradient, $\min_m \sum_t \|m \odot g_t - P\|^2$? The
 # answer is the first moment over the second (NL Eq. 101-105). With moving averages, $P = \sqrt h$ and both bias
@@ -156,7 +208,7 @@ optaxs = train(optax.adam(0.05), noisy, jnp.zeros(8), 100)
 print(f"largest difference from optax.adam over 100 steps: {jnp.abs(ours - optaxs).max():.1e}")
 
 # %% [markdown]
-# ## 5. Deep momentum, and where it starts
+# ## 6. Deep momentum, and where it starts
 #
 # The memory may be an MLP, one for every matrix, which learns from the stream of gradients by gradient descent on an
 # objective of its own (NL Eq. 50). Its start is a parameter like any other: here it is learned, through ten inner steps, so
@@ -201,4 +253,53 @@ print(f"{mean_loss(learned, held_out):.3f} from the learned one")
 plt.plot(curve)
 plt.xlabel("outer step")
 plt.ylabel(f"loss after {STEPS} inner steps")
+plt.show()
+
+# %% [markdown]
+# ## 7. Architecture and optimizer are one system
+#
+# What makes a layer an MLP, and what makes it an attention? Take $y_t = M\,\sigma(Q x_t)$. If $M$ is a slow weight, that is
+# an MLP block. If the same $M$ is a memory that takes a step on $-\langle M k_t, v_t\rangle$ at each token, it is linear
+# attention. Nothing but the level of one weight differs:
+
+# %%
+
+
+def block(weights, rate):
+    def step(M, x, slower):
+        q, k, v = (W @ x[0] for W in (weights["Q"], weights["K"], weights["V"]))
+        objective = lambda M: -jnp.dot(M @ jax.nn.silu(k), v)
+        M = M - rate * jax.grad(objective)(M)
+        return M, M @ jax.nn.silu(q)
+
+    return Level(lambda slower: weights["M"], step, period=1, name="M")
+
+
+weights = {name: jnp.asarray(rng.normal(size=(8, 8)) / 8**0.5, jnp.float32) for name in "QKVM"}
+x = jnp.asarray(rng.normal(size=(20, 8)), jnp.float32)
+keys, queries, values = jax.nn.silu(x @ weights["K"].T), jax.nn.silu(x @ weights["Q"].T), x @ weights["V"].T
+mlp = queries @ weights["M"].T
+attention = mlp + jnp.tril(queries @ keys.T) @ values  # all pairs of tokens at once
+print(f"rate 0 and the MLP:              {jnp.abs(run(block(weights, 0.0), None, x)[1] - mlp).max():.1e}")
+print(f"rate 1 and the linear attention: {jnp.abs(run(block(weights, 1.0), None, x)[1] - attention).max():.1e}")
+
+# %% [markdown]
+# So a model and its optimizer are drawn as one system of levels. `describe` finds the memories of any optax transformation
+# in what its update computes: which of them change when, which needs which, and what objective a linear rule descends.
+
+# %%
+for name, rule in {
+    "SGD": optax.sgd(0.1),
+    "momentum": optim.momentum(0.1),
+    "Adam": optax.adam(1e-3),
+    "Muon": optax.contrib.muon(0.02),
+    "M3": optim.m3(0.02, slow_period=8),
+}.items():
+    picture = describe(rule)
+    print(f"{name}, {picture.levels} level{'s' * (picture.levels > 1)}:")
+    for c in picture.components:
+        print(f"  {c.level}  {c.name}, {c.updates}: {c.objective or c.rule}")
+
+# %%
+describe((preset("tiny-hope"), optim.m3(0.02, slow_period=8)), tokens_per_step=1024).plot()
 plt.show()

@@ -5,6 +5,7 @@ from nested_jax.level import Description, Level, nest, run
 from nested_jax.models.config import PRESETS, ModelConfig, preset
 from nested_jax.models.language_model import LanguageModel, ModelState
 from nested_jax.picture import describe
+from nested_jax.surprise import local_surprise, surprise_and_grad
 
 __all__ = [
     "PRESETS",
@@ -15,7 +16,9 @@ __all__ = [
     "ModelConfig",
     "ModelState",
     "describe",
+    "local_surprise",
     "nest",
     "preset",
     "run",
+    "surprise_and_grad",
 ]

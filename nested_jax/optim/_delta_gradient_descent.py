@@ -98,7 +98,13 @@ def _direction(path: str, rate: Array, gradient: Array, kernel: Array, x: Array)
     x = x.reshape(*stacked, -1, width).astype(gradient.dtype)
     C = jnp.swapaxes(x, -2, -1) @ x / x.shape[-2]
     one = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
-    return jnp.linalg.solve(one + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    sides = (one + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    solve = lambda sides: jax.scipy.linalg.solve(*sides, assume_a="pos")
+    if not stacked:
+        return solve(sides)
+    # One layer after another: of several batched LAPACK calls in one program, XLA on two CPU cores never comes back.
+    one_by_one = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
+    return one_by_one.reshape(gradient.shape)
 
 
 def delta_gradient_descent(
