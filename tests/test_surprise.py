@@ -94,13 +94,17 @@ CASES = {
         {"a": w, "s": stack}),
     "layers cut in two": (lambda p, x: through_scan(through_scan(x @ p["a"], p["s"][:2]), p["s"][2:]), {"a": w, "s": stack}),
     "layers one by one": (lambda p, x: jnp.tanh(jnp.tanh(x @ p["s"][1] @ p["s"][0]) @ p["s"][2]), {"s": stack[:3, :3, :3]}),
+    "layers cut again": (
+        lambda p, x: through_scan(through_scan(through_scan(x, p["s"][2:][2:]), p["s"][2:][:2]), p["s"][:2]),
+        {"s": stack[:, :3, :3]}),
     "layers unstacked": (lambda p, x: x @ jnp.unstack(p["s"])[0] @ jnp.unstack(p["s"])[1], {"s": stack[:2, :3, :3]}),
     "layers split": (lambda p, x: through_scan(through_scan(x, jnp.split(p["s"], 2)[1]), jnp.split(p["s"], 2)[0]),
                      {"s": stack[:, :3, :3]}),
     "scan over time": (lambda p, x: jax.lax.scan(lambda h, x: (jnp.tanh(h @ p["h"] + x @ p["a"]),) * 2, v[0], x)[1],
                        {"a": w, "h": v}),
-    "carried along": (lambda p, x: jax.lax.scan(lambda c, x: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (v, p["h"]), x)[0][0],
-                      {"h": v}),
+    "carried along": (
+        lambda p, x: jnp.matmul(*jax.lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (v, p["h"]), x)[0]),
+        {"h": v}),
     "layers in time": (lambda p, x: jax.lax.scan(lambda h, x: (through_scan(h + x[None], p["s"]),) * 2, x, x)[1],
                        {"s": stack[:, :3, :3]}),
     "heads": (lambda p, x: jnp.einsum("hbi,hio->bho", jnp.stack([x, 2 * x]), p["a"]), {"a": normal(5, 2, 3, 4)}),
@@ -159,6 +163,9 @@ LEFT_OUT = {
     "heads of one axis": lambda p, x: jnp.einsum("bhi,iho->bho", jnp.stack([x @ p["a"]] * 2, 1), p["b"].reshape(4, 2, 2)),
     "in a rule of its own": lambda p, x: own_vjp(x @ p["a"], p["b"]),
     "in a branch": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ p["b"], lambda y: y @ (p["b"] + 1), x @ p["a"]),
+    "cut across": lambda p, x: (x @ p["a"])[:, :2] @ p["b"].reshape(16)[:8].reshape(2, 4),
+    "taking turns": lambda p, x: x @ p["a"] @ p["b"] + jax.lax.scan(
+        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[2], c[1]), None), (x @ p["a"], p["b"], v), None, length=3)[0][0],
     "carried and changed": lambda p, x: jax.lax.scan(
         lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x @ p["a"], p["b"]), None, length=3)[0][0],
 }  # fmt: skip
