@@ -26,8 +26,8 @@ RULES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation
     "gd": optax.sgd,
     "momentum": optim.momentum,
     "momentum, decay 0.99": lambda rate: optim.momentum(rate, 0.99),
-    "delta_momentum": optim.delta_momentum,
-    "delta_momentum, decay 0.99": lambda rate: optim.delta_momentum(rate, 0.99),
+    "delta_momentum": lambda rate: optim.delta_momentum(rate, erase=0.5),
+    "delta_momentum, decay 0.99": lambda rate: optim.delta_momentum(rate, 0.99, 0.5),
     "deep_momentum": optim.deep_momentum,
     "deep_momentum, decay 0.99": lambda rate: optim.deep_momentum(rate, 0.99, 0.1),  # rate / (1 - decay) as above
     "muon": optim.nonlinear_momentum,

@@ -25,7 +25,7 @@ class DeltaMomentumState(NamedTuple):
 
 def scale_by_delta_momentum(
     decay: float = 0.9,
-    erase: float = 0.5,
+    erase: float = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,
@@ -78,7 +78,7 @@ def scale_by_delta_momentum(
 def delta_momentum(
     learning_rate: optax.ScalarOrSchedule,
     decay: float = 0.9,
-    erase: float = 0.5,
+    erase: float = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,
