@@ -1,4 +1,4 @@
-"""The command line: nested-jax train | eval | generate, each a frozen dataclass of flags."""
+"""The command line: nested-jax train | eval | generate | describe, each a frozen dataclass of flags."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import math
 import os
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nested_jax.errors import UserError
+from nested_jax.models.config import ModelConfig, preset
 from nested_jax.train.config import TrainConfig, flag, flatten
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 
@@ -48,6 +50,26 @@ class Generation:
     """Spread of the choice among tokens; 0 always takes the likeliest."""
     seed: int = 0
     """Seed of the choices."""
+
+
+Rule = Literal[(*typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"]), "none")]
+
+
+@dataclass(frozen=True)
+class Depiction:
+    """Show what learns in a model and its optimizer: levels by update frequency, context flows, objectives, rules."""
+
+    preset: str = TrainConfig.preset
+    """Model to show, SIZE-FAMILY; --model.FIELD flags change it."""
+    optimizer: Rule = TrainConfig.optimizer
+    """Rule of the updates, as of train, with the batches of the preset's default run; none for the model alone."""
+    run_dir: str | None = None
+    """Folder of a run to show, in place of a preset."""
+    markdown: bool = False
+    """Print a Markdown table."""
+    figure: str | None = None
+    """Also draw the picture, to a file such as picture.png or picture.svg."""
+    model: ModelConfig = field(default_factory=lambda: preset(TrainConfig.preset))
 
 
 def train(argv: Sequence[str]) -> None:
@@ -98,7 +120,41 @@ def generate(argv: Sequence[str]) -> None:
     print()
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate}
+def depict(argv: Sequence[str]) -> None:
+    """Show what learns in a model and its optimizer, and how often."""
+    name = _preset(argv)
+    flags = _parse(Depiction(preset=name, model=preset(name)), "describe", argv)
+    from rich.console import Console
+
+    from nested_jax.picture import describe
+    from nested_jax.train.folder import read_config
+    from nested_jax.train.optimizer import optimizer
+
+    if flags.run_dir is None:
+        own = {} if flags.optimizer == "none" else {"optimizer": flags.optimizer}
+        config = TrainConfig.from_preset(flags.preset, model=flags.model, **own)
+    elif flags != Depiction(run_dir=flags.run_dir, markdown=flags.markdown, figure=flags.figure):
+        raise UserError(
+            "--run-dir shows a run with its own model and optimizer: leave out --preset, --optimizer and --model"
+        )
+    elif (config := read_config(Path(flags.run_dir))) is None:
+        raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
+    system = config.model if flags.optimizer == "none" else (config.model, optimizer(config))
+    picture = describe(system, tokens_per_step=config.window * config.batch)
+    if flags.figure is not None:
+        try:
+            picture.plot().savefig(flags.figure)
+        except ValueError as error:
+            raise UserError(f"--figure {flags.figure}: {error}; end its name in .png, .svg or .pdf") from None
+    if flags.markdown:
+        print(picture.markdown())
+    else:
+        terminal = Console()
+        terminal = terminal if terminal.is_terminal else Console(width=160)
+        terminal.print(picture)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError, assert_choices
-from nested_jax.level import Level, Nested, nest
+from nested_jax.level import Description, Level, Nested, nest
 from nested_jax.memory.projections import rms_norm
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim import clip_by_norm
@@ -247,7 +247,8 @@ def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Le
         after = SegmentState(mixers, state.mixers, state.position + length)
         return after, Emitted(logits.swapaxes(0, 1), gradients, closed.astype(jnp.int32) * length)
 
-    return Level(init, step, config.periods[-1], "segment", restart=lambda state, slower: state)
+    keep, says = lambda state, slower: state, Description(objective=None)
+    return Level(init, step, config.periods[-1], "segment", restart=keep, description=says)
 
 
 def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch: int, rule: optax.GradientTransformation) -> Level:
@@ -286,7 +287,14 @@ def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch: int, rule:
         outputs = emitted.outputs.reshape(-1, *emitted.outputs.shape[2:])
         return state, Emitted(outputs, tuple(rest), tokens)
 
-    return Level(init, step, period, f"CMS {name}", due=lambda state: state.elapsed == 0)
+    passing = "through" if config.meta_gradient == "full" else "past"
+    description = Description(
+        objective=f"next-token loss of its last {period} tokens",
+        context="gradients, summed over segments",
+        knowledge=f"back-propagation {passing} its updates, across levels",
+        inner=(rule,),
+    )
+    return Level(init, step, period, f"CMS {name}", due=lambda state: state.elapsed == 0, description=description)
 
 
 def fast_weights(state: Nested) -> tuple[FastWeights, ...]:

@@ -15,11 +15,39 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nested_jax.typing import Array, PyTree
 
 Slower = tuple[PyTree, ...]
 Checkpoint = Literal["none", "full", "sqrt", "log"] | int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What something that learns says of itself, for `nested_jax.describe`, where that cannot be derived from what it does.
+
+    A `Level` is given one; a class of optimizer states or of sequence layers has one as its attribute `description`.
+
+    Args:
+        objective: what its updates descend; None for a level that does not learn, but passes its context on.
+        rule: how it descends.
+        context: the context flow that it compresses.
+        knowledge: what it is given by other levels, beside a start that is one of their functions.
+        updates: how often one step updates the state: more than once where the step is a parallel form of many; infinity for
+            what solves its objective anew at every query.
+        inner: memories whose new state its update reads at the same moment, so that each is a faster level (NL Def. 2),
+            fastest first: in words, or optax transformations, which are described by what they do.
+        name: of an inner memory.
+    """
+
+    objective: str | None = ""
+    rule: str = ""
+    context: str = ""
+    knowledge: str = ""
+    updates: float = 1
+    inner: tuple[Description | optax.GradientTransformation, ...] = ()
+    name: str = "memory"
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,8 @@ class Level:
             be given less than a period at a time. Without it, a context cut short leaves the state as it was
             (NL Eq. 71: unchanged unless the period divides the count) and only what `step` emits is used.
         restart: (state, slower) -> state, what `nest(..., reset=True)` does to this level; the default is `init(slower)`.
+        description: what it says of itself.
+        parts: of a nest, its fast and its slow level, and whether the slow one resets the fast one.
     """
 
     init: Callable[[Slower], PyTree]
@@ -44,6 +74,8 @@ class Level:
     name: str = "level"
     due: Callable[[PyTree], Array] | None = None
     restart: Callable[[PyTree, Slower], PyTree] | None = None
+    description: Description = Description()
+    parts: tuple[Level, Level, bool] | None = None
 
     def __post_init__(self):
         if self.period < 1:
@@ -107,7 +139,8 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
 
     # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
     due = (lambda state: slow.due(state.slow)) if slow.due else (lambda state: jnp.asarray(False))
-    return Level(init, step, slow.period, f"{fast.name} in {slow.name}", due, restart)
+    name = f"{fast.name} in {slow.name}"
+    return Level(init, step, slow.period, name, due, restart, parts=(fast, slow, reset))
 
 
 def run(

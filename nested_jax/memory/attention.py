@@ -8,6 +8,7 @@ themselves: keys, values and where each row's document began. Positions are rota
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_jax.level import Description, Level
 from nested_jax.memory.recurrence import upcast
 from nested_jax.memory.stream import advance
 from nested_jax.typing import Array, Float, Int, PyTree
@@ -70,6 +72,24 @@ class Attention:
         empty = jnp.zeros((batch, size, self.heads, self.width // self.heads), weights["out"].dtype)
         limit = np.int32(size) if bounds else None
         return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32), np.int32(0), limit)
+
+    def levels(self, weights: PyTree, batch: int, max_length: int | None = None) -> tuple[Level, ...]:
+        """What learns in it: a level that solves its objective anew for every query."""
+
+        def step(state, tokens, slower):
+            state, y = self(weights, state, tokens.swapaxes(0, 1))
+            return state, y.swapaxes(0, 1)
+
+        description = Description(
+            objective="sum_i exp(q.k_i / sqrt(K)) |v_i - M|^2",
+            rule="closed form, non-parametric",
+            context="keys and values of tokens" + (f", the last {self.window}" if self.window else ""),
+            knowledge="direct non-parametric conditioning on the tokens; slow weights make queries, keys and values",
+            updates=math.inf,
+        )
+        init = lambda slower: self.init_state(weights, batch, max_length)
+        name = "sliding-window attention" if self.window else "softmax attention"
+        return (Level(init, step, 1, name, description=description),)
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         B, T, D = x.shape

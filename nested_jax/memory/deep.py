@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.level import Level
+from nested_jax.level import Description, Level
 from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, scale, square, upcast, write
 from nested_jax.memory.stream import Chunk
 from nested_jax.typing import Array, Bool, Float, PyTree
@@ -201,7 +201,7 @@ def begin(start: Deep, batch: int, momentum: bool) -> LevelState:
     return LevelState(running, weights_of(running), jnp.zeros((), jnp.int32))
 
 
-def memory_level(init: Callable, act: Callable, period: int, name: str) -> Level:
+def memory_level(init: Callable, act: Callable, period: int, name: str, description: Description) -> Level:
     """A level of deep memories that keeps its snapshot.
 
     act: (running, snapshot, context, slower) -> (running, emitted, number of tokens that were not empty).
@@ -216,7 +216,18 @@ def memory_level(init: Callable, act: Callable, period: int, name: str) -> Level
             return LevelState(running, snapshot, elapsed), emitted
         return LevelState(running, None, elapsed), emitted
 
-    return Level(init, step, period, name, due=lambda state: state.elapsed == 0)
+    return Level(init, step, period, name, due=lambda state: state.elapsed == 0, description=description)
+
+
+def described(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
+    """What a level of deep memories says of itself; its momentum is a memory of its own, of surprises."""
+    descent = "delta gradient descent" if rule.erase == "layer" else "gradient descent"
+    start = "the start" if rule.retention == "initial" else "zero"
+    inner = Description(
+        objective="-<S, surprise>", rule="gradient descent, decay", context="local surprises", name="momentum",
+        knowledge="generation: the memory it writes to makes the surprises",
+    )  # fmt: skip
+    return Description(objective, f"{descent}, decay to {start}", context, knowledge, inner=(inner,) if momentum else ())
 
 
 def _is_level(node) -> bool:

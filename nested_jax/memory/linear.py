@@ -1,10 +1,12 @@
-"""Linear memories with fixed projections: Hebbian with decay, delta rule, gated delta rule.
+"""Linear memories with fixed projections: Hebbian with decay, delta rule, gated delta rule, Oja's rule.
 
     linear       M_t = alpha_t M_{t-1} + eta_t v_t k_t^T                                             (NL Eq. 64)
     delta        M_t = M_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T                               (NL Eq. 65)
     gated-delta  M_t = alpha_t M_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T                       (GatedDeltaNet)
+    oja          M_t = alpha_t M_{t-1} - eta_t v_t v_t^T M_{t-1} + eta_t v_t k_t^T                   (NL Eq. 66-67)
 
-Each reads y_t = M_t q_t. None depends on where chunks begin: the chunk is only the length of a parallel product.
+Each reads y_t = M_t q_t. None depends on where chunks begin: the chunk is only the length of a parallel product. Oja's rule
+erases on the side of the values, which are of unit norm there: it is the recurrence of M^T, read from the other side.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level
-from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out, time_first
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked
+from nested_jax.level import Description, Level
+from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, write
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
 from nested_jax.typing import Array, Float, PyTree
 
@@ -29,11 +31,11 @@ class LinearMemory:
 
     width: int
     heads: int
-    rule: Literal["linear", "delta", "gated-delta"] = "gated-delta"
+    rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
     chunk: int = 64
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
-        """Learned parameters, float32; start is the memories' initial state (H, V, K)."""
+        """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
         K = self.width // self.heads
         weights = init_projections(key, self.width, self.heads, gates=1 if self.rule == "delta" else 2)
         return {**weights, "start": jnp.zeros((self.heads, K, K))}
@@ -45,29 +47,47 @@ class LinearMemory:
         return StreamState(start, window, np.int32(0))
 
     def gates(self, rate: Array, retain: Array | None) -> Gates:
-        """The rule, as gates of the recurrence with errors -v: the erase acts on the decayed memory."""
+        """The rule, as gates of the recurrence with errors -v, or of M^T with errors -k: delta rules erase what decayed."""
         if self.rule == "linear":
             return Gates(rate, jnp.zeros_like(rate), retain)
         if self.rule == "delta":
             return Gates(rate, rate, jnp.ones_like(rate))
+        if self.rule == "oja":
+            return Gates(rate, rate, retain)
         return Gates(rate, retain * rate, retain)
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         window, (q, k, v), (rate, *retain) = project_in(weights, state.window, x, self.heads, reset)
-
-        def step(memory, chunk, slower):
-            q, k, v, rate, *retain = (heads_first(part) for part in chunk.tokens)
-            mask = None if chunk.mask is None else chunk.mask[None, None]
-            memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
-            return memory, time_first(y)
-
-        level = Level(None, step, self.chunk, f"{self.rule} memory", due=lambda memory: jnp.asarray(True))
         memory, y = read_stream(
-            level, state.memory, (q, k, v, rate, *retain),
+            self._level(weights, len(x)), state.memory, (q, k, v, rate, *retain),
             position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
             reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+
+    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self._level(weights, batch),)
+
+    def _level(self, weights: PyTree, batch: int) -> Level:
+        def step(memory, chunk, slower):
+            q, k, v, rate, *retain = (heads_first(part) for part in chunk.tokens)
+            mask = None if chunk.mask is None else chunk.mask[None, None]
+            if self.rule == "oja":
+                written = write(memory, l2norm(v), -k, self.gates(rate, *retain), mask=mask)
+                return written.state, time_first(read_back(written, q))
+            memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
+            return memory, time_first(y)
+
+        description = Description(
+            objective={"linear": "-<M k, v>", "oja": "-<M k, v> + 1/2 |M^T v|^2"}.get(self.rule, "1/2 |M k - v|^2"),
+            rule="gradient descent" if self.rule == "delta" else "gradient descent, decay",
+            context="keys and values of tokens",
+            knowledge="direct parametric conditioning: slow weights make keys, values and gates",
+            updates=self.chunk,
+        )
+        init, due = lambda slower: self.init_state(weights, batch).memory, lambda memory: jnp.asarray(True)
+        return Level(init, step, self.chunk, f"{self.rule} memory", due, description=description)
 
 
 def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -78,11 +98,17 @@ def definition(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> 
 
     def token(memory, now):
         q, k, v, rate, *retain = now
+        if layer.rule == "oja":
+            v = l2norm(v)
+            erased = jnp.einsum("h,hv,hu,huk->hvk", rate, v, v, memory)
+            memory = retain[0][:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)
+            return memory, jnp.einsum("hvk,hk->hv", memory, q)
         if layer.rule != "delta":
             memory = retain[0][:, None, None] * memory
         held = jnp.einsum("hvk,hk->hv", memory, k) if layer.rule != "linear" else 0.0
         memory = memory + jnp.einsum("h,hv,hk->hvk", rate, v - held, k)
         return memory, jnp.einsum("hvk,hk->hv", memory, q)
 
-    _, y = jax.lax.scan(token, weights["start"], (q, k, v, rate, *retain))
+    start = weights["start"].swapaxes(1, 2) if layer.rule == "oja" else weights["start"]
+    _, y = jax.lax.scan(token, start, (q, k, v, rate, *retain))
     return project_out(weights, y[:, None], x.dtype)[0]

@@ -221,6 +221,13 @@ def read(chunk: Written, queries: Float[Array, "*batch C K"], *, before: bool = 
     return outputs - _mm(carried * overlap, chunk.written) - _mm(retained * overlap, chunk.erased)
 
 
+def read_back(chunk: Written, queries: Float[Array, "*batch C V"]) -> Float[Array, "*batch C K"]:
+    """W_t^T q_t at every token t of a chunk without momentum and anchor: reads from the other side, each after its write."""
+    retained, retention = chunk.decays.retained, chunk.decays.retention
+    overlap = _mm(queries, _t(chunk.written + chunk.erased))
+    return scale(retention, _mm(queries, chunk.before.weights)) - _mm(retained * overlap, chunk.inputs)
+
+
 @jax.custom_jvp
 def _decay(gate: Float[Array, "*batch C"]) -> Float[Array, "*batch C C"]:
     """Lower triangle of products of gates: [t, s] = gate_{s+1} ... gate_t, 1 on the diagonal, 0 above it."""

@@ -32,6 +32,7 @@ from nested_jax.memory.deep import (
     begin,
     count,
     deep_start,
+    described,
     in_batch,
     learn,
     local_surprise,
@@ -133,6 +134,10 @@ class SelfModifyingTitans:
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, T)), project_out(weights, y, x.dtype)
 
+    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self._level(weights, batch),)
+
     def _level(self, weights: PyTree, batch: int) -> Level:
         """All memories as one level, or the main memory nested in the level of the others."""
         starts = Deep(**weights["start"])
@@ -160,11 +165,17 @@ class SelfModifyingTitans:
             y = y.reshape(-1, *y.shape[2:])
             return running, y, y.shape[0] if mask is None else mask.sum(dtype=jnp.int32)
 
+        says = lambda context, knowledge: described(
+            self.rule, self.momentum, "1/2 |M(k) - M(v)|^2, M(v) held fixed", context, f"generation: {knowledge}"
+        )
         if self.period == self.chunk:
-            return memory_level(init(every), together, self.chunk, "self-modifying memories")
+            says = says("tokens", "they make their own keys, values, rates, retention")
+            return memory_level(init(every), together, self.chunk, "self-modifying memories", says)
+        main_says = says("keys and values of tokens", "projections make its keys, values, rates, retention")
+        others_say = says("keys and values of tokens", "they make their own keys, values, rates, retention")
         return nest(
-            memory_level(init(main), read_main, self.chunk, "memory"),
-            memory_level(init(others), learn_others, self.period, "projections"),
+            memory_level(init(main), read_main, self.chunk, "main memory", main_says),
+            memory_level(init(others), learn_others, self.period, "projections", others_say),
         )
 
     def generate(self, weights: PyTree, projections: Deep, x, q, momentum):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_jax.level import Level
 from nested_jax.memory.deep import (
     Deep,
     Rule,
@@ -15,6 +16,7 @@ from nested_jax.memory.deep import (
     begin,
     count,
     deep_start,
+    described,
     in_batch,
     learn,
     local_surprise,
@@ -74,7 +76,20 @@ class Titans:
 
     def __call__(self, weights, state, x, *, reset=None, aligned=False):
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
-        start = in_batch(Deep(**weights["start"]), len(x))
+        memory, y = read_stream(
+            self._level(weights, len(x)), state.memory, (*tokens, *gates),
+            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
+            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory, tight=tight, loose=loose,
+        )  # fmt: skip
+        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+
+    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self._level(weights, batch),)
+
+    def _level(self, weights: PyTree, batch: int) -> Level:
+        starts = Deep(**weights["start"])
+        start = in_batch(starts, batch)
 
         def act(running, snapshot, chunk, slower):
             q, k, v, *gates = (heads_first(part) for part in chunk.tokens)
@@ -83,13 +98,12 @@ class Titans:
             running, y = learn(running, snapshot, start, keys, targets, strengths, self.rule, chunk.mask, q)
             return running, time_first(y), count(chunk)
 
-        level = memory_level(None, act, self.chunk, "memory")
-        memory, y = read_stream(
-            level, state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory, tight=tight, loose=loose,
+        says = described(
+            self.rule, self.momentum, "1/2 |M(k) - v|^2", "keys and values of tokens",
+            "direct parametric conditioning: slow weights make keys, values and gates",
         )  # fmt: skip
-        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+        init = lambda slower: begin(starts, batch, self.momentum)
+        return memory_level(init, act, self.chunk, "deep memory", says)
 
 
 def definition(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -11,6 +11,7 @@ from nested_jax import cms
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import rms_norm
 from nested_jax.memory.recurrence import upcast
 from nested_jax.memory.self_modifying import SelfModifyingTitans
@@ -18,7 +19,7 @@ from nested_jax.memory.titans import Titans
 from nested_jax.models.config import ModelConfig
 from nested_jax.typing import Array, Float, Int, PyTree
 
-SequenceLayer = Attention | LinearMemory | Titans | SelfModifyingTitans
+SequenceLayer = Attention | LinearMemory | OmegaMemory | Titans | SelfModifyingTitans
 
 
 def sequence_layer(config: ModelConfig) -> SequenceLayer:
@@ -36,6 +37,12 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
             return Attention(D, H, window, "xla" if differentiated_twice else None)
+        case "lp":
+            return OmegaMemory(D, H, "lp", 1, chunk=config.chunk, power=config.lp_power)
+        case "huber":
+            return OmegaMemory(D, H, "huber", 1, chunk=config.chunk, threshold=config.huber_threshold)
+        case "omega":
+            return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, config.chunk)
         case rule:
             return LinearMemory(D, H, rule, config.chunk)
 

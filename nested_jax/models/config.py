@@ -10,7 +10,19 @@ from typing import Literal
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError, assert_choices
 
-Mixer = Literal["self-modifying", "titans", "gated-delta", "delta", "linear", "attention", "sliding-window"]
+Mixer = Literal[
+    "self-modifying",
+    "titans",
+    "gated-delta",
+    "delta",
+    "linear",
+    "oja",
+    "lp",
+    "huber",
+    "omega",
+    "attention",
+    "sliding-window",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,14 @@ class ModelConfig:
     """Where a deep memory's content decays to: nothing, or its learned start."""
     window: int = 256
     """Tokens that sliding-window attention looks back on."""
+    omega_window: int = 16
+    """Tokens that every update of an omega memory learns from."""
+    omega_features: Literal["identity", "polynomial"] = "polynomial"
+    """Feature map of an omega memory's keys and queries; polynomial adds their squares."""
+    lp_power: float = 3.0
+    """Power p of the l_p memory's objective."""
+    huber_threshold: float = 1.0
+    """Norm of an error from which on the Huber memory's objective is linear."""
     cms: CMSConfig = field(default_factory=CMSConfig)
     """The feed-forward side of every block."""
     tie_embeddings: bool = True
@@ -66,13 +86,17 @@ class ModelConfig:
     def check(self) -> None:
         """Raises UserError for the first value that makes no model."""
         assert_choices(self, "model")
-        for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window"):
+        for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window", "omega_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} {getattr(self, name)} must be at least 1")
         if self.width % self.heads:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
         if self.projection_chunk is not None and (self.projection_chunk < 1 or self.projection_chunk % self.chunk):
             raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
+        if not 1 <= self.lp_power < math.inf:
+            raise UserError(f"model.lp_power {self.lp_power} must be a finite number and at least 1")
+        if not 0 < self.huber_threshold < math.inf:
+            raise UserError(f"model.huber_threshold {self.huber_threshold} must be a finite number and positive")
         if self.cms.blocks is not None and not 0 < self.cms.blocks <= self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
         self.cms.check()
@@ -94,6 +118,10 @@ _MIXERS: dict[str, Mixer] = {
     "linear": "linear",
     "delta": "delta",
     "gated-delta": "gated-delta",
+    "oja": "oja",
+    "lp": "lp",
+    "huber": "huber",
+    "omega": "omega",
 }
 PRESETS = tuple(f"{size}-{family}" for size in _SIZES for family in _MIXERS)
 
@@ -102,8 +130,9 @@ def preset(name: str) -> ModelConfig:
     """The configuration of a preset SIZE-FAMILY.
 
     Sizes: tiny (bytes, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention, titans,
-    transformer, linear, delta, gated-delta; those of one size are within 3 % of one another in parameters. The last block of
-    `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and 64 tokens.
+    transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another in
+    parameters. The last block of `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and 64
+    tokens.
 
     Raises UserError for an unknown name.
 
@@ -135,7 +164,8 @@ def preset(name: str) -> ModelConfig:
 def _cms_hidden(width: int, heads: int, memory_hidden: int, family: str, multiple: int) -> int:
     """Hidden width of each CMS level that gives a block of 12 D^2 parameters, counting its matrices."""
     memories = {"hope": 5, "titans": 1}.get(family, 0) * 2 * heads * (width // heads) * memory_hidden
-    linear = heads * (width // heads) ** 2 if family in ("linear", "delta", "gated-delta") else 0
+    matrix = {"linear": 1, "delta": 1, "gated-delta": 1, "oja": 1, "lp": 1, "huber": 1, "omega": 2}.get(family, 0)
+    linear = matrix * heads * (width // heads) ** 2
     mixer = (2 if family == "hope" else 4) * width**2 + memories + linear
     matrices = 4 if family.startswith("hope") else 3  # two levels of two, or one gated level
     return round((12 * width**2 - mixer) / (matrices * width) / multiple) * multiple

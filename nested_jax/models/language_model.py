@@ -13,6 +13,7 @@ from flax import nnx
 
 from nested_jax import cms
 from nested_jax.errors import UserError
+from nested_jax.level import Level
 from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import advance
 from nested_jax.models.block import compute_dtype, embed, head, init_block, init_mixers, mix, sequence_layer
@@ -109,6 +110,32 @@ class LanguageModel(nnx.Module):
     def parameters(self) -> int:
         """Number of learned parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def levels(self) -> list[tuple[Level, int]]:
+        """What learns in context, from fast to slow, and in how many blocks."""
+        config, weights = self.config, self._weights
+        split = _split(config, weights["blocks"])
+        first = jax.tree.map(lambda w: w[0], weights["blocks"]["mixer"])
+        found = [(level, config.layers) for level in sequence_layer(config).levels(first, 1)]
+        if config.adapting:
+            found.append((_reader(config, self._rules, weights, split, 1, None).level, config.adapting))
+        return found
+
+    def serves(self, path: Sequence[str]) -> str:
+        """What the parameter at a path is for."""
+        config = self.config
+        match path:
+            case ("blocks", "mixer", *_):
+                return "weights of sequence layers"
+            case ("blocks", "cms", level, *_) if level != "mix":
+                frozen = config.layers
+                if int(level.removeprefix("level")) > config.cms.frozen:
+                    frozen -= config.adapting
+                if frozen == config.layers:
+                    return f"CMS {level}, frozen in context"
+                return f"starts of CMS {level}" + f", in {frozen} of {config.layers} blocks frozen in context" * (frozen > 0)
+            case _:
+                return "embedding, norms, head"
 
     @property
     def _weights(self) -> dict[str, Any]:

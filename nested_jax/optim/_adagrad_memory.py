@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import assert_choice
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, resolve
@@ -20,6 +21,7 @@ class AdagradMemoryState(NamedTuple):
     """Sums of squares of gradients, of the parameters' shapes, or of outer products (..., n, n); float32 or finer."""
 
     squares: PyTree
+    description = Description("sum |M g - P|^2 + penalty |M|^2, P the root sum of squares", "h <- h + g^2, or g g^T")
 
 
 def scale_by_adagrad_memory(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError, assert_choice
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
@@ -32,6 +33,11 @@ class DeepMomentumState(NamedTuple):
 
     memory: PyTree
     start: PyTree
+    description = Description(
+        "of an MLP m: -<m(z), P(z)>, or 1/2 |m(z) - P(z)|^2, z rows of g / |g|",
+        "gradient descent, decay to the start",
+        knowledge="generation: back-propagation writes the gradients; initialisation: a start that can be learned",
+    )
 
 
 def deep_momentum_start(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, rate_at
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
@@ -20,6 +21,7 @@ class DeltaGradientDescentState(NamedTuple):
     """Steps taken, by which a schedule is read."""
 
     count: Array
+    description = Description("1/2 |W x - u|^2, u = -surprise", "closed form: the proximal step, delta rule")
 
 
 def scale_by_delta_gradient_descent(
@@ -96,7 +98,13 @@ def _direction(path: str, rate: Array, gradient: Array, kernel: Array, x: Array)
     x = x.reshape(*stacked, -1, width).astype(gradient.dtype)
     C = jnp.swapaxes(x, -2, -1) @ x / x.shape[-2]
     one = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
-    return jnp.linalg.solve(one + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    sides = (one + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    solve = lambda sides: jax.scipy.linalg.solve(*sides, assume_a="pos")
+    if not stacked:
+        return solve(sides)
+    # One layer after another: of several batched LAPACK calls in one program, XLA on two CPU cores never comes back.
+    one_by_one = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
+    return one_by_one.reshape(gradient.shape)
 
 
 def delta_gradient_descent(

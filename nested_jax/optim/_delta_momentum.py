@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices
@@ -19,11 +20,12 @@ class DeltaMomentumState(NamedTuple):
 
     momentum: PyTree
     preconditioner: PyTree
+    description = Description("1/2 |u^T m - P|^2, u = g / |g|", "m <- decay m - erase u (u^T m) + P(g)")
 
 
 def scale_by_delta_momentum(
     decay: float = 0.9,
-    erase: float = 0.5,
+    erase: float = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,
@@ -76,7 +78,7 @@ def scale_by_delta_momentum(
 def delta_momentum(
     learning_rate: optax.ScalarOrSchedule,
     decay: float = 0.9,
-    erase: float = 0.5,
+    erase: float = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,

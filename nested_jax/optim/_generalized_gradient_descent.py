@@ -11,6 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from nested_jax.errors import UserError
+from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, check_period, rate_at
 from nested_jax.typing import Array, PyTree
@@ -21,6 +22,7 @@ class GeneralizedGradientDescentState(NamedTuple):
 
     count: Array
     past: PyTree
+    description = Description("retention of recent weights", "keeps the last ones as they are")
 
 
 def linearised(weights: PyTree, gradients: PyTree, **extra: PyTree) -> Array:

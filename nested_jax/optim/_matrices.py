@@ -38,7 +38,8 @@ def matrices(*patterns: str) -> Callable[[PyTree], PyTree]:
 
 
 def name(path: Sequence) -> str:
-    """A leaf's path as users write it."""
+    """A leaf's path as users write it, also in the state of an `nnx.Module`, whose leaves are `.value` of variables."""
+    path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

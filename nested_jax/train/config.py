@@ -13,7 +13,16 @@ from typing import Any, Literal
 from nested_jax.errors import UserError, assert_choices
 from nested_jax.models.config import ModelConfig, preset
 
-_REPORTING = ("fresh", "run_dir", "log_every", "eval_every", "eval_bytes", "checkpoint_every", "sample_tokens")
+_REPORTING = (
+    "fresh",
+    "run_dir",
+    "log_every",
+    "eval_every",
+    "eval_bytes",
+    "checkpoint_every",
+    "sample_tokens",
+    "show_surprise",
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +50,11 @@ class TrainConfig:
     carry: bool = False
     """Carry the fast state from one window of a document to the next (truncated back-propagation), instead of
     starting each window afresh."""
-    optimizer: Literal["adamw", "momentum", "delta-momentum", "deep-momentum", "muon", "m3", "continuum"] = "adamw"
-    """Rule of the updates. muon and m3 take matrices and leave the rest to AdamW; continuum is AdamW at two
-    frequencies, slow for all CMS levels but the fastest."""
+    optimizer: Literal[
+        "adamw", "momentum", "delta-momentum", "deep-momentum", "delta-gradient-descent", "muon", "m3", "continuum"
+    ] = "adamw"
+    """Rule of the updates. muon, m3 and delta-gradient-descent take matrices and leave the rest to AdamW; continuum is
+    AdamW at two frequencies, slow for all CMS levels but the fastest."""
     slow_period: int = 8
     """Updates between two steps of the slow memory of m3, or of the slow parameters of continuum."""
     learning_rate: float = 8e-3
@@ -62,6 +73,8 @@ class TrainConfig:
     """Bytes of held-out text that an evaluation reads, the same ones every time."""
     checkpoint_every: int = 100
     """Updates between two checkpoints; the last two are kept."""
+    show_surprise: bool = False
+    """Show at evaluations, and in the report, which linear layers are surprised most."""
     log_every: int = 10
     """Updates between two rows of metrics.jsonl."""
     sample_tokens: int = 400

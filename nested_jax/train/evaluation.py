@@ -10,6 +10,7 @@ from flax import nnx
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_entropies
 from nested_jax.train.config import TrainConfig
+from nested_jax.train.layers import layer_surprise
 from nested_jax.train.state import bind
 from nested_jax.train.step import eval_step
 from nested_jax.typing import PyTree
@@ -43,7 +44,7 @@ class HeldOut:
         self.text_bytes = self._batches.text_bytes
         start = lambda parameters: bind(net, parameters).init_state(config.batch, max_length=config.window)
         self._start = jax.jit(start) if config.carry else lambda parameters: None
-        self._step = jax.jit(eval_step(net))
+        self._step, self._surprise = jax.jit(eval_step(net)), jax.jit(layer_surprise(net))
         self._carry = config.carry
 
     def bits_per_byte(self, parameters: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -56,6 +57,11 @@ class HeldOut:
             fast = after if self._carry else None
             nats += float(loss)
         return nats / math.log(2) / self.text_bytes
+
+    def layer_surprise(self, parameters: PyTree) -> dict[str, float]:
+        """`train.layers.layer_surprise` on the first batch."""
+        numbers = self._surprise(parameters, self._start(parameters), next(iter(self._batches)))
+        return {name: float(number) for name, number in numbers.items()}
 
 
 def first_bytes(documents: Sequence[bytes], limit: int) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from nested_jax.data import NgramEntropies
 from nested_jax.errors import UserError
 from nested_jax.train import folder as folders
-from nested_jax.train import report
+from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate, optimizer
@@ -144,7 +144,8 @@ class _Run:
     def report(self) -> None:
         """Writes loss.png and report.md and says where they are."""
         config, heldout = self.config, self.text.heldout
-        bits = self.record.heldout(self.step)["heldout_bits_per_byte"]
+        row = self.record.heldout(self.step)
+        bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
         ids = sample(self.net, self.state.parameters, self.text.tokenizer, **options)
         folder = Path(config.run_dir)
@@ -159,6 +160,7 @@ class _Run:
             tokens=self.tokens,
             seconds=self.seconds,
             sample="".join(characters(self.text.tokenizer, ids)),
+            layers=layers.section(row) if config.show_surprise else "",
         )
         say(self.console, f"held-out {bits:.3f} bits per byte, {_entropies(heldout.entropies)}")
         say(self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text")
@@ -171,10 +173,13 @@ class _Run:
         heldout = self.text.heldout
         bits = heldout.bits_per_byte(self.state.parameters, stop=lambda: interruption.signal is not None)
         if bits is not None:
-            self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict())
+            surprise = heldout.layer_surprise(self.state.parameters) if self.config.show_surprise else {}
+            self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict(), **surprise)
             display.say(
                 f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}"
             )
+            if surprise:
+                display.show(layers.table(surprise))
 
     def _save(self) -> None:
         progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}

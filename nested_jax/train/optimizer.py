@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import optax
 
@@ -25,10 +28,19 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+class WithInputs(NamedTuple):
+    """A rule whose `update` takes `inputs={path: x}` of the linear layers among its `matrices`."""
+
+    init: Callable
+    update: Callable
+    matrices: Callable[[PyTree], PyTree]  # parameters -> dimension numbers, None for other leaves
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation | WithInputs:
     """Clipping by the global norm, then the config's rule, its decay of matrices, and the scheduled rate last."""
     rule = _rule(config)
-    return optax.chain(optim.clip_by_norm(config.clip), rule) if config.clip else rule
+    rule = optax.chain(optim.clip_by_norm(config.clip), rule) if config.clip else rule
+    return WithInputs(*rule, MATRICES) if config.optimizer == "delta-gradient-descent" else rule
 
 
 def _rule(config: TrainConfig) -> optax.GradientTransformation:
@@ -46,6 +58,11 @@ def _rule(config: TrainConfig) -> optax.GradientTransformation:
             return descend(optim.scale_by_delta_momentum(dimension_numbers=MATRICES))
         case "deep-momentum":
             return descend(optim.scale_by_deep_momentum(dimension_numbers=MATRICES))
+        case "delta-gradient-descent":
+            delta = optim.scale_by_delta_gradient_descent(rate, dimension_numbers=MATRICES)
+            label = lambda _, numbers: "others" if numbers is None else "matrices"
+            labels = lambda parameters: jax.tree.map(label, parameters, MATRICES(parameters))
+            return optax.partition({"matrices": descend(delta), "others": descend(adam)}, labels)
         case "muon":
             return optim.nonlinear_momentum(rate, **orthogonal, dimension_numbers=MATRICES)
         case "m3":  # without its second moment, its updates are of the size of Adam's for any scale of the loss

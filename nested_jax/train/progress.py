@@ -6,6 +6,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 def say(console: Console, line: str) -> None:
@@ -39,6 +40,11 @@ class Display:
     def say(self, line: str) -> None:
         """Prints one line, above the bar. The time it took to make is not counted in the speed."""
         say(self._console, line)
+        self._before = time.monotonic()
+
+    def show(self, table: Table) -> None:
+        """Prints a table, as `say` a line."""
+        self._console.print(table)
         self._before = time.monotonic()
 
     def update(self, step: int, tokens: int, *, loss: float, bits_per_byte: float) -> float:

@@ -40,9 +40,11 @@ def write(
     tokens: int,
     seconds: float,
     sample: str,
+    layers: str = "",
 ) -> None:
-    """Writes report.md, which shows loss.png."""
+    """Writes report.md, which shows loss.png; `layers` is a section on its linear layers, if there is to be one."""
     verdict = "below" if bits_per_byte < entropies.bigram else "not below"
+    section = f"{layers}\n\n" if layers else ""
     fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
     lines = f"""\
 # {config.preset} on {config.data}
@@ -65,7 +67,7 @@ Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} the bigram entro
 | wall time | {seconds / 60:.1f} minutes |
 | tokens per second | {tokens / max(seconds, 1e-9):,.0f} |
 
-Made by
+{section}Made by
 
 ```
 {command(config)}

@@ -13,9 +13,12 @@ import optax
 from flax import nnx
 
 from nested_jax.models.config import ModelConfig
+from nested_jax.optim._matrices import name
+from nested_jax.surprise import Pair, layers, surprise_and_grad
+from nested_jax.train.optimizer import WithInputs
 from nested_jax.train.state import TrainState, bind
 from nested_jax.train.stopping import NonFinite
-from nested_jax.typing import Array, PyTree
+from nested_jax.typing import Array, Float, PyTree
 
 if TYPE_CHECKING:
     from nested_jax.data import Batch
@@ -55,13 +58,15 @@ def cross_entropy(net: nnx.GraphDef, parameters: PyTree, fast: PyTree | None, ba
 
 
 def train_step(
-    net: nnx.GraphDef, rule: optax.GradientTransformation, *, accumulate: int = 1
+    net: nnx.GraphDef, rule: optax.GradientTransformation | WithInputs, *, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update as a pure function (state, batch) -> (state, metrics); jit it with the state donated.
 
     The loss is the mean over the batch's targets. With `accumulate` the batch is computed in that many pieces by
     `lax.scan`, to the same gradient (unless the CMS has one set of fast weights a batch: then one a piece).
+    A rule `WithInputs` gets those of its linear layers, of all pieces, from the same backward pass.
     """
+    matrices = rule.matrices if isinstance(rule, WithInputs) else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum(batch.weights.sum(), 1)
@@ -71,15 +76,24 @@ def train_step(
             total, fast = cross_entropy(net, parameters, fast, piece)
             return total / targets, jax.lax.stop_gradient(fast)
 
+        def differentiate(parameters, fast, piece):
+            if matrices is None:
+                return *jax.value_and_grad(loss, has_aux=True)(parameters, fast, piece), {}
+            of_both = lambda parameters, given: loss(parameters, *given)
+            value, gradients, pairs = surprise_and_grad(of_both, parameters, (fast, piece), has_aux=True)
+            share = piece.weights * batch.weights.size / targets
+            return value, gradients, layer_inputs(pairs, parameters, matrices, share)
+
         def add(sums, inputs):
             piece, fast = inputs
-            (value, fast), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, fast, piece)
+            (value, fast), gradients, inputs = differentiate(state.parameters, fast, piece)
             sums = jax.tree.map(jnp.add, sums, (value, gradients))
-            return sums, (fast if state.fast is not None else None, _finite(fast))
+            return sums, (fast if state.fast is not None else None, _finite(fast), inputs)
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-        (value, gradients), (fast, fast_finite) = jax.lax.scan(add, zeros, (pieces, state.fast))
-        updates, memory = rule.update(gradients, state.optimizer, state.parameters)
+        (value, gradients), (fast, fast_finite, inputs) = jax.lax.scan(add, zeros, (pieces, state.fast))
+        given = {} if matrices is None else {"inputs": jax.tree.map(lambda x: jnp.moveaxis(x, 0, -4), inputs)}
+        updates, memory = rule.update(gradients, state.optimizer, state.parameters, **given)
         parameters = optax.apply_updates(state.parameters, updates)
         finite = {
             "parameters": _finite(state.parameters),
@@ -98,6 +112,27 @@ def train_step(
         return TrainState(state.step + 1, parameters, memory, fast), metrics
 
     return step
+
+
+def layer_inputs(
+    pairs: dict[str, Pair], parameters: PyTree, matrices: Callable[[PyTree], PyTree], share: Float[Array, "B T"]
+) -> dict[str, Array]:
+    """Inputs (..., B, T, in) of the linear layers among some matrices, times the root of each slot's share in the mean.
+
+    So sum x x^T over the slots is that of the targets, over their number times the slots'. Layers of a stack that are not
+    linear, as those of a CMS that learns in context, have inputs of zeros, and so no error to descend but their gradient.
+    """
+    shapes = {name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    chosen = jax.tree_util.tree_leaves_with_path(matrices(parameters), is_leaf=lambda x: isinstance(x, tuple))
+    chosen, inputs = {name(path) for path, _ in chosen}, {}
+    for key, pair in pairs.items():
+        (path, run), x = layers(key), pair.inputs
+        *stacked, width, _ = shapes[path]
+        if path in chosen and x.shape[-3:-1] == share.shape and x.ndim == len(stacked) + 3:
+            x = x * jnp.sqrt(share).reshape(*(1 for _ in stacked), *share.shape, 1)
+            empty = jnp.zeros((*stacked, *share.shape, width), x.dtype)
+            inputs[path] = x if key == path else inputs.get(path, empty).at[run].set(x)
+    return inputs
 
 
 def eval_step(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch], tuple[Array, PyTree]]:

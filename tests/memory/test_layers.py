@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory import linear, titans
-from nested_jax.memory.deep import Deep, in_batch, weights_of
+from nested_jax.memory import linear, omega, titans
+from nested_jax.memory.deep import Deep, in_batch
 from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
@@ -21,12 +22,22 @@ LAYERS = {
     "linear": LinearMemory(D, H, "linear", chunk=4),
     "delta": LinearMemory(D, H, "delta", chunk=4),
     "gated-delta": LinearMemory(D, H, "gated-delta", chunk=4),
+    "oja": LinearMemory(D, H, "oja", chunk=4),
+    "lp-4": OmegaMemory(D, H, "lp", 1, chunk=4),
+    "lp-1.5-1": OmegaMemory(D, H, "lp", 1, chunk=1, power=1.5),
+    "huber-4": OmegaMemory(D, H, "huber", 1, chunk=4, threshold=0.5),
+    "omega-4": OmegaMemory(D, H, "l2", 3, "polynomial", chunk=4),
+    "omega-2-7": OmegaMemory(D, H, "l2", 7, chunk=2),
     "titans-1": Titans(D, H, F, chunk=1, momentum=False),
     "titans-4": Titans(D, H, F, chunk=4),
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
 }
-DEFINITIONS = {LinearMemory: linear.definition, Titans: titans.definition}  # self-modifying Titans': test_self_modifying.py
+DEFINITIONS = {
+    LinearMemory: linear.definition,
+    OmegaMemory: omega.definition,
+    Titans: titans.definition,
+}  # self-modifying Titans': test_self_modifying.py
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -218,7 +229,7 @@ def assert_bounded(layer, biases):
     for piece in x:
         state, y = call(biases, state, piece)
         assert jnp.isfinite(y).all()
-        for weights_now in jax.tree.leaves(weights_of(state.memory.running)):
+        for weights_now in running(state.memory):
             assert jnp.max(jnp.abs(weights_now)) < 10
 
 
@@ -234,3 +245,20 @@ def test_titans_stay_bounded(chunk):
     """The same, though nothing is erased: the largest rate is what a chunk allows."""
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 6.0]])  # rate, retention, momentum
     assert_bounded(Titans(16, 2, 4, chunk=chunk), {"gates_bias": jnp.repeat(gates, 2, axis=1)})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LinearMemory(16, 2, "oja"),
+        OmegaMemory(16, 2, "lp", 1),
+        OmegaMemory(16, 2, "huber", 1, chunk=16),
+        OmegaMemory(16, 2, "l2", 16, "polynomial"),
+    ],
+    ids=["oja", "lp", "huber", "omega"],
+)
+def test_other_biases_stay_bounded(layer):
+    """As the gates start, with learning rates next to their maximum, and with retentions and strengths next to 1 as well."""
+    kinds = 2 if isinstance(layer, LinearMemory) else 3  # rate, retention, strength
+    gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 12.0]])[:, :kinds]
+    assert_bounded(layer, {"gates_bias": jnp.repeat(gates, 2, axis=1)})

@@ -36,6 +36,8 @@ READERS = MODELS | {
     "two of three blocks": dict(mixer="self-modifying", blocks=2, layers=3, **IN_CONTEXT),
     "segments across chunks": dict(mixer="self-modifying", periods=(12, 6)),
     "titans in context": dict(mixer="titans", blocks=1, **IN_CONTEXT),
+    "oja": dict(mixer="oja"),
+    "omega in context": dict(mixer="omega", omega_window=3, blocks=1, **IN_CONTEXT),
 }
 SPLIT = READERS | {"shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT)}
 LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
@@ -255,6 +257,8 @@ def test_what_is_refused():
         (dict(periods=(6, 4)), "6 is not a multiple of 4"),
         (dict(periods=(8, 4, 2)), "more than the 2 levels"),
         (dict(variant="nested", hidden=(4, 5), periods=(8, 4)), "equal widths"),
+        (dict(lp_power=0.5), "model.lp_power 0.5 must be a finite number and at least 1"),
+        (dict(huber_threshold=0.0), "model.huber_threshold 0.0 must be a finite number and positive"),
         (dict(mixer="hope"), "model.mixer 'hope' is unknown: give one of self-modifying, titans"),
         (dict(variant="parallel"), "cms.variant 'parallel' is unknown: give one of sequential, nested, independent"),
         (dict(width=9), "width 9 is not a multiple of model.heads 2"),
@@ -266,7 +270,7 @@ def test_what_is_refused():
             LanguageModel(config(**fields), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["self-modifying", "titans", "delta", "attention"])
+@pytest.mark.parametrize("name", ["self-modifying", "titans", "delta", "omega", "attention"])
 def test_inputs_of_another_shape_or_type_are_refused(name):
     made = LanguageModel(config(name), rngs=nnx.Rngs(0))
     state = made.init_state(2)

@@ -1,0 +1,218 @@
+"""python experiments/optimizers/vision.py: digits by a vision Transformer; writes results/vision.{json, md, png}.
+
+Needs the packages of `pip install -e ".[experiments]"`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from cost import in_turns, state_bytes
+from flax import nnx
+from record import RESULTS, finish, once, resume
+from sklearn.datasets import load_digits
+
+from nested_jax import optim
+from nested_jax.errors import UserError
+from nested_jax.models.vision import VisionTransformer
+from nested_jax.typing import PyTree
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+MATRICES = optim.matrices("project|out|up|down")
+
+
+class Images(NamedTuple):
+    images: jax.Array  # (N, 8, 8, 1), of mean 0 and variance 1
+    labels: jax.Array  # (N,)
+
+
+def digits(config: settings.Vision) -> tuple[Images, Images, Images]:
+    """Images to train on, to choose by and to test on: the same for all runs."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))
+    images, labels = data.images[order, ..., None], data.target[order]
+    images = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
+    ends = [config.test, config.test + config.validation]
+    test, validation, train = (Images(*both) for both in zip(jnp.split(images, ends), np.split(labels, ends), strict=True))
+    return train, validation, test
+
+
+def optimizer(config: settings.Vision, name: str, rate) -> optax.GradientTransformation:
+    """A rule at its scheduled rate. Updates of matrices are of the size of AdamW's, but for m3's second moment."""
+    shape = optax.warmup_cosine_decay_schedule(1 / config.warmup, 1.0, config.warmup, config.steps, end_value=0.1)
+    schedule = lambda count: rate * shape(count)
+    adamw = functools.partial(optax.adamw, schedule, b2=0.95)
+    around = {"consistent_rms": 0.2, "weight_decay": config.weight_decay, "dimension_numbers": MATRICES}
+    match name:
+        case "adamw":
+            return adamw(weight_decay=config.weight_decay, mask=matrix)
+        case "muon":
+            return optim.nonlinear_momentum(schedule, **around, vectors=adamw(weight_decay=0.0))
+        case "m3" | "m3, second moment":
+            return optim.m3(schedule, **around, vectors=adamw(weight_decay=0.0), second_moment=name != "m3")
+    raise UserError(f"--optimizers {name!r} is unknown: give adamw, muon, m3 or 'm3, second moment'")
+
+
+def matrix(params: PyTree) -> PyTree:
+    """Which leaves are matrices of the blocks: a tree of bools."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[0].key == "blocks" and leaf.ndim == 3, params)
+
+
+class Model(NamedTuple):
+    """Pure functions of weights, as nested dicts."""
+
+    init: Callable  # (rate, seed) -> (weights, state)
+    step: Callable  # (rate, weights, state, images) -> (weights, state, loss)
+    loss: Callable  # (weights, images) -> (loss, share of images that are right)
+
+
+def model(config: settings.Vision, name: str) -> Model:
+    """A vision Transformer and the optimizer of this name."""
+    draw = lambda seed: nnx.split(VisionTransformer(config.model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+    net, _ = draw(0)
+
+    def loss(weights, images):
+        logits = nnx.merge(net, nnx.State(weights))(images.images)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
+        return nats.mean(), jnp.mean(logits.argmax(-1) == images.labels)
+
+    def init(rate, seed):
+        weights = nnx.to_pure_dict(draw(seed)[1])
+        return weights, optimizer(config, name, rate).init(weights)
+
+    def step(rate, weights, state, images):
+        (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(weights, images)
+        updates, state = optimizer(config, name, rate).update(gradient, state, weights)
+        return optax.apply_updates(weights, updates), state, value
+
+    return Model(init, step, loss)
+
+
+@functools.cache
+def trainer(config: settings.Vision, name: str) -> Callable:
+    """A compiled (rate, seed, train, validation, test) -> losses (steps,), then loss and accuracy of the other two."""
+    init, step, loss = model(config, name)
+
+    def run(rate, seed, train, validation, test):
+        weights, state = init(rate, seed)
+
+        def one(carry, key):
+            chosen = jax.random.choice(key, len(train.labels), (config.batch,), replace=False)
+            *carry, value = step(rate, *carry, jax.tree.map(lambda x: x[chosen], train))
+            return tuple(carry), value
+
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), config.steps)
+        (weights, _), losses = jax.lax.scan(one, (weights, state), keys)
+        return losses, loss(weights, validation), loss(weights, test)
+
+    return jax.jit(run)
+
+
+def cost(config: settings.Vision, train: Images) -> list[dict]:
+    """Seconds of a training step, in turns, and bytes of the optimizer's state for every parameter."""
+    calls, sizes = {}, {}
+    batch = jax.tree.map(lambda x: x[: config.batch], train)
+    for name in config.optimizers:
+        init, step, _ = model(config, name)
+        weights, state = jax.jit(init)(1e-3, 0)
+        step = jax.jit(step)
+
+        def call(step=step, weights=weights, state=state):
+            for _ in range(config.cost_steps):
+                weights, state, _ = step(1e-3, weights, state, batch)
+            return weights
+
+        calls[name], sizes[name] = call, state_bytes(state, weights)
+    times = in_turns(calls, config.cost_rounds)
+    return [
+        {"optimizer": name, "seconds": times[name] / config.cost_steps, "state_bytes_per_parameter": sizes[name]}
+        for name in calls
+    ]
+
+
+def measure(config: settings.Vision, results: dict) -> dict:
+    data = digits(config)
+
+    def run(optimizer: str, rate: float, seed: int) -> dict:
+        losses, validation, test = trainer(config, optimizer)(rate, seed, *data)
+        row = {"validation_loss": float(validation[0])}
+        row |= {"test_loss": float(test[0]), "test_accuracy": float(test[1])}
+        return row | {"losses": [float(f"{value:.4g}") for value in losses]}
+
+    once_more = functools.partial(once, "vision", results, run)
+    for name in config.optimizers:
+        tried = [once_more(optimizer=name, rate=rate, seed=config.tuning_seed) for rate in config.rates]
+        best = min(tried, key=lambda row: row["validation_loss"] if math.isfinite(row["validation_loss"]) else math.inf)
+        for seed in config.seeds:
+            once_more(optimizer=name, rate=best["rate"], seed=seed)
+    return results if "cost" in results else results | {"cost": cost(config, data[0])}
+
+
+def counted(results: dict, name: str) -> list[dict]:
+    """The runs of an optimizer that are no trials."""
+    seeds = results["config"]["seeds"]
+    return [row for row in results["runs"] if row["optimizer"] == name and row["seed"] in seeds]
+
+
+def table(results: dict) -> str:
+    """Markdown."""
+    spread = lambda values, digits: f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    heads = ("optimizer", "rate", "training loss", "test loss", "test accuracy, %", "ms a step", "state, bytes a parameter")
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for price in results["cost"]:
+        rows = counted(results, price["optimizer"])
+        rates = results["config"]["rates"]
+        edge = " (edge)" if rows[0]["rate"] in (rates[0], rates[-1]) else ""
+        cells = [f"{rows[0]['rate']:g}{edge}", spread([np.mean(row["losses"][-20:]) for row in rows], 4)]
+        cells += [spread([row["test_loss"] for row in rows], 3), spread([100 * row["test_accuracy"] for row in rows], 1)]
+        cells += [f"{1e3 * price['seconds']:.1f}", f"{price['state_bytes_per_parameter']:.1f}"]
+        lines.append(f"| {price['optimizer']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\n{len(rows)} seeds; training loss is the mean of the last 20 steps.\n"
+
+
+def figure(results: dict, path: Path) -> None:
+    """Training losses, mean and standard deviation over seeds, over steps and over time; test losses by rate tried."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for price in results["cost"]:
+        rows = counted(results, price["optimizer"])
+        losses = np.stack([np.convolve(row["losses"], np.ones(10) / 10, "valid") for row in rows])
+        mean, deviation, steps = losses.mean(0), losses.std(0, ddof=1), np.arange(10, 10 + losses.shape[1])
+        for ax, x in ((left, steps), (middle, steps * price["seconds"])):
+            ax.plot(x, mean, label=price["optimizer"])
+            ax.fill_between(x, np.maximum(mean - deviation, 1e-5), mean + deviation, alpha=0.2)
+        tried = [row for row in results["runs"] if row["optimizer"] == price["optimizer"] and row not in rows]
+        right.plot([row["rate"] for row in tried], [row["validation_loss"] for row in tried], "o-")
+    left.set(xlabel="step", ylabel="training loss, mean of 10 steps", yscale="log")
+    middle.set(xlabel="seconds of training", yscale="log")
+    right.set(xlabel="learning rate", ylabel="validation loss, tuning seed", xscale="log", yscale="log")
+    left.legend()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    config = tyro.cli(settings.Vision)
+    results = measure(config, resume("vision", config))
+    finish("vision", results, table(results))
+    figure(results, RESULTS / "vision.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,319 @@
+"""Where a traced loss multiplies by its parameters: its linear layers, found in the jaxpr and run with probes beside them.
+
+A parameter is followed through casts, transposes, reshapes and slices, into `jit`, `lax.scan`, `jax.checkpoint` and
+`custom_jvp`, to the products of which it is one side. What else happens to it on the way to the loss is noted too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from nested_jax.jaxpr.views import Loop, Piece, View, follow, inexact
+from nested_jax.typing import Array
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+
+
+Label = tuple[Piece, ...] | None  # what of the parameter a dimension runs over; () for none, None for a unit one to drop
+
+
+class Product(NamedTuple):
+    """A product of x and a parameter. Labels are of x's and of the product's dimensions, loops first."""
+
+    view: View
+    operand: int  # which operand is x
+    x: tuple[Label, ...]
+    y: tuple[Label, ...]
+    shape: tuple[int, ...]  # of the product, loops first
+    dtype: jnp.dtype
+
+    @property
+    def roles(self) -> tuple[tuple[int, ...], ...]:
+        """(stacked, in, out) axes of the parameter."""
+        x, y = ({piece.axis for label in labels for piece in label or ()} for labels in (self.x, self.y))
+        axes = range(len(self.view.ranges))
+        return tuple(tuple(a for a in axes if (a in x, a in y) in role) for role in _ROLES)
+
+
+_ROLES = (((True, True), (False, False)), ((True, False),), ((False, True),))
+
+
+@dataclass
+class Found:
+    """What a jaxpr does with parameters."""
+
+    jaxpr: ClosedJaxpr
+    inside: dict[int, Product | Found] = field(default_factory=dict)  # by the equation's place
+    others: list[View] = field(default_factory=list)  # parts that are used in other ways
+    outputs: list[View | None] = field(default_factory=list)
+
+    @property
+    def products(self) -> list[Product]:
+        """In the order of evaluation."""
+        return [p for use in self.inside.values() for p in (use.products if isinstance(use, Found) else [use])]
+
+
+def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[bool]) -> Found:
+    """The products with parameters in a jaxpr, and other uses of them, on the way to some of its outputs.
+
+    Args:
+        views: which of its inputs are parameters.
+        wanted: which of its outputs count.
+    """
+    jaxpr, found = closed.jaxpr, Found(closed)
+    known, alive = dict(zip(jaxpr.invars, views, strict=True)), _alive(jaxpr, wanted)
+    view_of = lambda v: None if isinstance(v, Literal) else known.get(v)
+    for i, eqn in enumerate(jaxpr.eqns):
+        given, flags = [view_of(v) for v in eqn.invars], [v in alive for v in eqn.outvars]
+        if not any(given) or not any(flags) or eqn.primitive.name == "stop_gradient":
+            continue
+        if product := _product(eqn, given):
+            found.inside[i] = product
+        elif inner := _inner(eqn, given, flags):
+            found.inside[i] = inner
+            found.others += inner.others
+            known.update(zip(eqn.outvars, inner.outputs, strict=True))
+        elif len(given) == 1 and (outputs := follow(eqn, given[0])):
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        else:
+            found.others += filter(None, given)
+    found.outputs = [view_of(v) for v in jaxpr.outvars]
+    return found
+
+
+def evaluate(
+    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[[Array, Array], Array]
+) -> tuple[list[Array], list[Array | None]]:
+    """The jaxpr's outputs, and x of every product that has a probe.
+
+    Args:
+        probes: one a product, of its shape, or None.
+        insert: (product, probe) -> what takes the product's place.
+    """
+    jaxpr, probes, inputs = found.jaxpr.jaxpr, list(probes), []
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*found.jaxpr.consts, *values], strict=True))
+    value_of = lambda v: v.val if isinstance(v, Literal) else known[v]
+    for i, eqn in enumerate(jaxpr.eqns):
+        given, use = [value_of(v) for v in eqn.invars], found.inside.get(i)
+        number = 0 if use is None else len(use.products) if isinstance(use, Found) else 1
+        own, probes = probes[:number], probes[number:]
+        if all(probe is None for probe in own):
+            outputs, xs = _bind(eqn, given), [None] * number
+        elif isinstance(use, Found):
+            outputs, xs = _evaluate_inner(eqn, use, given, own, insert)
+        else:
+            (product,) = _bind(eqn, given)
+            outputs, xs = [insert(product, own[0])], [given[use.operand]]
+        known.update(zip(eqn.outvars, outputs, strict=True))
+        inputs += xs
+    return [value_of(v) for v in jaxpr.outvars], inputs
+
+
+def _bind(eqn: JaxprEqn, values: Sequence[Array]) -> list[Array]:
+    outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _alive(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set:
+    """Variables on which the wanted outputs depend differentiably."""
+    alive = set()
+    add = lambda variables, flags: alive.update(
+        v for v, on in zip(variables, flags, strict=True) if on and not isinstance(v, Literal) and inexact(v)
+    )
+    add(jaxpr.outvars, wanted)
+    for eqn in reversed(jaxpr.eqns):
+        if any(flags := [v in alive for v in eqn.outvars]):
+            add(eqn.invars, _needed(eqn, flags))
+    return alive
+
+
+def _needed(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
+    """Which inputs of an equation matter to some of its outputs."""
+    name = eqn.primitive.name
+    if name not in (*_CALLS, "scan"):
+        return [name != "stop_gradient"] * len(eqn.invars)
+    jaxpr = _closed(eqn).jaxpr
+    alive = _alive(jaxpr, _over_iterations(eqn, flags) if name == "scan" else flags)
+    return [v in alive for v in jaxpr.invars]
+
+
+def _over_iterations(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
+    """Which outputs of a scan's body matter, if some of the scan's do: carries that feed them too."""
+    jaxpr, (constants, carries) = _closed(eqn).jaxpr, _scan_counts(eqn)
+    while True:
+        alive = _alive(jaxpr, flags)
+        fed = [v in alive for v in jaxpr.invars[constants : constants + carries]]
+        more = [a or b for a, b in zip(flags, fed, strict=False)] + flags[carries:]
+        if more == flags:
+            return flags
+        flags = more
+
+
+def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Constants and carries of a scan, told from what is scanned by its axes: JAX's own names for them have changed."""
+    same = lambda outer, inner: [a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True)]
+    jaxpr = _closed(eqn).jaxpr
+    carries = sum(same(eqn.outvars, jaxpr.outvars))
+    return sum(same(eqn.invars, jaxpr.invars)) - carries, carries
+
+
+def _closed(eqn: JaxprEqn) -> ClosedJaxpr:
+    inner = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+
+
+def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found | None:
+    """What an equation that holds a jaxpr does with parameters inside; None for one that is not looked into."""
+    name = eqn.primitive.name
+    if name in _CALLS:
+        return find(_closed(eqn), given, flags)
+    if name == "scan":
+        return _inner_scan(eqn, given, flags)
+    if name == "custom_jvp_call" and all(map(inexact, (*eqn.invars, *eqn.outvars))):
+        rule = _rule(eqn)  # its products with a parameter's tangent are what the gradient comes from
+        found = find(rule, [None] * len(given) + given, [False] * len(flags) + flags)
+        found.outputs = found.outputs[len(flags) :]
+        return found
+    return None
+
+
+def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
+    """(values, tangents) -> (outputs, their tangents) of an equation."""
+    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: _bind(eqn, x), x, dx))(inputs, inputs)
+
+
+def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found:
+    closed, (constants, carries) = _closed(eqn), _scan_counts(eqn)
+    into, others = [], []
+    for i, (view, v) in enumerate(zip(given, closed.jaxpr.invars, strict=True)):
+        carried = constants <= i < constants + carries
+        if view and carried and closed.jaxpr.outvars[i - constants] is not v:
+            others.append(view)
+            view = None
+        if view:
+            scanned = i >= constants + carries
+            label, dims = (view.dims[0], view.dims[1:]) if scanned else ((), view.dims)
+            view = view._replace(dims=dims, loops=(*view.loops, Loop(eqn.params["length"], label)))
+        into.append(view)
+    found = find(closed, into, _over_iterations(eqn, flags))
+    kept = [into[constants + i] and given[constants + i] for i in range(carries)]
+    found.others += others + list(filter(None, found.outputs[carries:]))
+    found.outputs = kept + [None] * (len(flags) - carries)
+    return found
+
+
+def _evaluate_inner(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+    name = eqn.primitive.name
+    if name == "scan":
+        return _evaluate_scan(eqn, found, values, probes, insert)
+    if name == "custom_jvp_call":
+        return _evaluate_rule(eqn, found, values, probes, insert)
+    run = lambda values, probes: evaluate(found, values, probes, insert)
+    if "prevent_cse" in eqn.params:
+        run = jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return run(values, probes)
+
+
+def _evaluate_scan(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+    constants, carries = _scan_counts(eqn)
+
+    def body(carry, slices):
+        outputs, inputs = evaluate(found, [*values[:constants], *carry, *slices[0]], slices[1], insert)
+        return outputs[:carries], (outputs[carries:], inputs)
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry = values[constants : constants + carries]
+    carry, (outputs, inputs) = jax.lax.scan(body, carry, (values[constants + carries :], probes), **options)
+    return [*carry, *outputs], inputs
+
+
+def _evaluate_rule(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+    """A function with a rule of its own: a probe's tangent is added to the product with the parameter's tangent."""
+    number, zeros = len(eqn.outvars), lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    xs = lambda values, probes: evaluate(found, [*values, *zeros(values)], zeros(probes), jnp.add)[1]
+
+    @jax.custom_jvp
+    def apply(values, probes):
+        return _bind(eqn, values), xs(values, probes)
+
+    @apply.defjvp
+    def jvp(primals, tangents):
+        (values, probes), (changes, probing) = primals, tangents
+        both, _ = evaluate(found, [*values, *changes], probing, jnp.add)
+        inputs = xs(values, probes)  # no output of this pass depends on them; further derivatives see how they are made
+        return (both[:number], inputs), (both[number:], zeros(inputs))
+
+    outputs, inputs = apply(values, probes)
+    return outputs, inputs
+
+
+def _product(eqn: JaxprEqn, given: list[View | None]) -> Product | None:
+    """The product that a dot is, if one side is a parameter and every axis of it plays one part."""
+    if eqn.primitive.name != "dot_general" or all(given):
+        return None
+    side = 0 if given[0] else 1
+    kernel, dims = given[side], given[side].dims
+    contracted, batched = eqn.params["dimension_numbers"]
+    label = lambda dim: dims[dim] or None
+    x = [()] * eqn.invars[1 - side].aval.ndim
+    for theirs, ours in ((contracted[1 - side], contracted[side]), (batched[1 - side], batched[side])):
+        for dim, own in zip(theirs, ours, strict=True):
+            x[dim] = label(own)
+    free = [[()] * (len(x) - len(contracted[0]) - len(batched[0]))]
+    free.insert(side, [label(dim) for dim in range(len(dims)) if dim not in (*contracted[side], *batched[side])])
+    y = [*map(label, batched[side]), *free[0], *free[1]]
+    aval, around = eqn.outvars[0].aval, [loop.label for loop in kernel.loops]
+    shape = (*(loop.length for loop in kernel.loops), *aval.shape)
+    product = Product(kernel, 1 - side, (*around, *x), (*around, *y), shape, aval.dtype)
+    return product if _sound(product) else None
+
+
+def _sound(product: Product) -> bool:
+    """Whether the parameter is a stack of whole matrices here, its axes and their entries in order."""
+    view, (stacked, *matrix) = product.view, product.roles
+    cut = {axis for axis, span in enumerate(view.ranges) if span != (0, view.sizes[axis])}
+    role = lambda piece: piece.axis in stacked
+    ordered = lambda pieces: sorted(pieces, key=_place) == pieces
+    return (
+        all(matrix)
+        and cut <= set(stacked[:1])
+        and all(len({role(piece) for piece in label}) == 1 for label in (*product.x, *product.y) if label)
+        and all(
+            ordered([piece for dim in dims for piece in labels[dim]])
+            for labels in (product.x, product.y)
+            for dims in _order(labels, stacked)[1::2]
+        )
+    )
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    return piece.axis, -piece.stride
+
+
+def _order(labels: Sequence[Label], stacked: Sequence[int]) -> tuple[list[int], ...]:
+    """Dimensions that are (dropped, stacked, examples, of the matrix)."""
+    first = lambda dim: _place(labels[dim][0])
+    own = sorted((dim for dim, label in enumerate(labels) if label), key=first)
+    return (
+        [dim for dim, label in enumerate(labels) if label is None],
+        [dim for dim in own if labels[dim][0].axis in stacked],
+        [dim for dim, label in enumerate(labels) if label == ()],
+        [dim for dim in own if labels[dim][0].axis not in stacked],
+    )
+
+
+def arrange(product: Product, array: Array, labels: Sequence[Label]) -> Array:
+    """x or the surprise of a product, as (stacked axes..., examples..., in or out)."""
+    stacked = product.roles[0]
+    dropped, stack, examples, own = _order(labels, stacked)
+    lengths = [stop - start for start, stop in (product.view.ranges[axis] for axis in stacked)]
+    shape = (*lengths, *(array.shape[dim] for dim in examples), math.prod(array.shape[dim] for dim in own))
+    return array.transpose(*dropped, *stack, *examples, *own).reshape(shape)

@@ -1,0 +1,78 @@
+"""What a table says of the parts of an optimizer: context flow, objective, rule, knowledge transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from nested_jax.picture.trial import Recurrence
+
+if TYPE_CHECKING:
+    from nested_jax.picture.memories import Part
+
+
+def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
+    """(context flow, objective, rule, knowledge transfer)."""
+    above = listed(p.name for p in part.above)
+    flow = f"what comes of {above}" if above else part.sources
+    if part.gathers:
+        flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
+    if part.loop:
+        goal = "1/4 |O^T O - I|^2" if part.solves else ""
+        count = part.loop.length or "some"
+        return flow, goal, f"{count} iterations", f"initialisation: starts from {above or 'gradients'} each time"
+    if part.leaves[0] < n:
+        return _weights(part, above, flow, objective, context)
+    transfer = "generation: back-propagation writes the gradients"
+    if "gradients" not in part.sources and not above:
+        transfer = "direct parametric conditioning on the weights"
+    goal, rule = _law(part.law, "u" if above else "s" if part.gathers else "g")
+    own = part.description
+    return own.context or flow, own.objective or goal, own.rule or rule, own.knowledge or transfer
+
+
+def _weights(part: Part, above: str, flow: str, objective: str, context: str) -> tuple[str, str, str, str]:
+    law = part.law
+    if part.frequency == 0:
+        return "", objective, "frozen", ""
+    letter = "s" if part.gathers else "g"
+    if above:
+        step = f"adds what comes of {above}"
+    else:
+        step = f"W <- W - eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
+    decay = "" if law.keep == 0 else ", decays"
+    own = part.description
+    return (
+        context or flow,
+        own.objective or objective,
+        own.rule or step + decay,
+        "back-propagation through the faster levels",
+    )
+
+
+def _law(law: Recurrence, letter: str) -> tuple[str, str]:
+    """The objective whose gradient step, with decay, is the measured recurrence, and that."""
+    if law.keep is None or not law.apart:
+        return "", ""
+    if law.add is None or letter == "u":  # what comes of another memory is not taken apart
+        what = "u" if letter == "u" else "phi(g)"
+        goal = f"-<m, {what}>" + (" + decay" if law.keep < 1 - 1e-9 else "")
+        return goal, f"m <- {_terms(law.keep, 'm')} + {what}" if law.keep else f"m <- {what}"
+    if law.add == 0:
+        return "", f"m <- {_terms(law.keep, 'm')}"
+    what = letter if law.power == 1 else f"{letter}^2"
+    pull = (1 - law.keep) / abs(law.add)
+    signed = what if law.add > 0 else f"-{what}"
+    goal = f"-<m, {signed}>" + (f" + {_terms(pull / 2, '|m|^2')}" if pull > 1e-9 else "")
+    sign = "+" if law.add > 0 else "-"
+    kept = f"{_terms(law.keep, 'm')} {sign} " if law.keep else "-" * (law.add < 0)
+    return goal, f"m <- {kept}{_terms(abs(law.add), what)}"
+
+
+def _terms(factor: float, what: str) -> str:
+    return what if abs(factor - 1) < 1e-9 else f"{factor:.4g} {what}"
+
+
+def listed(names: Iterable[str]) -> str:
+    names = sorted(set(names))
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -1,0 +1,390 @@
+"""describe: the paper's worked examples, what is derived from an update, what levels say of themselves, the renderings."""
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import rich.console
+from flax import nnx
+
+from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
+from nested_jax.cli import main
+from nested_jax.errors import UserError
+from nested_jax.memory.attention import Attention
+from nested_jax.memory.deep import view
+from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.titans import Titans
+from nested_jax.picture import Component, Picture
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.optimizer import optimizer
+
+MLP = {"up": jnp.ones((6, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 6))}
+MATRICES = {"up": jnp.ones((6, 8)), "down": jnp.ones((8, 6))}
+LINEAR = LinearMemory(8, 2, "linear", chunk=16)
+SMALL = ModelConfig(vocabulary=11, width=8, layers=2, heads=2, chunk=4, memory_hidden=3)
+
+
+def rows(picture):
+    return {c.name: c for c in picture.components}
+
+
+@pytest.mark.parametrize(
+    ("system", "levels"),
+    [
+        ((MLP, optax.sgd(0.1)), 1),
+        ((MLP, optax.sgd(0.1, momentum=0.9)), 2),
+        ((MLP, optim.momentum(0.1)), 2),
+        ((nnx.Linear(3, 4, rngs=nnx.Rngs(0)), optim.momentum(0.1, nesterov=True)), 2),
+        ((LINEAR, optax.sgd(0.1)), 2),
+        ((LINEAR, optax.sgd(0.1, momentum=0.9)), 3),
+        ((dataclasses.replace(SMALL, mixer="linear"), optax.sgd(0.1)), 2),
+        ((dataclasses.replace(SMALL, mixer="linear"), optim.momentum(0.1)), 3),
+        ((MLP, optax.adam(0.1)), 2),
+        ((MLP, optim.adam_memory(0.1)), 2),
+        ((MLP, optax.adamw(optax.warmup_cosine_decay_schedule(0, 1e-3, 5, 99))), 2),
+        ((MLP, optax.contrib.muon(0.1)), 3),
+        ((MLP, optim.nonlinear_momentum(0.1)), 3),
+        ((MATRICES, optim.nonlinear_momentum(0.1, lambda x: optim.newton_schulz(x, form="gradient"), on="leaves")), 3),
+        (optim.nonlinear_momentum(0.1, jnp.sign, on="leaves"), 2),
+        ((MLP, optim.preconditioned_momentum(0.1)), 3),
+        ((MLP, optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16)), 2),
+        ((MLP, optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale(-0.1))), 3),
+        ((LINEAR, LINEAR, optax.sgd(0.1)), 2),
+        (({"a": jnp.ones(3)}, LINEAR, optax.sgd(0.1)), 2),
+        ((jnp.ones((3, 2)), optax.contrib.muon(0.1)), 3),
+        (MLP, 1),
+        (optax.sgd(0.1), 1),
+    ],
+)
+def test_worked_examples(system, levels):
+    """Spec: the paper's systems, and what follows from its Definition 2 for a few more."""
+    assert describe(system).levels == levels
+
+
+@pytest.mark.parametrize("rule", [optax.adam(0.1), optim.adam_memory(0.1), optax.inject_hyperparams(optax.adam)(0.1)])
+def test_adams_moments_share_a_level_and_say_what_they_minimise(rule):
+    first, second, weights = describe((MLP, rule)).components
+    assert first.level == second.level == 1 and weights.level == 2
+    assert (first.objective, first.rule) == ("-<m, g> + 0.5 |m|^2", "m <- 0.9 m + 0.1 g")
+    assert (second.objective, second.rule) == ("-<m, g^2> + 0.5 |m|^2", "m <- 0.999 m + 0.001 g^2")
+    assert set(weights.needs) == {first.name, second.name}
+
+
+@pytest.mark.parametrize(("rule", "steps"), [(optax.contrib.muon(0.1, ns_steps=4), 4), (optim.nonlinear_momentum(0.1), 5)])
+def test_muons_iterations_are_a_level_with_their_objective(rule, steps):
+    loop, *memories, weights = describe((MLP, rule)).components
+    assert (loop.frequency, loop.objective) == (steps, "1/4 |O^T O - I|^2")
+    (memory,) = [c for c in memories if c.name in loop.needs]
+    assert memory.rule == "m <- 0.95 m + 0.05 g" and loop.name in weights.needs and memory.name not in weights.needs
+    assert memory.state_bytes == 4 * 96
+
+
+def test_m3_has_two_frequencies_its_copies_and_gathered_sums_are_no_memories():
+    found = rows(describe((MATRICES, optim.m3(0.1, slow_period=4, steps=3))))
+    loop = lambda name: found[f"orthogonalisation of {name} (M3)"]
+    assert found["fast (M3)"].frequency == found["second (M3)"].frequency == found["parameters"].frequency == 1
+    assert found["slow (M3)"].frequency == 1 / 4 and loop("slow").frequency == 3 / 4 and loop("fast").frequency == 3
+    assert "of 4 steps" in found["slow (M3)"].context
+    assert [c.level for c in (loop("fast"), found["fast (M3)"], found["parameters"], loop("slow"), found["slow (M3)"])] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+    assert len(found) == 6
+    assert sum(c.state_bytes or 0 for c in found.values() if not c.parameters) == 5 * 4 * 96
+
+
+def test_periods_are_observed():
+    rule = optim.continuum(0.1, {"a": 1, "b": 6}, {"up": "a", "bias": "b", "down": "b"}, inner=optax.trace(0.5))
+    found = rows(describe((MLP, rule)))
+    assert {name: c.frequency for name, c in found.items()} == {
+        "trace (Trace), a": 1, "parameters, 1 a step": 1, "trace (Trace), b": 1 / 6, "parameters, 1/6 a step": 1 / 6,
+    }  # fmt: skip
+    assert found["parameters, 1 a step"].parameters == 48
+    rare = describe((MLP, optim.continuum(0.1, 150))).components
+    assert all(c.frequency == 1 / 150 for c in rare)
+    for steps in (1, 3):
+        memory, weights = describe((MLP, optax.MultiSteps(optax.sgd(0.1, 0.9), steps))).components
+        assert memory.frequency == weights.frequency == 1 / steps
+        (weights,) = describe((MLP, optax.MultiSteps(optax.sgd(0.1), steps))).components
+        assert weights.frequency == 1 / steps
+    frozen = optax.partition({"a": optax.sgd(0.1), "b": optax.set_to_zero()}, {"up": "a", "bias": "b", "down": "a"})
+    found = rows(describe((MLP, frozen)))
+    assert found["parameters, frozen"].frequency == 0 and found["parameters, frozen"].parameters == 8
+
+
+def test_objectives_that_cannot_be_derived_are_said_by_the_states():
+    objective = lambda rule: describe((MLP, rule)).components[0].objective
+    assert "u^T m" in objective(optim.delta_momentum(0.1))
+    assert "MLP" in objective(optim.deep_momentum(0.1))
+    assert "|M g - P|^2" in objective(optim.adagrad_memory(0.1, "full"))
+    assert objective(optim.feature_momentum(0.1)) == "-<m, phi(g)> + decay"
+    rule = optim.delta_gradient_descent(0.1)
+    (weights,) = describe(
+        (MLP, rule), extra=lambda params: {"inputs": {"up": jnp.ones((5, params["up"].shape[0]))}}
+    ).components
+    assert weights.objective == "1/2 |W x - u|^2, u = -surprise"
+    with pytest.raises(UserError, match="inputs are missing.*extra="):
+        describe((MLP, rule))
+    with pytest.raises(UserError, match="value_fn.*extra="):
+        describe((MLP, optax.lbfgs(0.1)))
+
+
+def with_memory(emit):
+    """A rule with a memory m <- 0.9 m + g, kept where g is finite, that emits a function of the new m and g."""
+
+    def update(updates, state, params=None):
+        new = jax.tree.map(lambda m, g: 0.9 * m + g, state, updates)
+        kept = jax.tree.map(lambda a, m, g: jnp.where(jnp.isfinite(g).all(), a, m), new, state, updates)
+        return jax.tree.map(emit, new, updates), kept
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+@pytest.mark.parametrize(
+    ("emit", "levels"),
+    [
+        (lambda m, g: -m, 2),
+        (lambda m, g: -g, 1),
+        (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, sum: sum - m, jnp.zeros_like(m)), 2),  # it starts from nothing
+        (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, 0.9 * c[1]), (0.0, g))[1], 3),
+        (lambda m, g: jax.lax.scan(lambda sum, row: (sum - row.sum(), None), m, g.reshape(2, -1))[0], 2),  # reads gradients
+        (lambda m, g: jax.lax.scan(lambda x, factor: (x * factor, None), m, jnp.ones(3))[0], 3),
+        (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
+        (jax.jit(lambda m, g: jax.nn.relu(m)), 2),
+    ],
+)
+def test_what_is_read_through_branches_and_loops(emit, levels):
+    picture = describe((MATRICES, with_memory(emit)))
+    assert picture.levels == levels
+    (memory,) = [c for c in picture.components if c.name == "memory"]
+    assert memory.rule == "m <- 0.9 m + g"
+
+
+def test_what_never_moves_shares_a_level():
+    frozen = [Component("a", 0, "step"), Component("b", 0, "token", needs=("a",)), Component("c", 1, "token")]
+    assert [(c.name, c.level) for c in Picture.of(frozen).components] == [("c", 1), ("a", 2), ("b", 2)]
+
+
+def test_clipping_does_not_hide_a_memory():
+    memory, _ = describe((MLP, optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)))).components
+    assert memory.rule == "m <- 0.9 m + g"
+
+
+class Two(NamedTuple):
+    count: jax.Array
+    quick: dict
+    lazy: dict
+    waiting: dict
+    odd: dict
+
+
+class Odd(NamedTuple):
+    held: dict
+    description = Description("a riddle", "by guessing", "whispers", "hearsay")
+
+
+def brand_new():
+    """A rule that the library has never seen: a lazy memory of what a quick one holds, on every third step; a loop."""
+
+    def init(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        return Two(jnp.zeros((), jnp.int32), zeros(), zeros(), zeros(), Odd(zeros()))
+
+    def update(updates, state, params=None):
+        quick = jax.tree.map(lambda m, g: 0.7 * m - 0.4 * g, state.quick, updates)
+        waiting = jax.tree.map(jnp.add, state.waiting, quick)
+        due = state.count % 3 == 2
+        lazy = jax.tree.map(lambda m, w: jnp.where(due, 0.25 * m + w, m), state.lazy, waiting)
+        waiting = jax.tree.map(lambda w: jnp.where(due, 0.0, w), waiting)
+        odd = jax.tree.map(lambda m, g: jnp.tanh(m * 0.5 + g) + 0.1 * m**2, state.odd.held, updates)
+        halve = lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] * 0.9), (0, x))[1]
+        emitted = jax.tree.map(lambda a, b, c: a + halve(b) + c, quick, lazy, odd)
+        return emitted, Two(state.count + 1, quick, lazy, waiting, Odd(odd))
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_a_new_optimizer_describes_itself():
+    found = rows(describe((MLP, optax.chain(brand_new(), optax.scale(-0.1)))))
+    quick, lazy, odd = found["quick (Two)"], found["lazy (Two)"], found["held (Odd)"]
+    loop, weights = found["inner loop of lazy (Two)"], found["parameters"]
+    assert len(found) == 5
+    assert (quick.rule, quick.objective) == ("m <- 0.7 m - 0.4 g", "-<m, -g> + 0.375 |m|^2")
+    assert (lazy.frequency, lazy.needs, lazy.rule) == (1 / 3, ("quick (Two)",), "m <- 0.25 m + u")
+    assert (odd.objective, odd.rule, odd.context, odd.knowledge) == ("a riddle", "by guessing", "whispers", "hearsay")
+    assert loop.frequency == 7 and loop.objective == ""
+    assert [c.level for c in (loop, quick, odd, weights, lazy)] == [1, 2, 2, 3, 4]
+    assert lazy.state_bytes == 2 * quick.state_bytes
+
+
+def test_a_new_level_describes_itself():
+    zero = lambda slower: jnp.zeros(3)
+    step = lambda state, context, slower: (state + 1, state[None])
+    fast = Level(zero, step, 2, "quick", description=Description("1/2 |m - x|^2", "by steps", inner=(optax.trace(0.5),)))
+    passing = Level(zero, step, 4, "passing", description=Description(objective=None))
+    slow = Level(zero, step, 4, "lazy", description=Description("-<m, x>", knowledge="hearsay", updates=2))
+    slowest = Level(zero, step, 12, "laziest")
+    found = describe(nest(nest(nest(fast, passing), slow, reset=True), slowest)).components
+    assert [(c.name, c.frequency, c.level) for c in found] == [
+        ("trace (Trace) of quick", 1 / 2, 1), ("quick", 1 / 2, 2), ("lazy", 1 / 2, 3), ("laziest", 1 / 12, 4),
+    ]  # fmt: skip
+    assert [c.objective for c in found] == ["-<m, g> + 0.25 |m|^2", "1/2 |m - x|^2", "-<m, x>", ""]
+    assert (found[1].context, found[3].context) == ("what trace (Trace) of quick emits", "what lazy emits")
+    assert found[2].knowledge == "hearsay" and found[1].knowledge == ""
+    assert [c.state_bytes for c in found] == [None, 12, 12, 12]
+    (quick, *_) = describe(nest(dataclasses.replace(fast, description=Description("x")), slow, reset=True)).components
+    assert quick.knowledge == "initialisation: restarts from lazy" and quick.starts_from == ("lazy",)
+    alone = Level(lambda slower: slower[0], step, 5, "needy")
+    assert [(c.name, c.state_bytes, c.updates) for c in describe(alone).components] == [("needy", None, "1/5 a token")]
+    assert "not stated" in describe(alone).markdown()
+
+
+def test_levels_of_layers_are_what_they_do():
+    """Their periods are those at which their states are seen to change, token by token."""
+    x = jax.random.normal(jax.random.key(0), (1, 12, 8))
+
+    def changes(layer, seen):
+        weights = layer.init_weights(jax.random.key(1))
+        read, state, when = jax.jit(layer.__call__), layer.init_state(weights, 1), []
+        state = state._replace(position=jnp.int32(0))
+        for t in range(12):
+            after, _ = read(weights, state, x[:, t : t + 1])
+            pairs = zip(*(jax.tree.leaves(seen(s.memory)) for s in (after, state)), strict=True)
+            when += [t] if any((a != b).any() for a, b in pairs) else []
+            state = after
+        return [b - a for a, b in zip(when, when[1:], strict=False)]
+
+    layer = LinearMemory(8, 2, chunk=4)
+    assert changes(layer, lambda memory: memory) == [1] * 11
+    assert describe(layer).components[0].frequency == 1
+    layer = Titans(8, 2, 3, chunk=4)
+    assert set(changes(layer, view)) == {4}
+    assert [c.frequency for c in describe(layer).components] == [1 / 4, 1 / 4, 0]
+    layer = SelfModifyingTitans(8, 2, 3, chunk=2, projection_chunk=6, momentum=False)
+    main, projections, _ = describe(layer).components
+    assert set(changes(layer, lambda nested: view(nested.fast))) == {2} and main.frequency == 1 / 2
+    assert set(changes(layer, lambda nested: view(nested.slow))) == {6} and projections.frequency == 1 / 6
+    assert main.starts_from == projections.starts_from == ("slow weights",)
+
+
+def test_attention_is_a_level():
+    layer = Attention(8, 2, window=5)
+    weights = layer.init_weights(jax.random.key(0))
+    (level,) = layer.levels(weights, 2)
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8))
+    _, y = run(level, None, x.swapaxes(0, 1))
+    _, whole = layer(weights, layer.init_state(weights, 2), x)
+    assert jnp.allclose(y[:, 0].swapaxes(0, 1), whole, atol=1e-5)
+    component, frozen = describe(layer).components
+    assert component.frequency == math.inf and component.state_bytes == 2 * 5 * 8 * 4 + 4 + 4 + 4
+    assert describe(Attention(8, 2)).components[0].state_bytes is None
+
+
+def test_hope_and_its_optimizer():
+    config = TrainConfig.from_preset("tiny-hope")
+    picture = describe((config.model, optimizer(config)), tokens_per_step=1024)
+    levels = {}
+    for c in picture.components:
+        levels.setdefault(c.level, []).append(c.frequency)
+    assert picture.levels == 6
+    assert [set(f) for f in levels.values()] == [{1 / 64}, {1 / 64}, {1 / 64}, {1 / 256}, {1 / 1024}, {1 / 1024}]
+    found = rows(picture)
+    assert found["CMS level2"].rule == "W <- W - eta g" and "64 tokens" in found["CMS level2"].objective
+    assert picture.parameters == 859_320 and round(picture.state_bytes_per_parameter, 2) == 8
+    assert found["CMS level1"].starts_from[0].startswith("starts of CMS level1")
+    assert found["mu (Adam)"].generated_by == ("CMS level1",)
+    spectrum = dataclasses.replace(config, optimizer="continuum", slow_period=4)
+    found = rows(describe((config.model, optimizer(spectrum)), tokens_per_step=1024))
+    slow = [c for name, c in found.items() if name.startswith("starts of CMS level1")]
+    assert [c.frequency for c in slow] == [1 / 4096]
+
+
+def test_models_alone():
+    attention, *frozen = describe(preset("tiny-transformer")).components
+    assert attention.frequency == math.inf and {c.frequency for c in frozen} == {0} and {c.level for c in frozen} == {2}
+    assert any("frozen in context" in c.name for c in frozen)
+    cms = CMSConfig(hidden=(5, 5, 5), periods=(8, 4), rule="momentum", variant="sequential", meta_gradient="first-order")
+    model = LanguageModel(dataclasses.replace(SMALL, mixer="titans", momentum=False, cms=cms), rngs=nnx.Rngs(0))
+    picture = describe(model)
+    assert [(c.name, c.frequency) for c in picture.components if c.frequency] == [
+        ("deep memory, 2 blocks", 1 / 4), ("trace (Trace) of CMS level3, 2 blocks", 1 / 4), ("CMS level3, 2 blocks", 1 / 4),
+        ("trace (Trace) of CMS level2, 2 blocks", 1 / 8), ("CMS level2, 2 blocks", 1 / 8),
+    ]  # fmt: skip
+    assert picture.levels == 6
+    assert {c.name for c in picture.components if not c.frequency} >= {"CMS level1, frozen in context"}
+    nested = CMSConfig(hidden=(5, 5), periods=(8, 4), variant="nested")
+    found = rows(describe(dataclasses.replace(SMALL, mixer="attention", cms=nested)))
+    assert "restarts from CMS level1" in found["CMS level2, 2 blocks"].knowledge
+
+
+def test_large_models_are_never_drawn():
+    config = TrainConfig.from_preset("1.3b-hope", optimizer="adamw")
+    picture = describe((config.model, optimizer(config)))
+    assert picture.parameters > 1.2e9 and picture.components[-1].updates == "1 a step"
+
+
+def test_renderings():
+    picture = describe((preset("tiny-hope-attention"), optim.momentum(0.1)), tokens_per_step=100)
+    made = json.loads(json.dumps(picture.to_dict()))
+    assert made["components"][0]["frequency"] == "inf" and made["levels"] == picture.levels
+    assert [c["name"] for c in made["components"]] == [c.name for c in picture.components]
+    text = picture.markdown().splitlines()
+    cells = [len(re.split(r"(?<!\\)\|", line)) for line in text[: 2 + len(picture.components)]]
+    assert set(cells) == {11}
+    console = rich.console.Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(picture)
+    said = console.export_text()
+    assert all(c.updates in said for c in picture.components) and "CMS level2" in said
+    figure = picture.plot()
+    drawn = {text.get_text() for text in figure.axes[0].texts}
+    assert {c.name for c in picture.components} <= drawn
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"level {i + 1}" for i in range(picture.levels)]
+    places = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert places == sorted(places, reverse=True) and len(places) == len(picture.components)
+
+
+@pytest.mark.parametrize(
+    ("system", "named"),
+    [("hope", "str is no level"), ({}, "dict is no level"), ([optax.sgd(0.1)] * 2, "2 optimizers"), ({"a": 3}, "int is no")],
+)
+def test_what_is_no_system(system, named):
+    with pytest.raises(UserError, match=named):
+        describe(system)
+
+
+def test_command_line(tmp_path, capsys):
+    def say(line):
+        code = main(["describe", *shlex.split(line)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    figure = tmp_path / "picture.png"
+    code, out, _ = say(f"--preset tiny-linear --optimizer momentum --figure {figure}")
+    assert code == 0 and "m <- 0.9 m + g" in out and figure.stat().st_size > 10_000
+    assert "3 levels" in out
+    code, out, _ = say("--preset tiny-linear --optimizer none --markdown --model.layers 2")
+    assert code == 0 and out.startswith("| component |") and "linear memory, 2 blocks" in out and "2 levels" in out
+    for line, named in (
+        ("--preset tiny-hoep", "tiny-hoep"),
+        ("--optimizer adamx", "--optimizer"),
+        ("--figure picture.xyz --preset tiny-linear", "--figure picture.xyz"),
+        (f"--run-dir {tmp_path / 'nowhere'}", "holds no run"),
+        (f"--run-dir {tmp_path} --optimizer muon", "leave out"),
+        ("--model.heads 3", "heads"),
+    ):
+        code, out, err = say(line)
+        assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
+
+
+def test_readme_shows_what_is_printed(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert main(["describe", "--markdown"]) == 0
+    assert capsys.readouterr().out.strip() in readme
