@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.errors import UserError
 from nested_jax.typing import Array, PyTree
 
 Slower = tuple[PyTree, ...]
@@ -201,7 +202,7 @@ def scan(step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = 
             tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
 
     Raises:
-        ValueError: a checkpoint that is none of these, or more segments than steps.
+        UserError: a checkpoint that is none of these, or more segments than steps.
     """
     if checkpoint == "none":
         return jax.lax.scan(step, state, xs)
@@ -233,9 +234,9 @@ def _segments(checkpoint: Checkpoint, length: int) -> tuple[int, ...]:
         return (4,) * ((length.bit_length() - 1) // 2) or (1,)
     counts = checkpoint if isinstance(checkpoint, tuple) else (checkpoint,)
     if not counts or not all(type(n) is int and n >= 1 for n in counts) or math.prod(counts) > length:
-        raise ValueError(
-            f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt', 'log', a number of segments from 1 to {length} (steps), "
-            "or a tuple of numbers whose product is at most that"
+        raise UserError(
+            f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt', 'log', a number of segments from 1 to {length}, the "
+            "steps, or a tuple of numbers whose product is at most that"
         )
     return counts
 

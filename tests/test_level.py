@@ -230,7 +230,7 @@ def test_a_checkpoint_is_what_the_backward_pass_keeps(checkpoint, kept):
 
 @pytest.mark.parametrize("checkpoint", ["half", 0, 11, 2.5])
 def test_a_checkpoint_that_cannot_be_is_refused(checkpoint):
-    with pytest.raises(ValueError, match=r"'none', 'full', 'sqrt' or a number from 1 to 10"):
+    with pytest.raises(ValueError, match=r"'none', 'full', 'sqrt', 'log', a number of segments from 1 to 10"):
         run(make_nest((2, 4, 8)), None, jnp.zeros(80), checkpoint=checkpoint)
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from nested_jax.typing import PyTree
-
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """`jax.grad` for use inside an inner loop: its backward pass is forward-over-reverse, and keeps its arguments alone.
@@ -52,19 +50,15 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
 
         return chosen, join
 
-    def gradient(*arguments):
-        found = jax.grad(loss, argnums, has_aux)(*arguments)
-        return found
-
-    wrapped = jax.custom_vjp(gradient)
+    gradient = jax.custom_vjp(lambda *arguments: jax.grad(loss, argnums, has_aux)(*arguments))
 
     def forward(*arguments):
-        return gradient(*arguments), arguments
+        return jax.grad(loss, argnums, has_aux)(*arguments), arguments
 
     def backward(arguments, cotangent):
         cotangent, of_aux = cotangent if has_aux else (cotangent, None)
         wanted = (argnums,) if single else tuple(argnums)
-        direction = [jax.tree.map(_zero, argument) for argument in arguments]
+        direction = [jax.tree.map(jnp.zeros_like, argument) for argument in arguments]
         for i, v in zip(wanted, (cotangent,) if single else cotangent, strict=True):
             direction[i] = jax.tree.map(jnp.add, direction[i], v)
         leaves, join = split(arguments)
@@ -80,9 +74,5 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
         given = [next(products) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None for x in every]
         return structure.unflatten(given)
 
-    wrapped.defvjp(forward, backward)
-    return wrapped
-
-
-def _zero(x: PyTree) -> PyTree:
-    return jnp.zeros_like(x)
+    gradient.defvjp(forward, backward)
+    return gradient

@@ -65,18 +65,15 @@ def unroll(
     ...     step = lambda w, _: (w - rate * (w - target), w)
     ...     return unroll(step, jnp.zeros(()), jnp.arange(100))[0]
     >>> print(jax.grad(solution)(0.01).round(4), round(100 * 0.99**99, 4))
-    36.9730 36.973
+    36.973 36.973
     """
     length = _length(xs)
     _assert_steady(step, state, xs)
     if debug:
         return _loop(step, state, xs, length)
-    try:
-        if offload:
-            return _scan_offloaded(step, state, xs, length, checkpoint)
-        return scan(step, state, xs, checkpoint=checkpoint)
-    except ValueError as error:
-        raise UserError(str(error)) if str(error).startswith("checkpoint=") else error
+    if offload:
+        return _scan_offloaded(step, state, xs, length, checkpoint)
+    return scan(step, state, xs, checkpoint=checkpoint)
 
 
 def _loop(step, state, xs, length):
@@ -120,10 +117,11 @@ def _assert_steady(step, state, xs) -> None:
     was, now = (jax.tree_util.tree_leaves_with_path(tree) for tree in (jax.eval_shape(lambda s: s, state), after))
     if jax.tree.structure(state) != jax.tree.structure(after):
         odd = sorted({jax.tree_util.keystr(path) for path, _ in was} ^ {jax.tree_util.keystr(path) for path, _ in now})
-        raise UserError(f"unroll: the step changes the state's structure at state{odd[0] if odd else ''}: return it as it came")
+        raise UserError(
+            f"unroll: the step changes the state's structure at state{odd[0] if odd else ''}: return it as it came"
+        )
     for (path, a), (_, b) in zip(was, now, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             what = lambda x: f"{x.dtype.name}{list(x.shape)}"
-            raise UserError(
-                f"unroll: the step changes state{jax.tree_util.keystr(path)} from {what(a)} to {what(b)}: return it as it came"
-            )
+            leaf = f"state{jax.tree_util.keystr(path)}"
+            raise UserError(f"unroll: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came")

@@ -1,0 +1,210 @@
+"""Inner loops: the same values and gradients however little is kept, with any rule inside; what is kept; what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nested_jax import Level, optim, run
+from nested_jax.errors import UserError
+from nested_jax.meta import mixflow_grad, unroll
+
+CHECKPOINTS = ("full", "sqrt", "log", 3, (3, 2), 13)
+RULES = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": lambda rate: optax.adam(rate, eps_root=1e-8),
+    "delta momentum": lambda rate: optim.delta_momentum(rate),
+    "deep momentum": lambda rate: optim.deep_momentum(rate, hidden=3),
+    "m3": lambda rate: optim.m3(rate, slow_period=2),
+}
+T = 13
+
+
+def tasks(seed=0):
+    """Inputs and targets of every step."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(T, 5, 3))), jnp.asarray(rng.normal(size=(T, 5, 2)))
+
+
+def start(seed=1):
+    rng = np.random.default_rng(seed)
+    return {"up": jnp.asarray(rng.normal(size=(3, 4))), "down": jnp.asarray(rng.normal(size=(4, 2)))}
+
+
+def inner_loss(params, task):
+    x, target = task
+    return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - target) ** 2)
+
+
+def outer(params, rate, xs, name="sgd", gradient=jax.grad, loop=unroll, **keywords):
+    """The loss on the first task after learning from all, and the losses on the way."""
+    rule = RULES[name](rate)
+
+    def step(carry, task):
+        params, state = carry
+        updates, state = rule.update(gradient(inner_loss)(params, task), state, params)
+        return (optax.apply_updates(params, updates), state), inner_loss(params, task)
+
+    (params, _), losses = loop(step, (params, rule.init(params)), xs, **keywords)
+    return inner_loss(params, jax.tree.map(lambda x: x[0], xs)) + jnp.sum(losses * jnp.linspace(0.5, 1.5, T))
+
+
+def differentiated(**keywords):
+    return jax.jit(jax.value_and_grad(functools.partial(outer, **keywords), (0, 1, 2)))
+
+
+def assert_close(got, expected, rtol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12), got, expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_are_those_of_a_plain_scan(x64, name):
+    """By the start, the rate and every task, for every checkpoint; with either gradient inside."""
+    expected = differentiated(name=name, loop=jax.lax.scan)(start(), 0.1, tasks())
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+    for checkpoint in CHECKPOINTS if name == "adam" else ("sqrt",):
+        assert_close(differentiated(name=name, checkpoint=checkpoint)(start(), 0.1, tasks()), expected)
+    assert_close(differentiated(name=name, gradient=mixflow_grad)(start(), 0.1, tasks()), expected)
+
+
+def test_gradients_are_finite_differences(x64):
+    by_rate = lambda rate: outer(start(), rate, tasks(), "momentum")
+    slope = (by_rate(0.1 + 1e-6) - by_rate(0.1 - 1e-6)) / 2e-6
+    assert float(jax.grad(by_rate)(0.1)) == pytest.approx(float(slope), rel=1e-7)
+
+
+@pytest.mark.parametrize("gradient", [jax.grad, mixflow_grad])
+def test_third_derivatives(x64, gradient):
+    """Of the inner loss twice by the outer ones, in reverse."""
+    third = lambda loop: jax.jit(
+        jax.grad(
+            jax.grad(
+                lambda rate: outer(start(), rate, tasks(), gradient=gradient if loop is unroll else jax.grad, loop=loop)
+            )
+        )
+    )
+    assert_close(third(unroll)(0.1), third(jax.lax.scan)(0.1), 1e-9)
+
+
+def test_forward_mode_and_tasks_side_by_side(x64):
+    by_rate = lambda rate, xs, loop=unroll: outer(start(), rate, xs, "momentum", loop=loop)
+    expected = jax.grad(by_rate)(0.1, tasks())
+    assert_close(jax.jvp(lambda rate: by_rate(rate, tasks()), (0.1,), (1.0,))[1], expected)
+    both = jax.tree.map(lambda *x: jnp.stack(x), tasks(0), tasks(7))
+    each = jax.jit(jax.vmap(jax.grad(by_rate), (None, 0)))(0.1, both)
+    assert_close(each, jnp.stack([expected, jax.grad(by_rate)(0.1, tasks(7))]))
+
+
+def test_mixflow_is_for_reverse_mode():
+    gradient = mixflow_grad(lambda w: jnp.sum(w**3))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(gradient, (jnp.ones(2),), (jnp.ones(2),))
+
+
+def test_mixflow_is_grad_in_all_its_forms(x64):
+    """Several arguments, what else the loss returns, integers among the arguments."""
+    rng = np.random.default_rng(0)
+    w, b, x = (jnp.asarray(rng.normal(size=s)) for s in ((4, 3), (3,), (5, 4)))
+
+    def loss(w, tree, i):
+        y = jnp.tanh(tree["x"] @ w + tree["b"][None])
+        return jnp.sum(y[i] ** 3), {"mean": y.mean(), "first": y[0] * w[0]}
+
+    def total(of, argnums, has_aux):
+        def value(w, b, x):
+            one = loss if has_aux else lambda *a: loss(*a)[0]
+            out = of(one, argnums, has_aux)(w, {"b": b, "x": x}, jnp.array([0, 2]))
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out))
+
+        return jax.value_and_grad(value, (0, 1, 2))(w, b, x)
+
+    for argnums in (0, 1, (0, 1), (1, 0)):
+        for has_aux in (False, True):
+            assert_close(total(mixflow_grad, argnums, has_aux), total(jax.grad, argnums, has_aux))
+
+
+@pytest.mark.parametrize("gradient", [jax.grad, mixflow_grad])
+def test_no_step_at_a_zero_gradient_breaks_what_comes_after(gradient):
+    """A layer of zeros, and a task that is masked: all inner gradients are exactly zero."""
+    params = jax.tree.map(jnp.zeros_like, start())
+    for name in ("momentum", "adam", "deep momentum", "m3"):
+        of = jax.jit(jax.grad(functools.partial(outer, name=name, gradient=gradient), (0, 1, 2)))
+        got = of(params, 0.1, jax.tree.map(jnp.zeros_like, tasks()))
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(got)), name
+
+
+def test_debug_is_the_same_loop_in_python(x64):
+    steps = []
+
+    def step(w, x):
+        if not isinstance(w, jax.core.Tracer):
+            steps.append(float(x))
+        return w * jnp.sin(x), {"w": w}
+
+    xs = jnp.arange(1.0, 6.0)
+    got = unroll(step, jnp.asarray(0.7), xs, debug=True)
+    assert steps == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert_close(got, unroll(step, jnp.asarray(0.7), xs), 1e-12)
+    assert_close(
+        jax.grad(lambda w: unroll(lambda w, x: (w * jnp.sin(x), w), w, xs, debug=True)[0])(0.7),
+        jax.grad(lambda w: unroll(lambda w, x: (w * jnp.sin(x), w), w, xs)[0])(0.7),
+    )
+
+
+def test_states_that_wait_in_the_hosts_memory(x64):
+    step = lambda w, x: (jnp.sin(w * x), w)
+    xs = jnp.linspace(0.5, 1.5, 16)
+    by = lambda w, **keywords: sum(jnp.sum(part) for part in unroll(step, w, xs, **keywords))
+    offloaded = jax.jit(jax.value_and_grad(functools.partial(by, offload=True)))
+    assert "f64<host>[4]" in str(jax.make_jaxpr(offloaded)(0.3))  # the states before four segments
+    assert_close(offloaded(0.3), jax.value_and_grad(by)(0.3))
+    with pytest.raises(
+        UserError, match="offload with checkpoint=5 and 16 steps: give a number of segments that divides them"
+    ):
+        unroll(step, 0.3, xs, checkpoint=5, offload=True)
+
+
+def test_a_level_takes_the_same(x64):
+    """`run(checkpoint=)` and `unroll` of its step."""
+    level = Level(lambda slower: jnp.asarray(0.5), lambda s, x, slower: (jnp.sin(s + x[0]), s), period=1)
+    xs = jnp.linspace(0.0, 1.0, 37)
+    expected = jax.grad(lambda s: jax.lax.scan(lambda s, x: (jnp.sin(s + x), s), s, xs)[0])(0.5)
+    for checkpoint in ("log", (3, 4), (2, 2, 2)):
+        assert_close(jax.grad(lambda s, c=checkpoint: run(level, s, xs, checkpoint=c)[0])(0.5), expected)
+
+
+@pytest.mark.parametrize(("checkpoint", "states", "slopes"), [("sqrt", 8, 8), (16, 16, 4), ((4, 4), 8, 4), ("log", 12, 4)])
+def test_what_is_kept_grows_as_the_table_says(checkpoint, states, slopes):
+    """Temporary memory of 64 steps on a large state: the states of segments, and the slopes inside the innermost one."""
+    size = 2**16
+    step = lambda s, x: (jnp.sin(s) * x, None)
+    value = lambda s: jnp.sum(unroll(step, s, jnp.ones(64), checkpoint=checkpoint)[0])
+    used = jax.jit(jax.grad(value)).lower(jnp.ones(size, jnp.float32)).compile().memory_analysis().temp_size_in_bytes
+    assert used / (4 * size) <= states + slopes + 6  # the state that moves, its cotangent, and copies of both
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda s, x: ({"w": s["w"].astype(jnp.float16)}, x), r"state\['w'\] from float32\[3\] to float16\[3\]"),
+        (lambda s, x: ({"w": s["w"][:2]}, x), r"state\['w'\] from float32\[3\] to float32\[2\]"),
+        (lambda s, x: ({"w": s["w"], "m": x}, x), r"changes the state's structure at state\['m'\]"),
+    ],
+)
+def test_a_step_that_changes_the_state_is_told_where(step, message):
+    with pytest.raises(UserError, match=message):
+        unroll(step, {"w": jnp.ones(3)}, jnp.ones(4))
+
+
+def test_what_cannot_be_is_refused():
+    step = lambda s, x: (s, x)
+    with pytest.raises(UserError, match=r"xs has leading axes of \[0\]: give one length of at least 1"):
+        unroll(step, 0.0, jnp.ones((0, 2)))
+    with pytest.raises(UserError, match=r"xs has leading axes of \[2, 3\]"):
+        unroll(step, 0.0, (jnp.ones(2), jnp.ones(3)))
+    with pytest.raises(UserError, match="checkpoint=5: .* a number of segments from 1 to 4"):
+        unroll(step, 0.0, jnp.ones(4), checkpoint=5)
