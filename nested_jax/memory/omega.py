@@ -160,7 +160,8 @@ def definition(layer: OmegaMemory, weights: PyTree, x: Float[Array, "T D"]) -> F
     _, tokens, gates = project_in(weights, layer.init_state(weights, 1).window, x[None], layer.heads, None)
     q, k, v, rate, retain, *strength = (part[:, 0] for part in (*tokens, *gates))  # (T, H, ...)
     before = lambda part: jnp.pad(part, [(layer.window - 1, 0)] + [(0, 0)] * (part.ndim - 1))
-    history = [before(part) for part in (layer.lift(k), l2norm(v), strength[0] / layer.window if strength else jnp.ones_like(rate))]
+    gamma = strength[0] / layer.window if strength else jnp.ones_like(rate)
+    history = [before(part) for part in (layer.lift(k), l2norm(v), gamma)]
 
     def gradient(memory, key, value):
         error = jax.grad(lambda y: layer.bias.loss(y, value))(memory @ key)
