@@ -388,3 +388,21 @@ def test_readme_shows_what_is_printed(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert main(["describe", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() in readme
+
+
+def test_an_mlp_and_linear_attention_differ_in_the_level_of_one_weight():
+    """Three weights are moved by the optimizer in both; the fourth with them, or at every token (NL section 6)."""
+    weights = {name: jnp.ones((5, 5)) for name in "QKVM"}
+
+    def step(M, x, slower):
+        q, k, v = (weights[name] @ x[0] for name in "QKV")
+        M = M - jax.grad(lambda M: -jnp.dot(M @ k, v))(M)
+        return M, M @ q
+
+    memory = Level(lambda slower: weights["M"], step, period=1, name="M")
+    fixed = {name: weights[name] for name in "QKV"}
+    mlp = describe((weights, optax.sgd(0.1)), tokens_per_step=8)
+    attention = describe((memory, fixed, optax.sgd(0.1)), tokens_per_step=8)
+    assert [(c.name, c.updates) for c in mlp.components] == [("parameters", "1/8 a token")]
+    assert [(c.name, c.updates) for c in attention.components] == [("M", "1 a token"), ("parameters", "1/8 a token")]
+    assert mlp.parameters - attention.parameters == weights["M"].size
