@@ -157,6 +157,8 @@ def with_memory(emit):
         (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, 0.9 * c[1]), (0.0, g))[1], 3),
         (lambda m, g: jax.lax.scan(lambda sum, row: (sum - row.sum(), None), m, g.reshape(2, -1))[0], 2),  # reads gradients
         (lambda m, g: jax.lax.scan(lambda x, factor: (x * factor, None), m, jnp.ones(3))[0], 3),
+        (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, x: 0.9 * x, m), 3),
+        (lambda m, g: (jax.lax.fori_loop(0, 3, lambda _, x: 0.9 * x, m), -m)[1], 2),  # nothing reads it
         (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
         (jax.jit(lambda m, g: jax.nn.relu(m)), 2),
     ],
@@ -166,6 +168,7 @@ def test_what_is_read_through_branches_and_loops(emit, levels):
     assert picture.levels == levels
     (memory,) = [c for c in picture.components if c.name == "memory"]
     assert memory.rule == "m <- 0.9 m + g"
+    assert not any("orthogonal" in c.name or "O^T O" in c.objective for c in picture.components)
 
 
 def test_what_never_moves_shares_a_level():
