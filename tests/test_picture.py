@@ -181,6 +181,18 @@ def test_clipping_does_not_hide_a_memory():
     assert memory.rule == "m <- 0.9 m + g"
 
 
+def test_no_law_is_claimed_that_does_not_hold():
+    params = {"a": jnp.ones(3)}
+    update = lambda g, m, _=None: (m, jax.tree.map(lambda m, g: m / (1 + jnp.sum(g**2)) + g, m, g))  # forgets by surprise
+    rule = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    memory = next(c for c in describe((params, rule)).components if c.name == "memory")
+    assert (memory.objective, memory.rule) == ("", "")
+    weights = describe((MLP, optim.generalized_gradient_descent(0.1))).components[-1]
+    assert weights.rule == "W <- W - eta g"  # found by conjugate gradients, to rounding
+    squares = next(c for c in describe((MLP, optax.contrib.prodigy(1.0))).components if c.name == "exp_avg_sq (Prodigy)")
+    assert squares.objective.startswith("-<m, g^2> +")  # however small
+
+
 class Two(NamedTuple):
     count: jax.Array
     quick: dict
