@@ -275,6 +275,8 @@ def test_one_backward_pass():
         text = jax.jit(function).lower(params, x).compile().as_text()
         return sum(" dot(" in line or "__onednn$matmul" in line for line in text.splitlines())
 
+    memory = lambda function: jax.jit(function).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    assert memory(lambda p, x: surprise_and_grad(loss, p, x)[:2]) == memory(jax.value_and_grad(loss))  # probes are not made
     plain = products(jax.value_and_grad(loss))
     assert plain == 3 + 3 + 2
     assert products(lambda p, x: surprise_and_grad(loss, p, x)) == plain
