@@ -1,4 +1,4 @@
-"""The AdaTransformer identity: an MLP block and a linear-attention block differ in the level of one weight (NL section 6).
+"""AdaTransformer: an MLP block and a linear-attention block differ in the level of one weight (NL sections 5-6).
 
     y_t = M phi(W_q x_t)
 

@@ -9,6 +9,7 @@ from nested_jax.memory import objective
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import heads_first, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked
+from nested_jax.memory.stream import Chunk
 
 D, H, C = 8, 2, 4
 
@@ -47,6 +48,19 @@ def test_a_window_of_one_token_is_the_recurrence_of_all_memories(x64, layer, bia
     state, y = layer(weights, layer.init_state(weights, 1), x)
     np.testing.assert_allclose(y, project_out(weights, jnp.concatenate(outputs), x.dtype), rtol=1e-10)
     np.testing.assert_allclose(state.memory.weights, memory.weights, rtol=1e-10)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_what_an_empty_slot_holds_does_not_matter(x64, window):
+    """State and reads are those of the chunk without it."""
+    layer = OmegaMemory(D, H, "l2", window, chunk=C)
+    weights = weights_of(layer, 0.5)
+    state, _ = layer(weights, layer.init_state(weights, 1), inputs(6))
+    _, tokens, gates = project_in(weights, state.window, inputs(C), H, None)
+    tokens, full = (*tokens, *gates), jnp.array([False, False, True, False])  # the memory has read 2 tokens of a chunk
+    after, y = layer._step(state.memory, Chunk(tokens, full, None), ())
+    expected, alone = layer._step(state.memory, Chunk(jax.tree.map(lambda part: part[2:3], tokens), None, None), ())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-15), (expected, alone), (after, y[2:3]))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
