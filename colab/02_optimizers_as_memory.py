@@ -248,8 +248,8 @@ def learn_start(carry, key):
 
 (learned, _), curve = jax.lax.scan(learn_start, (memory, outer.init(memory)), jax.random.split(jax.random.key(0), 200))
 held_out = jax.random.key(1)
-print(f"loss after {STEPS} steps on new tasks: {mean_loss(memory, held_out):.3f} from the default start,", end=" ")
-print(f"{mean_loss(learned, held_out):.3f} from the learned one")
+default, ours = mean_loss(memory, held_out), mean_loss(learned, held_out)
+print(f"loss after {STEPS} steps on new tasks: {default:.3f} from the default start, {ours:.3f} from the learned one")
 plt.plot(curve)
 plt.xlabel("outer step")
 plt.ylabel(f"loss after {STEPS} inner steps")
@@ -302,4 +302,3 @@ for name, rule in {
 
 # %%
 describe((preset("tiny-hope"), optim.m3(0.02, slow_period=8)), tokens_per_step=1024).plot()
-plt.show()

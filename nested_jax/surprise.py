@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nested_jax.errors import UserError
-from nested_jax.jaxpr.products import Found, Product, arrange, evaluate, find
+from nested_jax.jaxpr.product import Product, arrange
 from nested_jax.jaxpr.views import View, inexact, whole
+from nested_jax.jaxpr.walk import Found, evaluate, find
 from nested_jax.optim._matrices import name
 from nested_jax.typing import Array, Float, PyTree
 
@@ -45,9 +46,9 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
 
     Linear layers are found in the traced loss: parameters that reach it in no other way than as one side of products
     (`@`, `einsum`, `dot_general`, `nnx.Linear`, ...), after casts, transposes, reshapes, and cuts into layers; also inside
-    `jit`, `lax.scan`, `jax.checkpoint` and `custom_jvp`. So norms, biases and embeddings are none, nor is a kernel that is
-    also an embedding, is in the loss's weight decay, or is changed before its use, as the fast weights of a CMS are. What
-    happens inside `while_loop`, `cond` and `custom_vjp` is not looked at: a kernel used there is left out.
+    `jit`, `lax.scan`, `jax.checkpoint` and `custom_jvp`. So norms, biases, convolutions and embeddings are none, nor is a
+    kernel that is also an embedding, is in the loss's weight decay, or is changed before its use, as the fast weights of a
+    CMS are. What happens inside `while_loop`, `cond` and `custom_vjp` is not looked at: a kernel used there is left out.
 
     Args:
         loss: (model or parameters, batch) -> () or, with `has_aux`, ((), aux).

@@ -157,6 +157,8 @@ def with_memory(emit):
         (lambda m, g: jax.lax.while_loop(lambda c: (c[0] < 9 + m).any(), lambda c: (c[0] + 1, 0.9 * c[1]), (0.0, g))[1], 3),
         (lambda m, g: jax.lax.scan(lambda sum, row: (sum - row.sum(), None), m, g.reshape(2, -1))[0], 2),  # reads gradients
         (lambda m, g: jax.lax.scan(lambda x, factor: (x * factor, None), m, jnp.ones(3))[0], 3),
+        (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, x: 0.9 * x, m), 3),
+        (lambda m, g: (jax.lax.fori_loop(0, 3, lambda _, x: 0.9 * x, m), -m)[1], 2),  # nothing reads it
         (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
         (jax.jit(lambda m, g: jax.nn.relu(m)), 2),
     ],
@@ -166,6 +168,7 @@ def test_what_is_read_through_branches_and_loops(emit, levels):
     assert picture.levels == levels
     (memory,) = [c for c in picture.components if c.name == "memory"]
     assert memory.rule == "m <- 0.9 m + g"
+    assert not any("orthogonal" in c.name or "O^T O" in c.objective for c in picture.components)
 
 
 def test_what_never_moves_shares_a_level():
@@ -176,6 +179,18 @@ def test_what_never_moves_shares_a_level():
 def test_clipping_does_not_hide_a_memory():
     memory, _ = describe((MLP, optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)))).components
     assert memory.rule == "m <- 0.9 m + g"
+
+
+def test_no_law_is_claimed_that_does_not_hold():
+    params = {"a": jnp.ones(3)}
+    update = lambda g, m, _=None: (m, jax.tree.map(lambda m, g: m / (1 + jnp.sum(g**2)) + g, m, g))  # forgets by surprise
+    rule = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    memory = next(c for c in describe((params, rule)).components if c.name == "memory")
+    assert (memory.objective, memory.rule) == ("", "")
+    weights = describe((MLP, optim.generalized_gradient_descent(0.1))).components[-1]
+    assert weights.rule == "W <- W - eta g"  # found by conjugate gradients, to rounding
+    squares = next(c for c in describe((MLP, optax.contrib.prodigy(1.0))).components if c.name == "exp_avg_sq (Prodigy)")
+    assert squares.objective.startswith("-<m, g^2> +")  # however small
 
 
 class Two(NamedTuple):
@@ -388,3 +403,21 @@ def test_readme_shows_what_is_printed(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert main(["describe", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() in readme
+
+
+def test_an_mlp_and_linear_attention_differ_in_the_level_of_one_weight():
+    """Three weights are moved by the optimizer in both; the fourth with them, or at every token (NL section 6)."""
+    weights = {name: jnp.ones((5, 5)) for name in "QKVM"}
+
+    def step(M, x, slower):
+        q, k, v = (weights[name] @ x[0] for name in "QKV")
+        M = M - jax.grad(lambda M: -jnp.dot(M @ k, v))(M)
+        return M, M @ q
+
+    memory = Level(lambda slower: weights["M"], step, period=1, name="M")
+    fixed = {name: weights[name] for name in "QKV"}
+    mlp = describe((weights, optax.sgd(0.1)), tokens_per_step=8)
+    attention = describe((memory, fixed, optax.sgd(0.1)), tokens_per_step=8)
+    assert [(c.name, c.updates) for c in mlp.components] == [("parameters", "1/8 a token")]
+    assert [(c.name, c.updates) for c in attention.components] == [("M", "1 a token"), ("parameters", "1/8 a token")]
+    assert mlp.parameters - attention.parameters == weights["M"].size

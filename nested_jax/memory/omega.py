@@ -57,7 +57,7 @@ class OmegaMemory:
         features: phi, "identity", or "polynomial" for (k, k^2) entry by entry, of twice the width; of unit norm.
         chunk: tokens between two refreshes of the errors.
         power, threshold: of lp and huber.
-        max_rate: largest eta; None for 4 / chunk. gamma is at most 1 / c, so that a chunk's steps add up to at most 4.
+        max_rate: largest eta; None for 2 / (chunk + 1). gamma is at most 1 / c, and 1 if c is 1.
         surprise: largest norm of an error, larger ones are scaled down to it: keeps the memory bounded at any rate.
 
     Source: NL Eq. 68; ATLAS (arXiv 2505.23735) section 3; MIRAS (arXiv 2504.13173) section 5.
@@ -82,8 +82,9 @@ class OmegaMemory:
 
     @property
     def largest_rate(self) -> float:
-        """eta_max: errors are those of the chunk's start, so its steps must not add up to much more than one."""
-        return 4 / self.chunk if self.max_rate is None else self.max_rate
+        """eta_max: errors are those of the chunk's start, so that its steps must not add up to 2. Where they do, a run of
+        equal keys turns an error around by more than all of it, and outer gradients grow from chunk to chunk."""
+        return 2 / (self.chunk + 1) if self.max_rate is None else self.max_rate
 
     def lift(self, keys: Float[Array, "*batch K"]) -> Float[Array, "*batch phi"]:
         """phi of keys or queries of unit norm."""
@@ -92,7 +93,7 @@ class OmegaMemory:
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, phi)."""
         V = self.width // self.heads
-        weights = init_projections(key, self.width, self.heads, gates=3)
+        weights = init_projections(key, self.width, self.heads, gates=2 if self.window == 1 else 3)
         return {**weights, "start": jnp.zeros((self.heads, V, V * (1 if self.features == "identity" else 2)))}
 
     def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
@@ -130,12 +131,16 @@ class OmegaMemory:
         init, due = lambda slower: self.init_state(weights, batch).memory, lambda state: state.elapsed == 0
         return Level(init, self._step, self.chunk, name, due, description=description)
 
+    def _strength(self, rate: Array, gate: Array | None = None) -> Array:
+        """gamma; of a window of one token it would only be a factor of the rate."""
+        return jnp.ones_like(rate) if gate is None else gate / self.window
+
     def _step(self, state: OmegaState, chunk, slower):
-        q, k, v, rate, retain, strength = (heads_first(part) for part in chunk.tokens)
+        q, k, v, rate, retain, *strength = (heads_first(part) for part in chunk.tokens)
         C = k.shape[2]
         full = jnp.ones(C, bool) if chunk.mask is None else chunk.mask
         rate = jnp.where(full[None, None], self.largest_rate * rate, 0.0)
-        strength = jnp.where(full[None, None], strength / self.window, 0.0)
+        strength = jnp.where(full[None, None], self._strength(rate, *strength), 0.0)
         snapshot = state.weights if state.snapshot is None else state.snapshot
 
         join = lambda old, new: jnp.concatenate([old, new], axis=2)
@@ -168,9 +173,10 @@ class OmegaMemory:
 def definition(layer: OmegaMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same layer for one sequence from its start, token by token, `jax.grad` for the errors: the slow twin."""
     _, tokens, gates = project_in(weights, layer.init_state(weights, 1).window, x[None], layer.heads, None)
-    q, k, v, rate, retain, strength = (part[:, 0] for part in (*tokens, *gates))  # (T, H, ...)
+    q, k, v, rate, retain, *strength = (part[:, 0] for part in (*tokens, *gates))  # (T, H, ...)
     before = lambda part: jnp.pad(part, [(layer.window - 1, 0)] + [(0, 0)] * (part.ndim - 1))
-    history = [before(part) for part in (layer.lift(k), l2norm(v), strength / layer.window)]
+    gamma = strength[0] / layer.window if strength else jnp.ones_like(rate)
+    history = [before(part) for part in (layer.lift(k), l2norm(v), gamma)]
 
     def gradient(memory, key, value):
         error = jax.grad(lambda y: layer.bias.loss(y, value))(memory @ key)

@@ -112,9 +112,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         names[len(parts)], description = _named(trial.state, where)
         ends = [v for i in leaves for v in forms(i)]
         parts.append(Part("", frequency, "", ends, [*map(made, leaves)], leaves, law, description))
-    own = [part.description for part in parts]
-    said = (_named(trial.state, places[i][0])[1] for i in range(n, n + s))  # by states with no memory: of the weights' rule
-    of_weights = next((d for d in said if d != Description() and d not in own), Description())
+    says = {i: _named(trial.state, places[i][0])[1] for i in range(n, n + s)}
+    of_memories = [says[i] for i in says if trial.learns[i]] + [Description()]
+    of_weights = next((d for d in says.values() if d not in of_memories), Description())  # of states that only count
     for i, (short, long) in names.items():
         parts[i].name = short if [s for s, _ in names.values()].count(short) == 1 else long
 

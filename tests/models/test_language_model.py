@@ -16,6 +16,7 @@ from tiny import config, differentiable, model, read, tokens
 from nested_jax import PRESETS, LanguageModel, cms, preset
 from nested_jax.errors import UserError
 from nested_jax.memory import linear
+from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.__main__ import table
 from nested_jax.models.block import sequence_layer
 
@@ -120,10 +121,10 @@ def test_causal_and_rows_apart(x64, name):
     np.testing.assert_allclose(alone, whole[:1], **tolerance(name))
 
 
-@pytest.mark.parametrize("name", ["hope", "hope, last block", "hope-attention"])
+@pytest.mark.parametrize("name", ["hope", "hope, last block", "hope-attention", "omega in context"])
 def test_a_reset_is_a_fresh_start(x64, name):
     """Of one row, on the grid of documents; the other row goes on."""
-    made, text = model(config(**MODELS[name])), tokens(2, 24)
+    made, text = model(config(**READERS[name])), tokens(2, 24)
     assert made.config.alignment == 8
     call = jax.jit(lambda text, reset: read(made, text, 24, reset=reset)[0])
     logits = call(text, jnp.zeros((2, 24), bool).at[1, 8].set(True))
@@ -215,6 +216,16 @@ def test_documents_align_with_the_longest_chunk_and_period(mixer, reading, align
     """Chunks of 12 and 24 tokens, periods of 16 and 8: their least common multiple."""
     made = config(mixer=mixer, chunk=12, projection_chunk=24, periods=(16, 8))
     assert (made.reading, made.alignment) == (reading, alignment)
+
+
+def test_options_reach_the_memory():
+    made = lambda mixer, **fields: sequence_layer(config(mixer, **fields))
+    assert made("oja") == linear.LinearMemory(8, 2, "oja", chunk=4)
+    assert made("lp", lp_power=1.5) == OmegaMemory(8, 2, "lp", window=1, chunk=4, power=1.5)
+    assert made("huber", huber_threshold=0.3) == OmegaMemory(8, 2, "huber", window=1, chunk=4, threshold=0.3)
+    for features in ("identity", "polynomial"):
+        layer = made("omega", omega_window=3, omega_features=features)
+        assert layer == OmegaMemory(8, 2, "l2", window=3, features=features, chunk=4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,43 +6,18 @@ A parameter is followed through casts, transposes, reshapes and slices, into `ji
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from nested_jax.jaxpr.views import Loop, Piece, View, follow, inexact
+from nested_jax.jaxpr.product import Product, product_of
+from nested_jax.jaxpr.views import Loop, View, follow, inexact
 from nested_jax.typing import Array
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
-
-
-Label = tuple[Piece, ...] | None  # what of the parameter a dimension runs over; () for none, None for a unit one to drop
-
-
-class Product(NamedTuple):
-    """A product of x and a parameter. Labels are of x's and of the product's dimensions, loops first."""
-
-    view: View
-    operand: int  # which operand is x
-    x: tuple[Label, ...]
-    y: tuple[Label, ...]
-    shape: tuple[int, ...]  # of the product, loops first
-    dtype: jnp.dtype
-
-    @property
-    def roles(self) -> tuple[tuple[int, ...], ...]:
-        """(stacked, in, out) axes of the parameter."""
-        x, y = ({piece.axis for label in labels for piece in label or ()} for labels in (self.x, self.y))
-        axes = range(len(self.view.ranges))
-        return tuple(tuple(a for a in axes if (a in x, a in y) in role) for role in _ROLES)
-
-
-_ROLES = (((True, True), (False, False)), ((True, False),), ((False, True),))
 
 
 @dataclass
@@ -74,7 +49,7 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
         given, flags = [view_of(v) for v in eqn.invars], [v in alive for v in eqn.outvars]
         if not any(given) or not any(flags) or eqn.primitive.name == "stop_gradient":
             continue
-        if product := _product(eqn, given):
+        if product := product_of(eqn, given):
             found.inside[i] = product
         elif inner := _inner(eqn, given, flags):
             found.inside[i] = inner
@@ -192,21 +167,18 @@ def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
 
 def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found:
     closed, (constants, carries) = _closed(eqn), _scan_counts(eqn)
-    into, others = [], []
-    for i, (view, v) in enumerate(zip(given, closed.jaxpr.invars, strict=True)):
-        carried = constants <= i < constants + carries
-        if view and carried and closed.jaxpr.outvars[i - constants] is not v:
-            others.append(view)
-            view = None
-        if view:
-            scanned = i >= constants + carries
-            label, dims = (view.dims[0], view.dims[1:]) if scanned else ((), view.dims)
-            view = view._replace(dims=dims, loops=(*view.loops, Loop(eqn.params["length"], label)))
-        into.append(view)
+    carried = filter(None, given[constants : constants + carries])  # and changed: JAX takes out carries that are not
+    into = []
+    for i, view in enumerate(given):
+        if view and i >= constants + carries:
+            into.append(view._replace(dims=view.dims[1:], loops=(*view.loops, Loop(eqn.params["length"], view.dims[0]))))
+        elif view and i < constants:
+            into.append(view._replace(loops=(*view.loops, Loop(eqn.params["length"], ()))))
+        else:
+            into.append(None)
     found = find(closed, into, _over_iterations(eqn, flags))
-    kept = [into[constants + i] and given[constants + i] for i in range(carries)]
-    found.others += others + list(filter(None, found.outputs[carries:]))
-    found.outputs = kept + [None] * (len(flags) - carries)
+    found.others += [*carried, *filter(None, found.outputs)]
+    found.outputs = [None] * len(flags)
     return found
 
 
@@ -253,67 +225,3 @@ def _evaluate_rule(eqn: JaxprEqn, found: Found, values: list[Array], probes: lis
 
     outputs, inputs = apply(values, probes)
     return outputs, inputs
-
-
-def _product(eqn: JaxprEqn, given: list[View | None]) -> Product | None:
-    """The product that a dot is, if one side is a parameter and every axis of it plays one part."""
-    if eqn.primitive.name != "dot_general" or all(given):
-        return None
-    side = 0 if given[0] else 1
-    kernel, dims = given[side], given[side].dims
-    contracted, batched = eqn.params["dimension_numbers"]
-    label = lambda dim: dims[dim] or None
-    x = [()] * eqn.invars[1 - side].aval.ndim
-    for theirs, ours in ((contracted[1 - side], contracted[side]), (batched[1 - side], batched[side])):
-        for dim, own in zip(theirs, ours, strict=True):
-            x[dim] = label(own)
-    free = [[()] * (len(x) - len(contracted[0]) - len(batched[0]))]
-    free.insert(side, [label(dim) for dim in range(len(dims)) if dim not in (*contracted[side], *batched[side])])
-    y = [*map(label, batched[side]), *free[0], *free[1]]
-    aval, around = eqn.outvars[0].aval, [loop.label for loop in kernel.loops]
-    shape = (*(loop.length for loop in kernel.loops), *aval.shape)
-    product = Product(kernel, 1 - side, (*around, *x), (*around, *y), shape, aval.dtype)
-    return product if _sound(product) else None
-
-
-def _sound(product: Product) -> bool:
-    """Whether the parameter is a stack of whole matrices here, its axes and their entries in order."""
-    view, (stacked, *matrix) = product.view, product.roles
-    cut = {axis for axis, span in enumerate(view.ranges) if span != (0, view.sizes[axis])}
-    role = lambda piece: piece.axis in stacked
-    ordered = lambda pieces: sorted(pieces, key=_place) == pieces
-    return (
-        all(matrix)
-        and cut <= set(stacked[:1])
-        and all(len({role(piece) for piece in label}) == 1 for label in (*product.x, *product.y) if label)
-        and all(
-            ordered([piece for dim in dims for piece in labels[dim]])
-            for labels in (product.x, product.y)
-            for dims in _order(labels, stacked)[1::2]
-        )
-    )
-
-
-def _place(piece: Piece) -> tuple[int, int]:
-    return piece.axis, -piece.stride
-
-
-def _order(labels: Sequence[Label], stacked: Sequence[int]) -> tuple[list[int], ...]:
-    """Dimensions that are (dropped, stacked, examples, of the matrix)."""
-    first = lambda dim: _place(labels[dim][0])
-    own = sorted((dim for dim, label in enumerate(labels) if label), key=first)
-    return (
-        [dim for dim, label in enumerate(labels) if label is None],
-        [dim for dim in own if labels[dim][0].axis in stacked],
-        [dim for dim, label in enumerate(labels) if label == ()],
-        [dim for dim in own if labels[dim][0].axis not in stacked],
-    )
-
-
-def arrange(product: Product, array: Array, labels: Sequence[Label]) -> Array:
-    """x or the surprise of a product, as (stacked axes..., examples..., in or out)."""
-    stacked = product.roles[0]
-    dropped, stack, examples, own = _order(labels, stacked)
-    lengths = [stop - start for start, stop in (product.view.ranges[axis] for axis in stacked)]
-    shape = (*lengths, *(array.shape[dim] for dim in examples), math.prod(array.shape[dim] for dim in own))
-    return array.transpose(*dropped, *stack, *examples, *own).reshape(shape)

@@ -1,0 +1,81 @@
+"""The Omega rule with a window of one token is the recurrence of all memories; its largest rate does not overshoot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory import objective
+from nested_jax.memory.omega import OmegaMemory
+from nested_jax.memory.projections import heads_first, l2norm, project_in, project_out, time_first
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked
+from nested_jax.memory.stream import Chunk
+
+D, H, C = 8, 2, 4
+
+
+def weights_of(layer, start):
+    """Initial weights in float64, but for a random start of that size."""
+    weights = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0)))
+    return {**weights, "start": start * jax.random.normal(jax.random.key(1), weights["start"].shape, jnp.float64)}
+
+
+def inputs(length):
+    return jax.random.normal(jax.random.key(2), (1, length, D), jnp.float64)
+
+
+@pytest.mark.parametrize(
+    ("layer", "bias"),
+    [
+        (OmegaMemory(D, H, "l2", 1, chunk=C), objective.l2()),
+        (OmegaMemory(D, H, "lp", 1, chunk=C, power=1.5), objective.lp(1.5)),
+        (OmegaMemory(D, H, "huber", 1, chunk=C, threshold=0.5), objective.huber(0.5)),
+    ],
+    ids=["l2", "lp", "huber"],
+)
+def test_a_window_of_one_token_is_the_recurrence_of_all_memories(x64, layer, bias):
+    """Without an erase, with the objective's errors at every chunk's start."""
+    weights, x = weights_of(layer, 0.5), inputs(3 * C)
+    _, tokens, gates = project_in(weights, layer.init_state(weights, 1).window, x, H, None)
+    q, k, v, rate, retain = (heads_first(part) for part in (*tokens, *gates))
+    memory, outputs = MemoryState(weights["start"][None]), []
+    for start in range(0, 3 * C, C):
+        cut = lambda part, start=start: part[:, :, start : start + C]
+        errors = bias.error(cut(k) @ memory.weights.swapaxes(-1, -2), l2norm(cut(v)))
+        write = 2 / (C + 1) * cut(rate)
+        memory, y = chunked(memory, cut(k), errors, Gates(write, 0 * write, cut(retain)), cut(q))
+        outputs.append(time_first(y))
+    state, y = layer(weights, layer.init_state(weights, 1), x)
+    np.testing.assert_allclose(y, project_out(weights, jnp.concatenate(outputs), x.dtype), rtol=1e-10)
+    np.testing.assert_allclose(state.memory.weights, memory.weights, rtol=1e-10)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_what_an_empty_slot_holds_does_not_matter(x64, window):
+    """State and reads are those of the chunk without it."""
+    layer = OmegaMemory(D, H, "l2", window, chunk=C)
+    weights = weights_of(layer, 0.5)
+    state, _ = layer(weights, layer.init_state(weights, 1), inputs(6))
+    _, tokens, gates = project_in(weights, state.window, inputs(C), H, None)
+    tokens, full = (*tokens, *gates), jnp.array([False, False, True, False])  # the memory has read 2 tokens of a chunk
+    after, y = layer._step(state.memory, Chunk(tokens, full, None), ())
+    expected, alone = layer._step(state.memory, Chunk(jax.tree.map(lambda part: part[2:3], tokens), None, None), ())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-15), (expected, alone), (after, y[2:3]))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("options", [("l2",), ("huber",), ("lp",), ("l2", 3, "polynomial")], ids=str)
+def test_a_pair_shown_again_and_again_is_learned_at_the_largest_rate(x64, options, chunk):
+    """From chunk to chunk, with nothing forgotten, the error gets smaller."""
+    layer = OmegaMemory(D, H, *(options if len(options) > 1 else (*options, 1)), chunk=chunk)
+    weights, x = weights_of(layer, 0.1), jnp.repeat(inputs(1), 8 * chunk, axis=1)
+    weights["gates_bias"] = jnp.full_like(weights["gates_bias"], 30.0)
+    _, (_, key, value), _ = project_in(weights, layer.init_state(weights, 1).window, x[:, :1], H, None)
+    state, errors = layer.init_state(weights, 1), []
+    call = jax.jit(layer.__call__)
+    for piece in jnp.split(x, 8, axis=1):
+        held = jnp.einsum("bhvk,bhk->bhv", state.memory.weights, layer.lift(key[0]))
+        errors.append(jnp.linalg.norm(held - l2norm(value[0]), axis=-1))
+        state, _ = call(weights, state, piece)
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert (after < jnp.maximum(before, 1e-9)).all()
