@@ -38,7 +38,7 @@ def unroll(
     | n | n | of T / n | 2 |
     | "sqrt" | sqrt T | of sqrt T | 2 |
     | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + how many numbers |
-    | "log" | 4 log_4 T | of at most 15 | 1 + log_4 T |
+    | "log" | 4 log_4 T | of at most 3 | 1 + log_4 T |
 
     Args:
         step: (state, x) -> (state, y), pure. An optax optimizer is one: its state and the parameters are the state, its
