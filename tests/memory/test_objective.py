@@ -33,7 +33,7 @@ def test_the_error_is_the_derivative_of_the_loss(x64, name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_derivatives_are_finite_where_the_error_is_zero(name):
-    for function in OBJECTIVES[name]:
+    for function in OBJECTIVES[name][:2]:
         for derivative in (jax.jacobian, lambda f: jax.jacobian(jax.jacobian(f))):
             assert jnp.isfinite(derivative(lambda y, f=function: f(y, y[::-1]))(jnp.ones(3))).all()
 
