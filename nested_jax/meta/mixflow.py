@@ -36,43 +36,30 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
     >>> print(jax.grad(outer, argnums=1)(0.1, 2.0))  # 1 - rate 12 w^2
     -3.8000002
     """
-    single = isinstance(argnums, int)
-
-    def split(arguments):
-        """The differentiable leaves of all arguments, and how to put them back."""
-        leaves, structure = jax.tree.flatten(arguments)
-        smooth = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-        chosen = [leaf for leaf, keep in zip(leaves, smooth, strict=True) if keep]
-
-        def join(chosen):
-            chosen = iter(chosen)
-            return structure.unflatten([next(chosen) if keep else leaf for leaf, keep in zip(leaves, smooth, strict=True)])
-
-        return chosen, join
-
     gradient = jax.custom_vjp(lambda *arguments: jax.grad(loss, argnums, has_aux)(*arguments))
+    is_none = lambda x: x is None
+    inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
     def forward(*arguments):
         return jax.grad(loss, argnums, has_aux)(*arguments), arguments
 
     def backward(arguments, cotangent):
         cotangent, of_aux = cotangent if has_aux else (cotangent, None)
-        wanted = (argnums,) if single else tuple(argnums)
-        direction = [jax.tree.map(jnp.zeros_like, argument) for argument in arguments]
-        for i, v in zip(wanted, (cotangent,) if single else cotangent, strict=True):
-            direction[i] = jax.tree.map(jnp.add, direction[i], v)
-        leaves, join = split(arguments)
-        along, _ = split(tuple(direction))
-        value = lambda leaves: loss(*join(leaves))
-        slope = jax.grad((lambda leaves: value(leaves)[0]) if has_aux else value)
-        _, products = jax.jvp(slope, (leaves,), (along,))
+        smooth = jax.tree.map(lambda x: x if inexact(x) else None, arguments)  # integers and keys have no derivative
+        along = list(jax.tree.map(jnp.zeros_like, smooth))
+        pairs = [(argnums, cotangent)] if isinstance(argnums, int) else zip(argnums, cotangent, strict=True)
+        for i, v in pairs:
+            along[i] = jax.tree.map(jnp.add, along[i], v)
+
+        def of(smooth):
+            result = loss(*jax.tree.map(lambda x, y: y if x is None else x, smooth, arguments, is_leaf=is_none))
+            return result if has_aux else (result, None)
+
+        _, products = jax.jvp(jax.grad(lambda smooth: of(smooth)[0]), (smooth,), (tuple(along),))
         if has_aux:
-            _, pull = jax.vjp(lambda leaves: value(leaves)[1], leaves)
-            products = jax.tree.map(jnp.add, products, pull(of_aux)[0])
-        products = iter(products)
-        every, structure = jax.tree.flatten(arguments)
-        given = [next(products) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None for x in every]
-        return structure.unflatten(given)
+            _, pull = jax.vjp(lambda smooth: of(smooth)[1], smooth)
+            products = jax.tree.map(jnp.add, products, *pull(of_aux))
+        return products
 
     gradient.defvjp(forward, backward)
     return gradient

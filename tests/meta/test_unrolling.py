@@ -137,6 +137,13 @@ def test_no_step_at_a_zero_gradient_breaks_what_comes_after(gradient):
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(got)), name
 
 
+def test_mixflow_takes_random_keys_and_the_last_argument_by_minus_one(x64):
+    loss = lambda key, w: jnp.sum(jnp.tanh(w * jax.random.normal(key, (3,))) ** 3)
+    value = lambda of, w: jnp.sum(of(loss, -1)(jax.random.key(0), w) ** 2)
+    w = jnp.array([0.3, -0.5, 0.7])
+    assert_close(jax.grad(lambda w: value(mixflow_grad, w))(w), jax.grad(lambda w: value(jax.grad, w))(w))
+
+
 def test_debug_is_the_same_loop_in_python(x64):
     steps = []
 
