@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from nested_jax.errors import UserError
 from nested_jax.typing import Array, PyTree
@@ -121,7 +122,7 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
         return Nested(slow_state, fast.init((slow_state, *slower)))
 
     def step(state, context, slower):
-        whole = _length(context) == slow.period
+        whole = stream_length(context) == slow.period
         fast_state, pieces = _advance(fast, state.fast, context, (state.slow, *slower), "none")
         slow_state, emitted = state.slow, []
         for piece in pieces:  # one, unless the context is cut short inside a tick of the fast level
@@ -164,7 +165,7 @@ def run(
     """
     if state is None:
         state = level.init(slower)
-    length = _length(stream)
+    length = stream_length(stream)
     state, pieces = _advance(level, state, stream, slower, checkpoint)
     if length % level.period == 0:
         return state, pieces[0]
@@ -178,7 +179,7 @@ class _Pieces(list):
 
 def _advance(level, state, stream, slower, checkpoint):
     """Steps over the whole periods, then over what remains. Returns the state and the emitted pieces, each stacked."""
-    length = _length(stream)
+    length = stream_length(stream)
     steps, rest = divmod(length, level.period)
     pieces = []
     if steps:
@@ -193,31 +194,37 @@ def _advance(level, state, stream, slower, checkpoint):
     return state, pieces
 
 
-def scan(step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = "none") -> tuple[PyTree, PyTree]:
+def scan(
+    step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = "none", offload: bool = False
+) -> tuple[PyTree, PyTree]:
     """`lax.scan` with one knob for what its backward pass keeps; the rest it computes again.
 
     Args:
         checkpoint: "none": all that happens inside the steps. "full": the state before each step. A number n: the state
             before each of n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments. A
             tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
+        offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
 
     Raises:
-        UserError: a checkpoint that is none of these, or more segments than steps.
+        UserError: a checkpoint that is none of these, more segments than steps, or none to offload.
     """
+    if offload and checkpoint in ("none", "full"):
+        raise UserError(f"offload=True keeps states before segments: give checkpoint='sqrt' or a number, not {checkpoint!r}")
     if checkpoint == "none":
         return jax.lax.scan(step, state, xs)
     if checkpoint == "full":
         return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, xs)
-    return _scan_segments(step, _segments(checkpoint, _length(xs)), state, xs)
+    return _scan_segments(step, _segments(checkpoint, stream_length(xs)), offload, state, xs)
 
 
-def _scan_segments(step: Callable, counts: tuple[int, ...], state: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-    length = _length(xs)
+def _scan_segments(step, counts: tuple[int, ...], offload: bool, state: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+    length = stream_length(xs)
     if not counts or length == 1:
         return jax.lax.scan(step, state, xs)
     segments = min(counts[0], length)
     size, rest = divmod(length, segments)
-    inner = jax.checkpoint(partial(_scan_segments, step, counts[1:]), prevent_cse=False)
+    inner = partial(_scan_segments, step, counts[1:], offload)
+    inner = _offloaded(inner, len(counts)) if offload else jax.checkpoint(inner, prevent_cse=False)
     head = jax.tree.map(lambda x: x[: size * segments].reshape(segments, size, *x.shape[1:]), xs)
     state, emitted = jax.lax.scan(inner, state, head)
     emitted = jax.tree.map(lambda x: x.reshape(size * segments, *x.shape[2:]), emitted)
@@ -225,6 +232,19 @@ def _scan_segments(step: Callable, counts: tuple[int, ...], state: PyTree, xs: P
         state, tail = inner(state, jax.tree.map(lambda x: x[size * segments :], xs))
         emitted = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), emitted, tail)
     return state, emitted
+
+
+def _offloaded(segment: Callable, layer: int) -> Callable:
+    """Rematerialised, with its first state in the host's memory; each layer of segments keeps its own."""
+    name = f"state before segments, layer {layer}"
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[name],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    named = lambda state: jax.tree.map(lambda leaf: checkpoint_name(leaf, name), state)
+    return jax.checkpoint(lambda state, xs: segment(named(state), xs), policy=policy, prevent_cse=False)
 
 
 def _segments(checkpoint: Checkpoint, length: int) -> tuple[int, ...]:
@@ -250,8 +270,9 @@ def _where(due: Array, fresh: PyTree, state: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(due.reshape(due.shape + (1,) * (b.ndim - due.ndim)), a, b), fresh, state)
 
 
-def _length(stream: PyTree) -> int:
+def stream_length(stream: PyTree) -> int:
+    """T, the leading axis of every leaf."""
     lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(stream)})
     if len(lengths) != 1 or lengths[0] == 0:
-        raise ValueError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
+        raise UserError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
     return lengths[0]

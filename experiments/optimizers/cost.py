@@ -24,6 +24,14 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(own) for name, own in times.items()}
 
 
+def costs(calls: dict[str, Callable], updates: int, rounds: int, sizes: dict[str, float]) -> list[dict]:
+    """A row for each optimizer: seconds of one of a call's updates, bytes of state for every parameter."""
+    times = in_turns(calls, rounds)
+    return [
+        {"optimizer": name, "seconds": times[name] / updates, "state_bytes_per_parameter": sizes[name]} for name in calls
+    ]
+
+
 def state_bytes(state: PyTree, params: PyTree) -> float:
     """Bytes of an optimizer's state for every parameter."""
     count = lambda tree, size: sum(size(leaf) for leaf in jax.tree.leaves(tree))

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import optax
 import tyro
-from cost import in_turns, state_bytes
+from cost import costs, state_bytes
 from record import RESULTS, begin, finish
 
 from nested_jax import optim
@@ -155,11 +155,7 @@ def cost(config: settings.Orthogonal) -> list[dict]:
             return updates
 
         calls[name], sizes[name] = call, state_bytes(held, params)
-    times = in_turns(calls, config.cost_rounds)
-    return [
-        {"optimizer": name, "seconds": times[name] / config.cost_updates, "state_bytes_per_parameter": sizes[name]}
-        for name in calls
-    ]
+    return costs(calls, config.cost_updates, config.cost_rounds, sizes)
 
 
 def measure(config: settings.Orthogonal) -> dict:

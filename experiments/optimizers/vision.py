@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 import optax
 import tyro
-from cost import in_turns, state_bytes
+from cost import costs, state_bytes
 from flax import nnx
 from record import RESULTS, finish, once, resume
 from sklearn.datasets import load_digits
@@ -137,11 +137,7 @@ def cost(config: settings.Vision, train: Images) -> list[dict]:
             return weights
 
         calls[name], sizes[name] = call, state_bytes(state, weights)
-    times = in_turns(calls, config.cost_rounds)
-    return [
-        {"optimizer": name, "seconds": times[name] / config.cost_steps, "state_bytes_per_parameter": sizes[name]}
-        for name in calls
-    ]
+    return costs(calls, config.cost_steps, config.cost_rounds, sizes)
 
 
 def measure(config: settings.Vision, results: dict) -> dict:

@@ -21,7 +21,7 @@ import numpy as np
 from nested_jax.level import Description, Level
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, write
-from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
+from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -60,8 +60,7 @@ class LinearMemory:
         window, (q, k, v), (rate, *retain) = project_in(weights, state.window, x, self.heads, reset)
         memory, y = read_stream(
             self._level(weights, len(x)), state.memory, (q, k, v, rate, *retain),
-            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
+            position=state.position, aligned=aligned, reset=reset,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
 

@@ -25,7 +25,7 @@ from nested_jax.memory import objective
 from nested_jax.memory.deep import bounded
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import decays, scale
-from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, on_grid, read_stream
+from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -109,8 +109,7 @@ class OmegaMemory:
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
         memory, y = read_stream(
             self._level(weights, len(x)), state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned or on_grid(state.position, self.chunk),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, len(x)).memory,
+            position=state.position, aligned=aligned, reset=reset,
             tight=lambda state: state._replace(snapshot=None), loose=lambda state: state._replace(snapshot=state.weights),
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)

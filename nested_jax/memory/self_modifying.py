@@ -45,7 +45,7 @@ from nested_jax.memory.deep import (
 )
 from nested_jax.memory.projections import heads_first, l2norm, project_out, retention_bias, rms_norm, time_first
 from nested_jax.memory.recurrence import upcast
-from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, convolve, on_grid, read_stream
+from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, convolve, read_stream
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -129,8 +129,7 @@ class SelfModifyingTitans:
             theta = jax.nn.sigmoid(theta).swapaxes(0, 1)
         memory, y = read_stream(
             self._level(weights, B), state.memory, (split(x), query, theta),
-            position=state.position, aligned=aligned or on_grid(state.position, self.period),
-            reset=reset, fresh=None if reset is None else self.init_state(weights, B).memory, tight=tight, loose=loose,
+            position=state.position, aligned=aligned, reset=reset, tight=tight, loose=loose,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, T)), project_out(weights, y, x.dtype)
 

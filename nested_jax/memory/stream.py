@@ -40,11 +40,6 @@ class StreamState(NamedTuple):
     position: Array | np.int32
 
 
-def on_grid(position: Array | np.int32, period: int) -> bool:
-    """Whether a position is known, while tracing, to be a multiple of the period."""
-    return not isinstance(position, jax.Array) and int(position) % period == 0
-
-
 def advance(position: Array | np.int32, tokens: int) -> Array | np.int32:
     """The position after some more tokens; stays a NumPy integer if it is one."""
     return position + np.int32(tokens) if isinstance(position, jax.Array) else np.int32(position + tokens)
@@ -56,9 +51,8 @@ def read_stream(
     tokens: PyTree,
     *,
     position: Array | np.int32,
-    aligned: bool,
+    aligned: bool = False,
     reset: Bool[Array, "B T"] | None = None,
-    fresh: PyTree = None,
     tight=lambda state: state,
     loose=lambda state: state,
 ) -> tuple[PyTree, PyTree]:
@@ -68,8 +62,8 @@ def read_stream(
         level: reads `Chunk`s of `period` slots, counts its own tokens, and emits (C, B, ...) per chunk.
         tokens: pytree of (T, B, ...).
         position: tokens read before this piece.
-        aligned: the piece is known to start on the chunk grid.
-        reset: starts of documents, on the grid; `fresh` is the state that such a row restarts from.
+        aligned: the piece starts on the chunk grid, though its position does not say so while tracing.
+        reset: starts of documents, on the grid: such a row restarts from the level's start.
         tight, loose: convert the state to and from a form that holds no more than what whole chunks need.
 
     Returns:
@@ -78,8 +72,8 @@ def read_stream(
     length = jax.tree.leaves(tokens)[0].shape[0]
     reset = None if reset is None else reset.T
     period = level.period
-    starting = lambda form: level if reset is None or fresh is None else _restarting(level, form(fresh))
-    if aligned or length == 1:
+    starting = lambda form: level if reset is None else _restarting(level, form(level.init(())))
+    if aligned or length == 1 or _on_grid(position, period):
         outputs = []
         whole = length - length % period
         if whole:
@@ -100,6 +94,11 @@ def read_stream(
     state, emitted = run(starting(loose), state, laid, checkpoint="full")
     take = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(slots, *x.shape[2:]), offset, length, axis=0)
     return state, jax.tree.map(take, emitted)
+
+
+def _on_grid(position: Array | np.int32, period: int) -> bool:
+    """Whether a position is known, while tracing, to be a multiple of the period."""
+    return not isinstance(position, jax.Array) and int(position) % period == 0
 
 
 def _restarting(level: Level, fresh: PyTree) -> Level:

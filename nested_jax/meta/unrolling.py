@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from nested_jax.errors import UserError
-from nested_jax.level import Checkpoint, scan
+from nested_jax.level import Checkpoint, scan, stream_length
 from nested_jax.typing import PyTree
-
-_STATE = "nested_jax.meta.unroll state"
 
 
 def unroll(
@@ -47,8 +43,8 @@ def unroll(
         xs: pytree of arrays with a leading axis of T, what each step is given.
         checkpoint: see above. A `Level` takes the same: `nested_jax.run(level, ..., checkpoint=...)`.
         debug: a plain Python loop instead, step by step, in which `print` and a debugger see numbers; not under `jit`.
-        offload: keep the states before the segments in the host's memory, where the backend has one ("pinned_host"); for a
-            checkpoint of segments in one layer, "sqrt" or a number.
+        offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host"); not of
+            "none" and "full", which have no segments.
 
     Returns:
         (state, ys), each y stacked along a leading axis of T.
@@ -67,13 +63,11 @@ def unroll(
     >>> print(jax.grad(solution)(0.01).round(4), round(100 * 0.99**99, 4))
     36.973 36.973
     """
-    length = _length(xs)
+    length = stream_length(xs)
     _assert_steady(step, state, xs)
     if debug:
         return _loop(step, state, xs, length)
-    if offload:
-        return _scan_offloaded(step, state, xs, length, checkpoint)
-    return scan(step, state, xs, checkpoint=checkpoint)
+    return scan(step, state, xs, checkpoint=checkpoint, offload=offload)
 
 
 def _loop(step, state, xs, length):
@@ -82,33 +76,6 @@ def _loop(step, state, xs, length):
         state, y = step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
         outputs.append(y)
     return state, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
-
-
-def _scan_offloaded(step, state, xs, length, checkpoint):
-    """Segments whose first states wait in the host's memory."""
-    segments = max(1, math.isqrt(length)) if checkpoint == "sqrt" else checkpoint
-    if type(segments) is not int or not 1 <= segments <= length or length % segments:
-        raise UserError(
-            f"unroll: offload with checkpoint={checkpoint!r} and {length} steps: give a number of segments that divides them"
-        )
-    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_STATE],
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    named = lambda state: jax.tree.map(lambda leaf: checkpoint_name(leaf, _STATE), state)
-    segment = jax.checkpoint(lambda state, chunk: jax.lax.scan(step, named(state), chunk), policy=policy, prevent_cse=False)
-    chunks = jax.tree.map(lambda x: x.reshape(segments, -1, *x.shape[1:]), xs)
-    state, ys = jax.lax.scan(segment, state, chunks)
-    return state, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), ys)
-
-
-def _length(xs: PyTree) -> int:
-    lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(xs)})
-    if len(lengths) != 1 or not lengths[0]:
-        raise UserError(f"unroll: xs has leading axes of {lengths}: give one length of at least 1")
-    return lengths[0]
 
 
 def _assert_steady(step, state, xs) -> None:

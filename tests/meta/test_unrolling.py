@@ -162,17 +162,21 @@ def test_debug_is_the_same_loop_in_python(x64):
     )
 
 
-def test_states_that_wait_in_the_hosts_memory(x64):
+@pytest.mark.parametrize(("checkpoint", "waiting"), [("sqrt", [4]), (5, [5]), ((3, 2), [3, 2]), ("log", [4])])
+def test_states_that_wait_in_the_hosts_memory(x64, checkpoint, waiting):
+    """Those before the segments of 17 steps, of every layer of segments, whether or not they divide the steps."""
     step = lambda w, x: (jnp.sin(w * x), w)
-    xs = jnp.linspace(0.5, 1.5, 16)
+    xs = jnp.linspace(0.5, 1.5, 17)
     by = lambda w, **keywords: sum(jnp.sum(part) for part in unroll(step, w, xs, **keywords))
-    offloaded = jax.jit(jax.value_and_grad(functools.partial(by, offload=True)))
-    assert "f64<host>[4]" in str(jax.make_jaxpr(offloaded)(0.3))  # the states before four segments
+    offloaded = jax.jit(jax.value_and_grad(functools.partial(by, checkpoint=checkpoint, offload=True)))
+    program = str(jax.make_jaxpr(offloaded)(0.3))
+    assert all(f"f64<host>[{states}]" in program for states in waiting)
     assert_close(offloaded(0.3), jax.value_and_grad(by)(0.3))
-    with pytest.raises(
-        UserError, match="offload with checkpoint=5 and 16 steps: give a number of segments that divides them"
-    ):
-        unroll(step, 0.3, xs, checkpoint=5, offload=True)
+
+
+def test_only_states_before_segments_can_wait():
+    with pytest.raises(UserError, match="offload=True .* give checkpoint='sqrt' or a number, not 'full'"):
+        unroll(lambda w, x: (w * x, w), 0.3, jnp.ones(4), checkpoint="full", offload=True)
 
 
 def test_a_level_takes_the_same(x64):
@@ -195,6 +199,22 @@ def test_what_is_kept_grows_as_the_table_says(checkpoint, states, slopes):
 
 
 @pytest.mark.parametrize(
+    ("checkpoint", "passes"), [("none", 1), ("full", 2), ("sqrt", 2), (16, 2), ((4, 4), 3), ((2, 2, 2), 4), ("log", 4)]
+)
+def test_steps_are_run_as_often_as_the_table_says(checkpoint, passes):
+    """Forward passes of 64 steps under `jax.grad`, log_4 64 = 3."""
+    runs = []
+
+    def step(s, x):
+        jax.debug.callback(lambda s: runs.append(s), s)
+        return jnp.sin(s) * x, None
+
+    jax.jit(jax.grad(lambda s: unroll(step, s, jnp.ones(64), checkpoint=checkpoint)[0]))(0.5).block_until_ready()
+    jax.effects_barrier()
+    assert len(runs) == 64 * passes
+
+
+@pytest.mark.parametrize(
     ("step", "message"),
     [
         (lambda s, x: ({"w": s["w"].astype(jnp.float16)}, x), r"state\['w'\] from float32\[3\] to float16\[3\]"),
@@ -209,9 +229,9 @@ def test_a_step_that_changes_the_state_is_told_where(step, message):
 
 def test_what_cannot_be_is_refused():
     step = lambda s, x: (s, x)
-    with pytest.raises(UserError, match=r"xs has leading axes of \[0\]: give one length of at least 1"):
+    with pytest.raises(UserError, match=r"one length of at least 1 along the leading axis, not \[0\]"):
         unroll(step, 0.0, jnp.ones((0, 2)))
-    with pytest.raises(UserError, match=r"xs has leading axes of \[2, 3\]"):
+    with pytest.raises(UserError, match=r"one length of at least 1 along the leading axis, not \[2, 3\]"):
         unroll(step, 0.0, (jnp.ones(2), jnp.ones(3)))
     with pytest.raises(UserError, match="checkpoint=5: .* a number of segments from 1 to 4"):
         unroll(step, 0.0, jnp.ones(4), checkpoint=5)
