@@ -97,13 +97,14 @@ def _root_over_jvp(primals, tangents):
     values, vectors = _eigen(H)
     roots, f = jnp.sqrt(values), safe_divide(jnp.sqrt(values), values + penalty)
     a, b, x, y = roots[..., :, None], roots[..., None, :], values[..., :, None], values[..., None, :]
-    both = safe_divide(penalty - a * b, (x + penalty) * (y + penalty) * (a + b))
-    one = safe_divide(f, values)
-    slope = jnp.where((x > 0) & (y > 0), both, one[..., :, None] + one[..., None, :])
     turned = jnp.swapaxes(vectors, -2, -1) @ dH @ vectors
+    # one quotient after another: in float32 the product of the denominators has no room
+    both = safe_divide(safe_divide(turned, x + penalty) * safe_divide(penalty - a * b, a + b), y + penalty)
+    one = safe_divide(turned, jnp.maximum(x, y)) * (f[..., :, None] + f[..., None, :])
+    turned = jnp.where((x > 0) & (y > 0), both, one)
     by_penalty = -safe_divide(roots, jnp.square(values + penalty)) * dpenalty
     value = _sandwich(vectors, f[..., None, :])
-    return value, vectors @ (slope * turned) @ jnp.swapaxes(vectors, -2, -1) + _sandwich(vectors, by_penalty[..., None, :])
+    return value, vectors @ turned @ jnp.swapaxes(vectors, -2, -1) + _sandwich(vectors, by_penalty[..., None, :])
 
 
 def _eigen(H):

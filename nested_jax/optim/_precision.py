@@ -20,10 +20,19 @@ def safe_root(x: Array) -> Array:
     return jnp.where(some, jnp.sqrt(jnp.where(some, x, 1)), 0)
 
 
+@jax.custom_jvp
 def safe_divide(x: Array, by: Array) -> Array:
     """x / by, and zero with derivatives of zero where `by` is zero."""
     some = by != 0
     return jnp.where(some, x / jnp.where(some, by, 1), 0)
+
+
+@safe_divide.defjvp
+def _safe_divide_jvp(primals, tangents):
+    """Without by^-2, which overflows in float32 where |by| < 1e-19."""
+    (x, by), (dx, dby) = primals, tangents
+    ratio = safe_divide(x, by)
+    return ratio, safe_divide(dx - ratio * dby, by)
 
 
 def norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:

@@ -190,6 +190,26 @@ def test_meta_gradients_are_finite(x64, name, zeros):
 
 
 @every_rule
+def test_meta_gradients_at_tiny_gradients_are_finite(name):
+    """In float32, with respect to the gradients and their scale."""
+    rule = optax.with_extra_args_support(RULES[name](1.0))
+    params, gradients, more = tree(0), tree(1), extra(name)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def slopes(gradients, scale):
+        state, total = rule.init(params), 0.0
+        for _ in range(2):
+            updates, state = rule.update(jax.tree.map(lambda g: scale * g, gradients), state, params, **more)
+            total += sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(updates))
+        return total
+
+    for exponent in range(-18, -8):
+        found = slopes(gradients, jnp.float32(10.0**exponent))
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), exponent
+
+
+@every_rule
 def test_rates_that_are_not_finite_are_refused(name):
     for rate in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"learning_rate {rate} is not finite"):
