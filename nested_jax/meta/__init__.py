@@ -1,6 +1,7 @@
 """Differentiate through inner loops."""
 
+from nested_jax.meta.bilevel import Descent, Hypergradient, descent, hypergradient, maml
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
 
-__all__ = ["mixflow_grad", "unroll"]
+__all__ = ["Descent", "Hypergradient", "descent", "hypergradient", "maml", "mixflow_grad", "unroll"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
@@ -19,7 +20,7 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
     the derivative along v of a backward pass computed anew.
 
     Args:
-        loss: a scalar function, of pytrees of arrays.
+        loss: a scalar function, of pytrees of arrays; what it closes over is differentiated too.
         argnums: which arguments the gradient is taken of.
         has_aux: loss returns (value, what else); so then does the gradient, (gradient, what else).
 
@@ -36,6 +37,24 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
     >>> print(jax.grad(outer, argnums=1)(0.1, 2.0))  # 1 - rate 12 w^2
     -3.8000002
     """
+
+    def gradient(*arguments):
+        program, shape = jax.make_jaxpr(lambda *arguments: loss(*arguments), return_shape=True)(*arguments)
+        structure = jax.tree.structure(shape)
+
+        def closed(consts, *arguments):
+            run = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))
+            return structure.unflatten(run(*jax.tree.leaves(arguments)))
+
+        shift = lambda i: i + 1 if i >= 0 else i
+        which = shift(argnums) if isinstance(argnums, int) else tuple(map(shift, argnums))
+        return _gradient(closed, which, has_aux)(program.consts, *arguments)
+
+    return gradient
+
+
+def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Callable:
+    """Of a loss that closes over no traced values."""
     gradient = jax.custom_vjp(lambda *arguments: jax.grad(loss, argnums, has_aux)(*arguments))
     is_none = lambda x: x is None
     inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
@@ -53,13 +72,17 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
 
         def of(smooth):
             result = loss(*jax.tree.map(lambda x, y: y if x is None else x, smooth, arguments, is_leaf=is_none))
-            return result if has_aux else (result, None)
+            value, aux = result if has_aux else (result, None)
+            return value, [x for x in jax.tree.leaves(aux) if inexact(x)]
 
-        _, products = jax.jvp(jax.grad(lambda smooth: of(smooth)[0]), (smooth,), (tuple(along),))
-        if has_aux:
-            _, pull = jax.vjp(lambda smooth: of(smooth)[1], smooth)
-            products = jax.tree.map(jnp.add, products, *pull(of_aux))
-        return products
+        def pulled(smooth, of_aux):
+            (value, _), pull = jax.vjp(of, smooth)
+            return pull((jnp.ones_like(value), of_aux))[0]
+
+        # What it pulls back is linear in the cotangent of what else: that share is its derivative along it.
+        of_aux = [c for c in jax.tree.leaves(of_aux) if c.dtype != jax.dtypes.float0]
+        point, direction = (smooth, jax.tree.map(jnp.zeros_like, of_aux)), (tuple(along), of_aux)
+        return jax.jvp(pulled, point, direction)[1]
 
     gradient.defvjp(forward, backward)
     return gradient

@@ -112,7 +112,7 @@ def test_mixflow_is_grad_in_all_its_forms(x64):
 
     def loss(w, tree, i):
         y = jnp.tanh(tree["x"] @ w + tree["b"][None])
-        return jnp.sum(y[i] ** 3), {"mean": y.mean(), "first": y[0] * w[0]}
+        return jnp.sum(y[i] ** 3), {"mean": y.mean(), "place": y[:, 0].argmax(), "first": y[0] * w[0]}
 
     def total(of, argnums, has_aux):
         def value(w, b, x):
@@ -125,6 +125,17 @@ def test_mixflow_is_grad_in_all_its_forms(x64):
     for argnums in (0, 1, (0, 1), (1, 0)):
         for has_aux in (False, True):
             assert_close(total(mixflow_grad, argnums, has_aux), total(jax.grad, argnums, has_aux))
+
+
+def test_mixflow_differentiates_what_its_loss_closes_over(x64):
+    """A rate from an outer gradient, twice, and integers that are traced."""
+
+    def value(of, rate, i):
+        w = jnp.array([0.3, -0.5, 0.7])
+        return jnp.sum(of(lambda w: jnp.sum(jnp.tanh(rate * w) ** 3) * w[i])(w) ** 2)
+
+    twice = lambda of: jax.jit(jax.value_and_grad(jax.grad(functools.partial(value, of))))(1.3, 1)
+    assert_close(twice(mixflow_grad), twice(jax.grad))
 
 
 @pytest.mark.parametrize("gradient", [jax.grad, mixflow_grad])

@@ -1,0 +1,302 @@
+"""Two levels, the slower of which learns how the faster one learns: MAML and hypergradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.sparse.linalg import cg
+
+from nested_jax.errors import UserError, assert_choice
+from nested_jax.level import Checkpoint, Description, Level, run, scan, stream_length
+from nested_jax.meta.mixflow import mixflow_grad
+from nested_jax.meta.unrolling import unroll
+from nested_jax.typing import Array, Float, PyTree
+
+Rule = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+
+
+class Descent(NamedTuple):
+    """State of a level that descends: its parameters and what its optax rule remembers."""
+
+    params: PyTree
+    rule: PyTree
+
+
+def descent(
+    loss: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]],
+    optimizer: Rule,
+    *,
+    start: Callable[[PyTree], PyTree] = lambda meta: meta,
+    first_order: bool = False,
+    name: str = "descent",
+) -> Level:
+    """Gradient descent as a level, which a slower level can learn how to do.
+
+        g_t = grad_params loss(params_{t-1}, x_t, meta)        params_t = params_{t-1} + update(g_t)
+
+    meta is the state of the next slower level (`slower[0]`). One data point of the stream is one batch.
+
+    Args:
+        loss: (params, batch, meta) -> scalar.
+        optimizer: an optax transformation, or meta -> one: learned rates, gates, the start of a deep momentum.
+        start: meta -> the parameters to start from.
+        first_order: take g_t for a constant in derivatives (first-order MAML).
+        name: of the level, in tables and errors.
+
+    Returns:
+        A `Level` of period 1, which emits the loss of every batch before its step.
+
+    Source: NL Eq. 72 (knowledge transfer by initialisation); MAML, arXiv 1703.03400.
+
+    >>> level = descent(lambda w, x, meta: (w - x) ** 2 / 2, lambda meta: optax.sgd(meta["rate"]), start=lambda m: m["w"])
+    >>> state, losses = run(level, None, jnp.ones(3), slower=({"w": jnp.zeros(()), "rate": 0.5},))
+    >>> print(state.params, losses)  # the last axis is of a step's losses, here one
+    0.875 [[0.5    ]
+     [0.125  ]
+     [0.03125]]
+    """
+    rule = lambda slower: optax.with_extra_args_support(
+        optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(slower[0])
+    )
+
+    def init(slower):
+        params = start(slower[0])
+        return Descent(params, rule(slower).init(params))
+
+    def step(state, context, slower):
+        batch = jax.tree.map(lambda x: x[0], context)
+
+        def valued(params):
+            value = loss(params, batch, slower[0])
+            return value, value
+
+        gradient, value = mixflow_grad(valued, has_aux=True)(state.params)
+        if first_order:
+            gradient = jax.lax.stop_gradient(gradient)
+        updates, memory = rule(slower).update(gradient, state.rule, state.params)
+        return Descent(optax.apply_updates(state.params, updates), memory), value[None]
+
+    says = Description("the loss of a batch", "an optax rule", "batches", "initialisation: the slower level gives the start")
+    return Level(init, step, 1, name, description=says)
+
+
+def maml(
+    inner_loss: Callable[[PyTree, PyTree], Float[Array, ""]],
+    inner_optimizer: Rule,
+    steps: int,
+    *,
+    first_order: bool = False,
+    truncate: int | None = None,
+    checkpoint: Checkpoint = "sqrt",
+) -> Callable[..., PyTree]:
+    """Adaptation to a task as a function that can be differentiated: model-agnostic meta-learning.
+
+        params_0 = start        params_t = params_{t-1} + update(grad inner_loss(params_{t-1}, task))
+
+    Args:
+        inner_loss: (params, task) -> scalar; a task is whatever the loss needs, the same at every step.
+        inner_optimizer: an optax transformation, or hyper -> one.
+        steps: T, of adaptation; 0 returns the start.
+        first_order: inner gradients are constants in derivatives, so that no second derivatives are taken.
+        truncate: derivatives pass through the last so many steps alone; the start receives what reaches the first of them,
+            as if it had been the start. 0 is first-order for the start, and nothing for hyper.
+        checkpoint: what the backward pass keeps, see `unroll`.
+
+    Returns:
+        adapt(start, task, hyper=None) -> adapted parameters. Take gradients of any loss of them, with respect to start and
+        to hyper, a pytree (learned rates, gates, the start of a deep momentum); `jax.vmap` it over tasks.
+
+    Raises:
+        UserError: steps or truncate negative, or truncate more than steps.
+
+    Source: Finn et al., arXiv 1703.03400; Shaban et al., arXiv 1810.10667 (truncation).
+
+    One step towards the task with a rate that is learned too:
+
+    >>> adapt = maml(lambda w, task: (w - task) ** 2 / 2, lambda hyper: optax.sgd(hyper["rate"]), steps=1)
+    >>> outer = lambda start, hyper: (adapt(start, 3.0, hyper) - 3.0) ** 2 / 2
+    >>> start, hyper = jax.grad(outer, argnums=(0, 1))(1.0, {"rate": 0.1})
+    >>> print(start, hyper["rate"])  # -(1 - rate)^2 2, -(1 - rate) 2^2
+    -1.62 -3.6
+    """
+    if steps < 0 or not 0 <= (steps if truncate is None else truncate) <= steps:
+        raise UserError(f"maml: steps={steps}, truncate={truncate}: give steps of at least 0 and truncate from 0 to steps")
+    given = isinstance(inner_optimizer, optax.GradientTransformation)
+    level = descent(
+        lambda params, task, meta: inner_loss(params, task),
+        inner_optimizer if given else lambda meta: inner_optimizer(meta[1]),
+        start=lambda meta: meta[0],
+        first_order=first_order,
+    )
+    last = steps if truncate is None else truncate
+
+    def adapt(start, task, hyper=None):
+        start = jax.tree.map(jnp.asarray, start)
+
+        def advance(state, count, keep, slower, task):
+            context = jax.tree.map(lambda x: jnp.asarray(x)[None], task)
+            step = lambda state, _: (level.step(state, context, slower)[0], None)
+            return unroll(step, state, jnp.arange(count), checkpoint=keep)[0] if count else state
+
+        slower = ((start, hyper),)
+        state = level.init(slower)
+        if last < steps:
+            held, *others = jax.lax.stop_gradient((state, slower, task))
+            state = _passed_on(state, advance(held, steps - last, "none", *others))
+        return advance(state, last, checkpoint, slower, task).params
+
+    return adapt
+
+
+class Hypergradient(NamedTuple):
+    """What `hypergradient` returns.
+
+    value: the outer loss. gradient: its derivative, as meta. unsettled: of an implicit one, how much one more tick moves the
+    state, relative to it; unsolved: what remains of its linear system, relative to its right side. 0 without `implicit`.
+    """
+
+    value: Float[Array, ""]
+    gradient: PyTree
+    unsettled: Float[Array, ""]
+    unsolved: Float[Array, ""]
+
+
+def hypergradient(
+    outer_loss: Callable[..., Float[Array, ""]],
+    inner_level: Level,
+    *,
+    truncate: int | None = None,
+    implicit: Literal["symmetric", "general"] | None = None,
+    checkpoint: Checkpoint = "sqrt",
+    iterations: int = 100,
+    tolerance: float = 1e-6,
+) -> Callable[..., Hypergradient]:
+    """Value and gradient of a loss of what a level has learned, with respect to the state of the level above it.
+
+        s_0 = init(meta)        s_t, y_t = step(s_{t-1}, x_t, meta)        d outer_loss(meta, s_T, y_1 ... y_T) / d meta
+
+    Args:
+        outer_loss: (meta, state, emitted, *what else) -> scalar; emitted as `run` returns it, without `truncate` and
+            `implicit`.
+        inner_level: any `Level`, with meta as its slower level's state, such as `descent`, a CMS or a memory.
+        truncate: derivatives do not pass from one window of so many ticks to the next (truncated back-propagation through
+            time, windows counted from the end). What reaches a window's first state is passed on to the start, as if that
+            had been it. The number must divide the ticks, or the first window is shorter.
+        implicit: the state has settled, s = step(s, x_T, meta): by the implicit function theorem
+
+                d s / d meta = (I - J)^-1 d step / d meta        J = d step / d s
+
+            one linear system in place of the unrolled loop, solved by conjugate gradients; nothing of the loop is kept.
+            "symmetric": J is symmetric with eigenvalues below 1, as of a step of gradient descent. "general": any J, by
+            normal equations. What the level emits is a constant, and the start receives nothing: a loss that holds the
+            state near meta, as of implicit MAML, tells meta where to be.
+        checkpoint: what the backward pass keeps, in ticks of the level (of a window), see `unroll`.
+        iterations, tolerance: of conjugate gradients.
+
+    Returns:
+        (meta, stream, *what else) -> `Hypergradient`.
+
+    Raises:
+        UserError: an unknown `implicit`, one beside `truncate`, a `truncate` below 1, a stream cut short inside a tick of
+            the level under either.
+
+    Source: Shaban et al., arXiv 1810.10667 (truncation); Rajeswaran et al., arXiv 1909.04630 (implicit MAML).
+
+    The best strength of a penalty, whose fit is found by 200 steps of gradient descent on (w - 1)^2 / 2 + meta w^2 / 2:
+
+    >>> fit = lambda w, x, penalty: ((w - x) ** 2 + penalty * w**2) / 2
+    >>> level = descent(fit, optax.sgd(0.1), start=lambda meta: jnp.zeros(()))
+    >>> outer = lambda meta, state, emitted: (state.params - 0.5) ** 2 / 2
+    >>> for implicit in (None, "symmetric"):
+    ...     found = hypergradient(outer, level, implicit=implicit)(3.0, jnp.ones(200))
+    ...     print(found.gradient.round(6))  # (1 / (1 + meta) - 1 / 2) times -1 / (1 + meta)^2
+    0.015625
+    0.015625
+    """
+    assert_choice("hypergradient: implicit", implicit, (None, "symmetric", "general"))
+    if truncate is not None and (truncate < 1 or implicit):
+        raise UserError(f"hypergradient: truncate={truncate}, implicit={implicit!r}: give one of them, truncate at least 1")
+
+    def whole(stream):
+        """The stream in ticks of the level."""
+        length, period = stream_length(stream), inner_level.period
+        if length % period:
+            raise UserError(
+                f"hypergradient: {length} data points end inside a tick of level {inner_level.name!r}, whose period is "
+                f"{period}: cut the stream, or leave out truncate and implicit"
+            )
+        return jax.tree.map(lambda x: x.reshape(length // period, period, *x.shape[1:]), stream)
+
+    def unrolled(meta, stream, others):
+        state, slower = inner_level.init((meta,)), (meta,)
+        if truncate is None:
+            state, emitted = run(inner_level, state, stream, slower=slower, checkpoint=checkpoint)
+            return outer_loss(meta, state, emitted, *others)
+
+        start, ticks = state, whole(stream)
+        step = lambda state, tick: inner_level.step(state, tick, slower)
+
+        def window(state, some):
+            return scan(step, _passed_on(start, jax.lax.stop_gradient(state)), some, checkpoint=checkpoint)
+
+        first = stream_length(ticks) % truncate
+        cut = jax.tree.map(lambda x: x[first:].reshape(-1, truncate, *x.shape[1:]), ticks)
+        pieces = []
+        if first:
+            state, emitted = window(state, jax.tree.map(lambda x: x[:first], ticks))
+            pieces.append(emitted)
+        if stream_length(ticks) > first:
+            state, emitted = jax.lax.scan(window, state, cut)
+            pieces.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), emitted))
+        return outer_loss(meta, state, jax.tree.map(lambda *each: jnp.concatenate(each), *pieces), *others)
+
+    def settled(meta, stream, others):
+        ticks = whole(stream)
+        state, emitted = run(inner_level, None, stream, slower=(meta,))
+        leaves, structure = jax.tree.flatten(state)
+        smooth = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+        def fill(point):
+            whole = list(leaves)
+            for i, leaf in zip(smooth, point, strict=True):
+                whole[i] = leaf
+            return structure.unflatten(whole)
+
+        def step(point, meta):
+            after, _ = inner_level.step(fill(point), jax.tree.map(lambda x: x[-1], ticks), (meta,))
+            return [jax.tree.leaves(after)[i] for i in smooth]
+
+        point = [leaves[i] for i in smooth]
+        outer = lambda point, meta: outer_loss(meta, fill(point), emitted, *others)
+        value, (v, direct) = jax.value_and_grad(outer, (0, 1))(point, meta)
+        moved, pull = jax.vjp(step, point, meta)
+        minus = lambda a, b: jax.tree.map(jnp.subtract, a, b)
+        adjoint = lambda u: minus(u, pull(u)[0])
+        # The derivative along w as the transpose of a pull-back, which is linear: levels need no forward mode of their own.
+        push = jax.linear_transpose(adjoint, v)
+        if implicit == "symmetric":
+            u, _ = cg(adjoint, v, tol=tolerance, maxiter=iterations)
+        else:
+            u, _ = cg(lambda u: push(adjoint(u))[0], push(v)[0], tol=tolerance, maxiter=iterations)
+        share = lambda part, of: optax.global_norm(part) / jnp.maximum(optax.global_norm(of), jnp.finfo(value.dtype).tiny)
+        gradient = jax.tree.map(jnp.add, direct, pull(u)[1])
+        return Hypergradient(value, gradient, share(minus(moved, point), point), share(minus(adjoint(u), v), v))
+
+    def found(meta, stream, *others):
+        meta = jax.tree.map(jnp.asarray, meta)
+        if implicit:
+            return settled(meta, stream, others)
+        value, gradient = jax.value_and_grad(unrolled)(meta, stream, others)
+        return Hypergradient(value, gradient, jnp.zeros(()), jnp.zeros(()))
+
+    return found
+
+
+def _passed_on(start: PyTree, state: PyTree) -> PyTree:
+    """A state that is a constant, but for its derivative: that of the start."""
+    pass_on = lambda a, b: b + (a - jax.lax.stop_gradient(a)) if jnp.issubdtype(b.dtype, jnp.inexact) else b
+    return jax.tree.map(pass_on, start, state)

@@ -1,0 +1,187 @@
+"""MAML and hypergradients against plain loops, finite differences and closed forms; truncated, first-order, implicit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nested_jax import optim
+from nested_jax.errors import UserError
+from nested_jax.meta import descent, hypergradient, maml
+
+RULES = {
+    "sgd": lambda hyper: optax.sgd(hyper["rate"]),
+    "momentum": lambda hyper: optax.sgd(hyper["rate"], momentum=hyper["decay"]),
+    "adam": lambda hyper: optax.adam(hyper["rate"], b1=hyper["decay"], eps_root=1e-8),
+    "deep momentum": lambda hyper: optim.deep_momentum(hyper["rate"], start=hyper["start"]),
+}
+
+
+@pytest.fixture
+def setting(x64):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    start = {"up": draw(3, 4), "down": draw(4, 2)}
+    hyper = {"rate": jnp.asarray(0.1), "decay": jnp.asarray(0.8)}
+    return start, hyper, (draw(5, 3), draw(5, 2)), (draw(6, 3), draw(6, 2))
+
+
+def inner_loss(params, task):
+    x, target = task
+    return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - target) ** 2)
+
+
+def plain(start, hyper, support, steps, name, held=0, first_order=False):
+    """A loop with `jax.grad`; of the first `held` steps only the start's identity has a derivative."""
+    params, state = start, RULES[name](hyper).init(start)
+    stop = jax.lax.stop_gradient
+    fixed, kept = (stop((start, hyper)), RULES[name](stop(hyper)).init(stop(start))), (params, state)
+    (params, hyper_), state = fixed if held else ((params, hyper), state)
+    for t in range(steps):
+        if t == held and held:
+            through = lambda a, b: b + (a - stop(a)) if jnp.issubdtype(b.dtype, jnp.inexact) else b
+            params, state = jax.tree.map(through, kept, stop((params, state)))
+            hyper_ = hyper
+        gradient = jax.grad(inner_loss)(params, support)
+        gradient = stop(gradient) if first_order else gradient
+        updates, state = RULES[name](hyper_).update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_close(got, expected, rtol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-14), got, expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"truncate": 2}, {"truncate": 5}])
+def test_maml_is_a_plain_loop(setting, name, options):
+    start, hyper, support, query = setting
+    if name == "deep momentum":
+        hyper = hyper | {"start": optim.deep_momentum_start(start, 3)}
+    steps, last = 5, options.get("truncate", 5)
+    adapt = maml(inner_loss, RULES[name], steps, **options)
+    by = lambda start, hyper: inner_loss(adapt(start, support, hyper), query)
+    loop = functools.partial(plain, steps=steps, name=name, held=steps - last, first_order="first_order" in options)
+    expected = lambda start, hyper: inner_loss(loop(start, hyper, support), query)
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(start, hyper) for f in (by, expected))
+    assert_close(got, want)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want[1][0]))
+    assert jnp.abs(want[1][1]["rate"]) > 0
+
+
+def test_maml_over_tasks(setting):
+    start, _, support, query = setting
+    adapt = maml(inner_loss, optax.sgd(0.1), 3)
+    tasks = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), (support, query))
+    each = lambda start, task: inner_loss(adapt(start, task[0]), task[1])
+    together = jax.grad(lambda start: jax.vmap(each, (None, 0))(start, tasks).mean())(start)
+    alone = [jax.grad(each)(start, jax.tree.map(lambda x, i=i: x[i], tasks)) for i in range(3)]
+    assert_close(together, jax.tree.map(lambda *g: sum(g) / 3, *alone))
+    assert_close(maml(inner_loss, optax.sgd(0.1), 0)(start, support), start)
+
+
+def test_a_masked_task_has_finite_meta_gradients(setting):
+    start, hyper, support, query = setting
+    nothing = jax.tree.map(jnp.zeros_like, (start, support))
+    for name in ("momentum", "adam"):
+        adapt = maml(inner_loss, RULES[name], 3)
+        of = jax.grad(lambda start, hyper, adapt=adapt: inner_loss(adapt(start, nothing[1], hyper), query), (0, 1))
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(of(nothing[0], hyper)))
+
+
+def online(checkpoint="sqrt", **options):
+    """A level that descends along a stream of batches, judged by the losses on its way and at its end."""
+    level = descent(
+        lambda w, x, meta: inner_loss(w, x), lambda meta: RULES["momentum"](meta["hyper"]), start=lambda m: m["w"]
+    )
+    outer = lambda meta, state, losses, query: losses.mean() + inner_loss(state.params, query)
+    return hypergradient(outer, level, checkpoint=checkpoint, **options)
+
+
+def stream(steps):
+    rng = np.random.default_rng(1)
+    return tuple(jnp.asarray(rng.normal(size=(steps, 5, n))) for n in (3, 2))
+
+
+@pytest.mark.parametrize("truncate", [None, 1, 3, 7, 9])
+def test_hypergradient_is_a_plain_loop_cut_between_windows(setting, truncate):
+    """Seven ticks; windows are counted from the end."""
+    start, hyper, _, query = setting
+    xs, T = stream(7), 7
+
+    def loop(meta):
+        rule, stop = RULES["momentum"](meta["hyper"]), jax.lax.stop_gradient
+        begun = carry = (meta["w"], rule.init(meta["w"]))
+        losses = []
+        for t in range(T):
+            if truncate and (T - t) % truncate == 0:
+                carry = jax.tree.map(lambda a, b: stop(b) + a - stop(a), begun, carry)
+            params, state = carry
+            batch = jax.tree.map(lambda x: x[t], xs)  # noqa: B023
+            value, gradient = jax.value_and_grad(inner_loss)(params, batch)
+            updates, state = rule.update(gradient, state, params)
+            carry = (optax.apply_updates(params, updates), state)
+            losses.append(value)
+        return sum(losses) / T + inner_loss(carry[0], query)
+
+    meta = {"w": start, "hyper": hyper}
+    found = jax.jit(online(truncate=truncate, checkpoint="full"))(meta, xs, query)
+    assert_close((found.value, found.gradient), jax.jit(jax.value_and_grad(loop))(meta))
+
+
+def penalised(settle=400):
+    """Ridge regression by gradient descent: where it settles is a closed form of meta."""
+    rng = np.random.default_rng(2)
+    x, y, q = (jnp.asarray(rng.normal(size=s)) for s in ((8, 3), (8,), (3,)))
+    loss = lambda w, _, meta: jnp.mean((x @ w - y) ** 2) / 2 + jnp.sum(jnp.exp(meta["penalty"]) * w**2) / 2
+    outer = lambda meta, state, emitted: jnp.sum((state.params - q) ** 2) + jnp.sum(meta["penalty"] ** 2)
+
+    def solved(meta):
+        w = jnp.linalg.solve(x.T @ x / 8 + jnp.diag(jnp.exp(meta["penalty"])), x.T @ y / 8)
+        return jnp.sum((w - q) ** 2) + jnp.sum(meta["penalty"] ** 2)
+
+    return loss, outer, solved, {"penalty": jnp.array([0.1, -0.5, 0.3])}, jnp.zeros(settle)
+
+
+@pytest.mark.parametrize("implicit, rule", [("symmetric", optax.sgd(0.3)), ("general", optax.sgd(0.3, momentum=0.5))])
+def test_implicit_hypergradients_are_those_of_the_closed_form(x64, implicit, rule):
+    loss, outer, solved, meta, ticks = penalised()
+    level = descent(loss, rule, start=lambda meta: jnp.zeros(3))
+    found = jax.jit(hypergradient(outer, level, implicit=implicit, tolerance=1e-12))(meta, ticks)
+    assert_close((found.value, found.gradient), jax.value_and_grad(solved)(meta), 1e-8)
+    assert found.unsettled < 1e-10 and found.unsolved < 1e-10
+    unrolled = jax.jit(hypergradient(outer, level))(meta, ticks)
+    assert_close(found.gradient, unrolled.gradient, 1e-8)
+
+
+def test_an_implicit_hypergradient_says_when_it_is_not_to_be_trusted(x64):
+    loss, outer, _, meta, ticks = penalised(2)
+    level = descent(loss, optax.sgd(0.3), start=lambda meta: jnp.zeros(3))
+    found = hypergradient(outer, level, implicit="symmetric", iterations=1)(meta, ticks)
+    assert found.unsettled > 1e-2 and found.unsolved > 1e-3
+
+
+def test_implicit_maml(x64):
+    """A start that only its nearness to the fast weights connects to them: (H + lambda)^-1 lambda v."""
+    x, y = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, 3)))
+    fit = lambda w: jnp.mean((x @ w - y.sum(1)) ** 2) / 2
+    level = descent(lambda w, _, meta: fit(w) + jnp.sum((w - meta) ** 2), optax.sgd(0.2))
+    found = hypergradient(lambda meta, state, _: state.params.sum(), level, implicit="symmetric", tolerance=1e-12)
+    expected = 2 * jnp.linalg.solve(x.T @ x / 6 + 2 * jnp.eye(3), jnp.ones(3))
+    assert_close(found(jnp.ones(3), jnp.zeros(300)).gradient, expected, 1e-9)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match="maml: steps=-1"):
+        maml(inner_loss, optax.sgd(0.1), -1)
+    with pytest.raises(UserError, match="maml: steps=3, truncate=4"):
+        maml(inner_loss, optax.sgd(0.1), 3, truncate=4)
+    level = descent(inner_loss, optax.sgd(0.1))
+    with pytest.raises(UserError, match="implicit 'yes' is unknown"):
+        hypergradient(lambda *_: 0.0, level, implicit="yes")
+    with pytest.raises(UserError, match="truncate=0"):
+        hypergradient(lambda *_: 0.0, level, truncate=0)
