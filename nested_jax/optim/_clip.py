@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._hyperparameters import check
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
@@ -14,10 +15,14 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 
     As `optax.clip_by_global_norm`, with derivatives that are finite where the gradient is exactly zero.
 
+    Raises:
+        UserError: `largest` is not finite, or not above 0.
+
     >>> clip = clip_by_norm(1.0)
     >>> [jax.grad(lambda g: clip.update(g, clip.init(g))[0])(g).item() for g in (0.0, 0.5, 2.0)]
     [1.0, 1.0, 0.0]
     """
+    check("clip_by_norm", above=0.0, largest=largest)
 
     def update(updates, state, params=None):
         del params

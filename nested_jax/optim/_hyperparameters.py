@@ -14,8 +14,16 @@ from nested_jax.errors import UserError
 from nested_jax.typing import Array
 
 
-def check(rule: str, *, low: float = -math.inf, high: float = math.inf, below: float = math.inf, **values: Any) -> None:
-    """Raises UserError for the first value that is not finite, or not in [low, high] and below `below`.
+def check(
+    rule: str,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+    **values: Any,
+) -> None:
+    """Raises UserError for the first value that is not finite, or not in [low, high], above `above` and below `below`.
 
     Traced values and schedules pass.
     """
@@ -24,9 +32,11 @@ def check(rule: str, *, low: float = -math.inf, high: float = math.inf, below: f
             continue
         if not np.all(np.isfinite(value)):
             raise UserError(f"{rule}: {name} {value} is not finite")
-        if not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high) & (np.asarray(value) < below)):
+        numbers = np.asarray(value)
+        if not np.all((low <= numbers) & (above < numbers) & (numbers <= high) & (numbers < below)):
+            start = f"above {above:g}" if above > -math.inf else f"of at least {low:g}"
             end = f" and below {below:g}" if below < math.inf else f" and at most {high:g}" if high < math.inf else ""
-            raise UserError(f"{rule}: {name} {value} is out of range: give a number of at least {low:g}{end}")
+            raise UserError(f"{rule}: {name} {value} is out of range: give a number {start}{end}")
 
 
 def check_period(rule: str, **values: Any) -> None:

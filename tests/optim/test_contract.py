@@ -220,6 +220,8 @@ def test_rates_that_are_not_finite_are_refused(name):
     ("make", "said"),
     [
         (lambda: optim.momentum(0.1, 1.5), "momentum: decay 1.5 is out of range: give a number of at least 0 and at most 1"),
+        (lambda: optim.clip_by_norm(0.0), "clip_by_norm: largest 0.0 is out of range: give a number above 0"),
+        (lambda: optim.clip_by_norm(float("nan")), "clip_by_norm: largest nan is not finite"),
         (lambda: optim.momentum(0.1, float("nan")), "momentum: decay nan is not finite"),
         (lambda: optim.nonlinear_momentum(0.1, decay=1.0), "decay 1.0 is out of range.* and below 1"),
         (lambda: optim.nonlinear_momentum(0.1, on="rows"), "on 'rows' is unknown: give one of matrices, leaves"),
