@@ -13,7 +13,7 @@ from nested_jax.errors import UserError
 from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, rate_at
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
+from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, masked, name, resolve
 from nested_jax.typing import Array
 
 
@@ -48,7 +48,8 @@ def scale_by_delta_gradient_descent(
     Returns:
         A transformation whose `update(gradients, state, params, inputs=...)` takes the inputs of linear layers: a mapping
         from their kernel's path, such as "dense/kernel", to inputs (..., in), or (L, ..., in) of a stack (L, in, out).
-        `nested_jax.local_surprise` gives them. All their leading axes count as examples.
+        `nested_jax.local_surprise` gives them. All their leading axes count as examples. Under `optax.masked` or
+        `optax.partition`, those of kernels that are masked are left alone.
 
     Raises:
         UserError: the learning rate is not finite; inputs are missing, or fit no kernel.
@@ -81,8 +82,10 @@ def scale_by_delta_gradient_descent(
             turned = [as_matrices(upcast(part), numbers) for part in (g, kernel)]
             direction = _direction(name(path), rate, *turned, upcast(x))
             emitted.append(from_matrices(direction, numbers, g.shape).astype(g.dtype))
-        if unused:
-            raise UserError(f"delta_gradient_descent: there are inputs for {sorted(unused)[0]}, which is no parameter")
+        hidden = masked(updates)
+        unknown = sorted(path for path in unused if not hidden(path))
+        if unknown:
+            raise UserError(f"delta_gradient_descent: there are inputs for {unknown[0]}, which is no parameter")
         return structure.unflatten(emitted), DeltaGradientDescentState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)

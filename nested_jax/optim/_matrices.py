@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.contrib import MuonDimensionNumbers
 
 from nested_jax.errors import UserError
@@ -41,6 +42,13 @@ def name(path: Sequence) -> str:
     """A leaf's path as users write it, also in the state of an `nnx.Module`, whose leaves are `.value` of variables."""
     path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def masked(tree: PyTree) -> Callable[[str], bool]:
+    """Whether a leaf's path, as users write it, lies where `optax.masked` or `optax.partition` took a leaf or a subtree out."""
+    ends = lambda x: isinstance(x, optax.MaskedNode)
+    found = [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends) if ends(leaf)]
+    return lambda path: any(hole in ("", path) or path.startswith(f"{hole}/") for hole in found)
 
 
 def resolve(dimension_numbers: DimensionNumbers, tree: PyTree) -> list[MuonDimensionNumbers | None]:

@@ -147,6 +147,32 @@ def test_a_start_that_is_given_is_kept():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((start, params)))
 
 
+@pytest.mark.parametrize("prefix", [True, False], ids=["by layer", "by leaf"])
+def test_inputs_of_masked_kernels_are_left_alone(x64, prefix):
+    """By parts with two rates, and masked, each kernel moves as it does alone."""
+    shapes = {"a": {"kernel": (4, 3)}, "b": {"kernel": (4, 3)}}
+    params, gradient = tree(0, jnp.float64, shapes), tree(1, jnp.float64, shapes)
+    inputs = {
+        f"{layer}/kernel": x["kernel"] for layer, x in tree(2, jnp.float64, {k: {"kernel": (5, 4)} for k in "ab"}).items()
+    }
+    make, rates = optim.delta_gradient_descent, {"a": 0.1, "b": 0.3}
+
+    def alone(layer):
+        own = {"inputs": {f"{layer}/kernel": inputs[f"{layer}/kernel"]}}
+        return run(make(rates[layer]), {layer: params[layer]}, [{layer: gradient[layer]}], **own)[0]
+
+    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), a, b)
+    label = lambda of: {layer: of(layer) if prefix else {"kernel": of(layer)} for layer in "ab"}
+    parts = optax.partition({layer: make(rate) for layer, rate in rates.items()}, label(str))
+    close(run(parts, params, [gradient], inputs=inputs)[0], alone("a") | alone("b"))
+    one = optax.masked(make(0.1), label("a".__eq__))
+    close(
+        run(one, params, [gradient], inputs=inputs)[0], alone("a") | {"b": jax.tree.map(jnp.add, params["b"], gradient["b"])}
+    )
+    with pytest.raises(UserError, match="there are inputs for c/kernel, which is no parameter"):
+        run(parts, params, [gradient], inputs=inputs | {"c/kernel": jnp.ones((5, 4))})
+
+
 def _seeded(name, numbers, layer=None):
     """Deep momentum's starts are drawn for all layers at once."""
     make = functools.partial(RULES[name], dimension_numbers=numbers)
