@@ -13,7 +13,7 @@ from nested_jax.errors import UserError, assert_choice
 from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, name, resolve
+from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, masked, name, resolve
 from nested_jax.optim._precision import norm, safe_divide, zeros
 from nested_jax.typing import Array, Float, PyTree
 
@@ -103,6 +103,7 @@ def scale_by_deep_momentum(
         scale: what the update's size follows: the gradient's norm, or 1 for every entry on average.
         hidden, seed: of the default start.
         start: `DeepMemory`s of all matrices, None for other leaves, as of `deep_momentum_start`: may be meta-learned.
+            Under `optax.masked` or `optax.partition`, those of all parameters: what is masked is left out.
         dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
             None: leaves of two axes.
 
@@ -119,7 +120,8 @@ def scale_by_deep_momentum(
         if start is None:
             starts = draw(hidden)
         else:
-            starts = jax.tree.map(jnp.copy, _fitting(start, jax.eval_shape(lambda: draw(_hidden_width(start, hidden)))))
+            made = jax.eval_shape(lambda: draw(_hidden_width(start, hidden)))
+            starts = jax.tree.map(jnp.copy, _fitting(start, made))
         structure = jax.tree.structure(params)
         pairs = zip(jax.tree.leaves(zeros(params)), structure.flatten_up_to(starts), strict=True)
         memories = [empty if begun is None else jax.tree.map(jnp.copy, begun) for empty, begun in pairs]
@@ -170,12 +172,13 @@ def read(memory: DeepMemory, keys: Float[Array, "*stacked M N"]) -> Float[Array,
 
 
 def _fitting(start: PyTree, made: PyTree) -> PyTree:
-    """The given starts, of the widths of those that would have been made."""
+    """The given starts, of the widths of those that would have been made, where those are: some parameters may be masked."""
     ends = lambda x: x is None or isinstance(x, DeepMemory)
     table = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends))
-    given = table(start)
+    given, found = table(start), []
     for path, wanted in table(made).items():
         own = given.pop(path, None)
+        found.append(own)
         if (own is None) != (wanted is None):
             kind = "a DeepMemory" if wanted else "None: it is no matrix"
             raise UserError(f"deep_momentum: the start of parameter {name(path)} must be {kind}")
@@ -185,9 +188,11 @@ def _fitting(start: PyTree, made: PyTree) -> PyTree:
                 f"deep_momentum: the start of parameter {name(path)} has up {shapes[0]} and down {shapes[1]}: give "
                 f"{shapes[2]} and {shapes[3]}"
             )
-    if given:
-        raise UserError(f"deep_momentum: there is a start for {name(next(iter(given)))} and no such parameter")
-    return start
+    hidden = masked(made)
+    unknown = [path for path in map(name, given) if not hidden(path)]
+    if unknown:
+        raise UserError(f"deep_momentum: there is a start for {unknown[0]} and no such parameter")
+    return jax.tree.structure(made, is_leaf=ends).unflatten(found)
 
 
 def deep_momentum(

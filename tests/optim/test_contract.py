@@ -173,6 +173,25 @@ def test_inputs_of_masked_kernels_are_left_alone(x64, prefix):
         run(parts, params, [gradient], inputs=inputs | {"c/kernel": jnp.ones((5, 4))})
 
 
+def test_a_start_of_all_parameters_serves_some_of_them(x64):
+    """By parts, by leaf or by layer, and masked."""
+    shapes = PARAMS | {"head": {"kernel": (3, 2)}}
+    params, gradients = tree(0, jnp.float64, shapes), [tree(i, jnp.float64, shapes) for i in range(1, 5)]
+    start = optim.deep_momentum_start(params, 5, seed=3)
+    make = functools.partial(optim.deep_momentum, 0.1, start=start)
+    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), a, b)
+    whole, _ = run(make(), params, gradients)
+    for dense in ("a", {"kernel": "a", "bias": "b"}):
+        labels = {"dense": dense, "scale": "b", "head": {"kernel": "b"}}
+        close(run(optax.partition({"a": make(), "b": make()}, labels), params, gradients)[0], whole)
+        mask = jax.tree.map("a".__eq__, labels)
+        moved, _ = run(optax.masked(make(), mask), params, gradients)
+        close(moved["dense"]["kernel"], whole["dense"]["kernel"])
+        close(moved["head"]["kernel"], params["head"]["kernel"] + sum(g["head"]["kernel"] for g in gradients))
+        with pytest.raises(UserError, match="there is a start for tail and no such parameter"):
+            optax.masked(make(start=start | {"tail": None}), mask).init(params)
+
+
 def _seeded(name, numbers, layer=None):
     """Deep momentum's starts are drawn for all layers at once."""
     make = functools.partial(RULES[name], dimension_numbers=numbers)
