@@ -12,7 +12,7 @@ import optax
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
-from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._hyperparameters import check, check_count
 from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, masked, name, resolve
 from nested_jax.optim._precision import norm, safe_divide, zeros
 from nested_jax.typing import Array, Float, PyTree
@@ -56,8 +56,7 @@ def deep_momentum_start(
     Raises:
         UserError: dimension numbers do not fit a parameter, or there is no hidden unit.
     """
-    if hidden < 1:
-        raise UserError(f"deep_momentum: hidden {hidden} needs at least 1 unit")
+    check_count("deep_momentum", hidden=hidden)
     leaves, structure = jax.tree.flatten(params)
     starts = []
     for i, (leaf, numbers) in enumerate(zip(leaves, resolve(dimension_numbers, params), strict=True)):
@@ -112,6 +111,7 @@ def scale_by_deep_momentum(
     """
     check("deep_momentum", low=0.0, high=1.0, decay=decay)
     check("deep_momentum", low=0.0, rate=rate)
+    check_count("deep_momentum", hidden=hidden)
     assert_choice("deep_momentum: objective", objective, ("dot", "l2"))
     assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
 

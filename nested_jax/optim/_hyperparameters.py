@@ -23,16 +23,18 @@ def check(
     below: float = math.inf,
     **values: Any,
 ) -> None:
-    """Raises UserError for the first value that is not finite, or not in [low, high], above `above` and below `below`.
+    """Raises UserError for the first value that is no finite number, or not in [low, high], above `above` and below `below`.
 
     Traced values and schedules pass.
     """
     for name, value in values.items():
         if callable(value) or isinstance(value, jax.core.Tracer):
             continue
-        if not np.all(np.isfinite(value)):
-            raise UserError(f"{rule}: {name} {value} is not finite")
         numbers = np.asarray(value)
+        if not jnp.issubdtype(numbers.dtype, jnp.number):
+            raise UserError(f"{rule}: {name} {value!r} is no number: give one")
+        if not np.all(np.isfinite(numbers)):
+            raise UserError(f"{rule}: {name} {value} is not finite")
         if not np.all((low <= numbers) & (above < numbers) & (numbers <= high) & (numbers < below)):
             start = f"above {above:g}" if above > -math.inf else f"of at least {low:g}"
             end = f" and below {below:g}" if below < math.inf else f" and at most {high:g}" if high < math.inf else ""
@@ -42,8 +44,19 @@ def check(
 def check_period(rule: str, **values: Any) -> None:
     """Raises UserError for the first value that is not a whole number of at least 1."""
     for name, value in values.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        if not _counts(value):
             raise UserError(f"{rule}: {name} {value!r} is no period: give a whole number of steps, at least 1")
+
+
+def check_count(rule: str, **values: Any) -> None:
+    """Raises UserError for the first value that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not _counts(value):
+            raise UserError(f"{rule}: {name} {value!r} is out of range: give a whole number of at least 1")
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
 
 
 def rate_at(learning_rate: float | Callable, count: Array) -> Array:

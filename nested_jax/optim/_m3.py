@@ -12,7 +12,7 @@ import optax
 
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._adam_memory import grow
-from nested_jax.optim._hyperparameters import check, check_period
+from nested_jax.optim._hyperparameters import check, check_count, check_period
 from nested_jax.optim._matrices import DimensionNumbers, map_matrices
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, remember
@@ -74,6 +74,7 @@ def scale_by_m3(
     check("m3", low=0.0, below=1.0 if average else math.inf, fast=fast, second=second, slow=slow)
     check("m3", low=0.0, slow_weight=slow_weight, eps=eps)
     check_period("m3", slow_period=slow_period)
+    check_count("m3", steps=steps)
     orthogonal = lambda tree: map_matrices(lambda m: newton_schulz(m, steps), dimension_numbers, tree, rule="m3")
 
     def init(params):
@@ -153,6 +154,7 @@ def m3(
         NL, §7.2 and Algorithm 1; Jordan et al., Muon, 2024.
     """
     check("m3", learning_rate=learning_rate, weight_decay=weight_decay)
+    check("m3", low=0.0, consistent_rms=0.0 if consistent_rms is None else consistent_rms)
     rule = scale_by_m3(
         fast, second, slow, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average,
         nesterov=nesterov, second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,

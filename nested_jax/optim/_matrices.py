@@ -45,7 +45,7 @@ def name(path: Sequence) -> str:
 
 
 def masked(tree: PyTree) -> Callable[[str], bool]:
-    """Whether a leaf's path, as users write it, lies where `optax.masked` or `optax.partition` took a leaf or a subtree out."""
+    """Whether a path, as users write it, lies where `optax.masked` or `optax.partition` took out a leaf or a subtree."""
     ends = lambda x: isinstance(x, optax.MaskedNode)
     found = [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends) if ends(leaf)]
     return lambda path: any(hole in ("", path) or path.startswith(f"{hole}/") for hole in found)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.memory.recurrence import upcast
+from nested_jax.optim._hyperparameters import check
 from nested_jax.typing import Array, Float
 
 
@@ -37,11 +38,11 @@ def newton_schulz(
         x: matrices of either orientation: the iteration commutes with transposition.
         steps: number of iterations, at least 1.
         form: which iteration.
-        step_size: of the gradient form.
+        step_size: of the gradient form, above 0.
         dtype: type of the products, such as bfloat16; None for that of x. The result has that of x.
 
     Raises:
-        UserError: x is no matrix, the form is unknown, or there is no step.
+        UserError: x is no matrix, the form is unknown, there is no step, or its size is not finite and above 0.
 
     >>> x = jnp.array([[3.0, 0.0], [0.0, 4.0]])
     >>> newton_schulz(x, 20, form="gradient").round(3).tolist()
@@ -52,6 +53,7 @@ def newton_schulz(
     if steps < 1:
         raise UserError(f"newton_schulz steps {steps}: give at least 1")
     assert_choice("newton_schulz form", form, ("quintic", "gradient"))
+    check("newton_schulz", above=0.0, step_size=step_size)
     o = x.astype(dtype or x.dtype)
     some = jnp.sum(jnp.square(upcast(o)), (-2, -1), keepdims=True) > 0
     o = jnp.where(some, o, 1)  # a norm has no derivative at zero

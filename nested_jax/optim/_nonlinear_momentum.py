@@ -122,6 +122,7 @@ def nonlinear_momentum(
         NL, Eq. 52 and 43-44; Jordan et al., Muon, 2024.
     """
     check("nonlinear_momentum", learning_rate=learning_rate, weight_decay=weight_decay)
+    check("nonlinear_momentum", low=0.0, consistent_rms=0.0 if consistent_rms is None else consistent_rms)
     memory = scale_by_nonlinear_momentum(
         nonlinearity, decay, average=average, nesterov=nesterov, on=on, dimension_numbers=dimension_numbers
     )

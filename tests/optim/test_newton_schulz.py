@@ -96,6 +96,8 @@ def test_what_is_refused():
         (jnp.ones(3), {}, r"takes matrices, not shape \[3\]"),
         (jnp.ones((3, 3)), {"steps": 0}, "steps 0: give at least 1"),
         (jnp.ones((3, 3)), {"form": "cubic"}, "form 'cubic' is unknown: give one of quintic, gradient"),
+        (jnp.ones((3, 3)), {"form": "gradient", "step_size": float("nan")}, "newton_schulz: step_size nan is not finite"),
+        (jnp.ones((3, 3)), {"form": "gradient", "step_size": -0.5}, "step_size -0.5 .*: give a number above 0"),
     ]:
         with pytest.raises(UserError, match=line):
             newton_schulz(x, **options)
