@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, assert_choice
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, check_period
+from nested_jax.optim._matrices import name
 from nested_jax.optim._precision import zeros
 from nested_jax.typing import Array, PyTree
 
@@ -76,11 +77,12 @@ def continuum(
         learning_rate: a number or a schedule.
         periods: steps between two updates of each group, or of all parameters if it is one number.
         groups: a tree like the parameters, or a prefix of it, with every leaf's group, or a function of the parameters that
-            makes one; as of `optax.partition`. Not used with one period.
-        inner: the optimizer without its learning rate, of all groups or of each; None: Adam.
+            makes one; as of `optax.partition`. None with one period.
+        inner: the optimizer without its learning rate, of all groups or, by its name, of each; None: Adam.
 
     Raises:
-        UserError: a hyperparameter is not finite, a period no whole number of at least 1, or a group unknown.
+        UserError: a hyperparameter is not finite, a period no whole number of at least 1, or a group unknown or without a
+            period of its own.
 
     >>> params = {"slow": jnp.zeros(()), "fast": jnp.zeros(())}
     >>> rule = continuum(1.0, {"a": 2, "b": 1}, {"slow": "a", "fast": "b"}, inner=optax.identity())
@@ -101,11 +103,26 @@ def continuum(
         every = isinstance(inner, Mapping)
         if every and set(inner) != set(periods):
             raise UserError(f"continuum: inner has {sorted(inner)} and periods {sorted(periods)}: give the same groups")
-        rules = {name: scale_by_continuum(_rule(inner[name] if every else inner), n) for name, n in periods.items()}
-        rule = optax.partition(rules, groups)
+        rules = {group: scale_by_continuum(_rule(inner[group] if every else inner), n) for group, n in periods.items()}
+        rule = _partition(rules, groups)
     else:
+        for thing, by_group in (("groups", groups is not None), ("inner", isinstance(inner, Mapping))):
+            if by_group:
+                raise UserError(f"continuum: {thing} by group with the one period {periods}: give periods {{group: steps}}")
         rule = scale_by_continuum(_rule(inner), periods)
     return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+
+
+def _partition(rules: Mapping[str, optax.GradientTransformation], groups) -> optax.GradientTransformationExtraArgs:
+    """`optax.partition` that names a group it does not know."""
+    parts = optax.partition(rules, groups)
+
+    def init(params):
+        for path, group in jax.tree_util.tree_leaves_with_path(groups(params) if callable(groups) else groups):
+            assert_choice(f"continuum: the group of {name(path) or 'all parameters'},", group, tuple(rules))
+        return parts.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, parts.update)
 
 
 def _rule(inner: optax.GradientTransformation | None) -> optax.GradientTransformation:

@@ -292,6 +292,8 @@ def test_rates_that_are_not_finite_are_refused(name):
         (lambda: optim.continuum(0.1, 2.5), "continuum: period 2.5 is no period"),
         (lambda: optim.continuum(0.1, {"a": 2}), "groups are missing: say which parameters belong to each of a"),
         (lambda: optim.continuum(0.1, {"a": 2}, {}, inner={"b": optax.sgd(1)}), r"inner has \['b'\] and periods \['a'\]"),
+        (lambda: optim.continuum(0.1, 2, {"x": "a"}), "continuum: groups by group with the one period 2: give periods"),
+        (lambda: optim.continuum(0.1, 2, inner={"a": optax.sgd(1)}), "continuum: inner by group with the one period 2"),
     ],
 )
 def test_hyperparameters_that_cannot_be_are_refused(make, said):
@@ -326,6 +328,10 @@ def test_what_fits_no_parameter_is_named():
             optim.deep_momentum(0.1, start=broken).init(params)
     with pytest.raises(UserError, match=r"feature_map makes \[8, 3\] of parameter dense/kernel's gradient"):
         run(optim.feature_momentum(0.1, lambda g: jnp.concatenate([g, g]) if g.ndim == 2 else g), params, [params])
+    labels = {"dense": "a", "scale": "c"}
+    for groups in (labels, lambda _: labels):
+        with pytest.raises(UserError, match="^continuum: the group of scale, 'c' is unknown: give one of a, b$"):
+            optim.continuum(0.1, {"a": 2, "b": 1}, groups).init(params)
     delta = optim.delta_gradient_descent(0.1)
     for inputs, said in [
         (None, r"inputs are missing: call update\(gradients, state, params, inputs="),
