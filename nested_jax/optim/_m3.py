@@ -13,7 +13,7 @@ import optax
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._adam_memory import grow
 from nested_jax.optim._hyperparameters import check, check_count, check_period
-from nested_jax.optim._matrices import DimensionNumbers, map_matrices
+from nested_jax.optim._matrices import DimensionNumbers, assert_matrices, map_matrices
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, remember
 from nested_jax.optim._precision import safe_divide, safe_root, zeros
@@ -78,6 +78,7 @@ def scale_by_m3(
     orthogonal = lambda tree: map_matrices(lambda m: newton_schulz(m, steps), dimension_numbers, tree, rule="m3")
 
     def init(params):
+        assert_matrices("m3", dimension_numbers, params)
         second = zeros(params) if second_moment else None
         return M3State(jnp.zeros((), jnp.int32), zeros(params), second, zeros(params), zeros(params), zeros(params))
 

@@ -104,6 +104,17 @@ def from_matrices(matrix: Array, numbers: MuonDimensionNumbers, shape: Sequence[
     return jnp.transpose(moved, [order.index(axis) for axis in range(len(shape))])
 
 
+def assert_matrices(rule: str, dimension_numbers: DimensionNumbers, tree: PyTree) -> None:
+    """Raises UserError, naming the leaf, where one is no matrix."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), numbers in zip(leaves, resolve(dimension_numbers, tree), strict=True):
+        if numbers is None:
+            raise UserError(
+                f"{rule} is for matrices and parameter {name(path)} of shape {list(leaf.shape)} is none: give its "
+                f"dimension_numbers, or another rule for it by optax.partition"
+            )
+
+
 def map_matrices(
     function: Callable, dimension_numbers: DimensionNumbers, *trees: PyTree, vectors: Callable | None = None, rule: str = ""
 ) -> PyTree:
@@ -111,19 +122,15 @@ def map_matrices(
 
     Raises UserError, naming the leaf, where there are other leaves and no `vectors`.
     """
+    if vectors is None:
+        assert_matrices(rule, dimension_numbers, trees[0])
     structure = jax.tree.structure(trees[0])
     columns = [jax.tree.leaves(tree) for tree in trees]
-    paths = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
     results = []
-    for path, numbers, *leaves in zip(paths, resolve(dimension_numbers, trees[0]), *columns, strict=True):
+    for numbers, *leaves in zip(resolve(dimension_numbers, trees[0]), *columns, strict=True):
         if numbers is not None:
             turned = function(*[as_matrices(leaf, numbers) for leaf in leaves])
             results.append(from_matrices(turned, numbers, leaves[0].shape))
-        elif vectors is not None:
-            results.append(vectors(*leaves))
         else:
-            raise UserError(
-                f"{rule} is for matrices and parameter {path} of shape {list(leaves[0].shape)} is none: give its "
-                f"dimension_numbers, or another rule for it by optax.partition"
-            )
+            results.append(vectors(*leaves))
     return structure.unflatten(results)

@@ -13,7 +13,7 @@ import optax
 from nested_jax.errors import assert_choice
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import DimensionNumbers, map_matrices, resolve
+from nested_jax.optim._matrices import DimensionNumbers, assert_matrices, map_matrices, resolve
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._precision import zeros
 from nested_jax.typing import Array, PyTree
@@ -57,6 +57,8 @@ def scale_by_nonlinear_momentum(
     assert_choice("nonlinear_momentum: on", on, ("matrices", "leaves"))
 
     def init(params):
+        if on == "matrices":
+            assert_matrices("nonlinear_momentum", dimension_numbers, params)
         return NonlinearMomentumState(jnp.zeros((), jnp.int32), zeros(params))
 
     def update(updates, state, params=None):

@@ -307,9 +307,9 @@ def test_what_fits_no_parameter_is_named():
     with pytest.raises(
         UserError, match=r"nonlinear_momentum is for matrices and parameter dense/bias of shape \[3\] is none"
     ):
-        run(optim.scale_by_nonlinear_momentum(), params, [params])
+        optim.scale_by_nonlinear_momentum().init(params)
     with pytest.raises(UserError, match=r"m3 is for matrices and parameter dense/bias"):
-        run(optim.scale_by_m3(), params, [params])
+        optim.scale_by_m3().init(params)
     wrong = {"dense": {"kernel": optax.contrib.MuonDimensionNumbers(0, 2), "bias": None}, "scale": None}
     with pytest.raises(UserError, match=r"dimension_numbers of parameter dense/kernel do not fit its shape \[4, 3\]"):
         run(optim.delta_momentum(0.1, dimension_numbers=wrong), params, [params])
