@@ -116,6 +116,8 @@ def scale_by_deep_momentum(
     assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
 
     def init(params):
+        if not isinstance(decay, jax.core.Tracer) and decay == 1:
+            _refuse_vectors(dimension_numbers, params)
         draw = lambda hidden: deep_momentum_start(params, hidden, seed=seed, dimension_numbers=dimension_numbers)
         if start is None:
             starts = draw(hidden)
@@ -159,6 +161,16 @@ def scale_by_deep_momentum(
         return structure.unflatten(emitted), DeepMomentumState(structure.unflatten(moved), state.start)
 
     return optax.GradientTransformation(init, update)
+
+
+def _refuse_vectors(dimension_numbers: DimensionNumbers, params: PyTree) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, _), numbers in zip(leaves, resolve(dimension_numbers, params), strict=True):
+        if numbers is None:
+            raise UserError(
+                f"deep_momentum: decay 1 never moves parameter {name(path)}, which is no matrix: give a decay below 1, or "
+                f"another rule for it by optax.partition"
+            )
 
 
 def _hidden_width(start: PyTree, hidden: int) -> int:

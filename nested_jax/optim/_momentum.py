@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,19 +135,20 @@ def scale_by_feature_momentum(
         preconditioner: P, the values that belong to the keys, of one parameter's gradient to an array of its shape.
 
     Raises:
-        UserError: the decay is out of range, or the features of a parameter are of another shape.
+        UserError: the decay is out of range, or the features or values of a parameter are of another shape.
     """
     check("feature_momentum", low=0.0, high=1.0, decay=decay)
     memory = scale_by_momentum(decay)
 
     def features(path, g):
-        keys = feature_map(g)
-        if keys.shape != g.shape:
-            raise UserError(
-                f"feature_momentum: feature_map makes {list(keys.shape)} of parameter {name(path)}'s gradient, whose shape "
-                f"is {list(g.shape)}: give a map that keeps it"
-            )
-        return keys if preconditioner is None else preconditioner(g) * keys
+        made = {"feature_map": feature_map(g)} | ({} if preconditioner is None else {"preconditioner": preconditioner(g)})
+        for what, x in made.items():
+            if jnp.shape(x) != g.shape:
+                raise UserError(
+                    f"feature_momentum: {what} makes {list(jnp.shape(x))} of parameter {name(path)}'s gradient, whose shape "
+                    f"is {list(g.shape)}: give a map that keeps it"
+                )
+        return math.prod(made.values())
 
     def update(updates, state, params=None):
         keys = jax.tree_util.tree_map_with_path(features, upcast(updates))
@@ -170,7 +172,8 @@ def feature_momentum(
         feature_map, decay, preconditioner: as of `scale_by_feature_momentum`.
 
     Raises:
-        UserError: a hyperparameter is not finite or out of range, or the features of a parameter are of another shape.
+        UserError: a hyperparameter is not finite or out of range, or the features or values of a parameter are of another
+            shape.
 
     >>> rule = feature_momentum(0.1, jnp.sign, decay=0.5)
     >>> state = rule.init(jnp.ones(2))

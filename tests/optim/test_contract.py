@@ -328,6 +328,14 @@ def test_what_fits_no_parameter_is_named():
             optim.deep_momentum(0.1, start=broken).init(params)
     with pytest.raises(UserError, match=r"feature_map makes \[8, 3\] of parameter dense/kernel's gradient"):
         run(optim.feature_momentum(0.1, lambda g: jnp.concatenate([g, g]) if g.ndim == 2 else g), params, [params])
+    with pytest.raises(UserError, match=r"preconditioner makes \[2, 4, 3\] of parameter dense/kernel's gradient"):
+        doubled = lambda g: jnp.stack([g, g]) if g.ndim == 2 else g
+        run(optim.feature_momentum(0.1, preconditioner=doubled), params, [params])
+    with pytest.raises(
+        UserError, match="decay 1 never moves parameter dense/bias, which is no matrix: give a decay below 1"
+    ):
+        optim.deep_momentum(0.1, decay=1.0).init(params)
+    optim.deep_momentum(0.1, decay=1.0).init({"kernel": params["dense"]["kernel"]})
     labels = {"dense": "a", "scale": "c"}
     for groups in (labels, lambda _: labels):
         with pytest.raises(UserError, match="^continuum: the group of scale, 'c' is unknown: give one of a, b$"):
