@@ -21,6 +21,7 @@ from nested_jax.optim._momentum import (
     preconditioned_momentum,
     scale_by_feature_momentum,
     scale_by_momentum,
+    scale_by_preconditioned_momentum,
 )
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import nonlinear_momentum, scale_by_nonlinear_momentum
@@ -56,4 +57,5 @@ __all__ = [
     "scale_by_m3",
     "scale_by_momentum",
     "scale_by_nonlinear_momentum",
+    "scale_by_preconditioned_momentum",
 ]

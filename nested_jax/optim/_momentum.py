@@ -83,6 +83,27 @@ def momentum(
     return optax.chain(scale_by_momentum(decay, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate))
 
 
+def scale_by_preconditioned_momentum(
+    preconditioner: optax.GradientTransformation | None = None, decay: float = 0.9, *, nesterov: bool = False
+) -> optax.GradientTransformation:
+    """A linear memory whose keys are gradients and whose values are what a preconditioner makes of them.
+
+        m <- decay m + P(g)        (NL Eq. 46-47)
+        emits m, or P(g) + decay m with nesterov
+
+    Args:
+        preconditioner: P, any optax transformation; the default divides by the root of an average of squares
+            (`optax.scale_by_rms`). `optax.identity()` makes it `scale_by_momentum`.
+        decay, nesterov: as of `scale_by_momentum`.
+
+    Raises:
+        UserError: the decay is out of range.
+    """
+    check("preconditioned_momentum", low=0.0, high=1.0, decay=decay)
+    preconditioner = optax.scale_by_rms() if preconditioner is None else preconditioner
+    return optax.chain(preconditioner, scale_by_momentum(decay, nesterov=nesterov))
+
+
 def preconditioned_momentum(
     learning_rate: optax.ScalarOrSchedule,
     preconditioner: optax.GradientTransformation | None = None,
@@ -90,15 +111,11 @@ def preconditioned_momentum(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """Momentum whose keys are gradients and whose values are what a preconditioner makes of them.
-
-        m <- decay m + P(g)        (NL Eq. 46-47)
+    """`scale_by_preconditioned_momentum`, then the learning rate.
 
     Args:
         learning_rate: a number or a schedule.
-        preconditioner: P, any optax transformation; the default divides by the root of an average of squares
-            (`optax.scale_by_rms`). `optax.identity()` makes it `momentum`.
-        decay, nesterov: as of `scale_by_momentum`.
+        preconditioner, decay, nesterov: as of `scale_by_preconditioned_momentum`.
 
     Raises:
         UserError: a hyperparameter is not finite or out of range.
@@ -111,10 +128,8 @@ def preconditioned_momentum(
         NL, Eq. 46-47.
     """
     check("preconditioned_momentum", learning_rate=learning_rate)
-    preconditioner = optax.scale_by_rms() if preconditioner is None else preconditioner
-    return optax.chain(
-        preconditioner, scale_by_momentum(decay, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate)
-    )
+    rule = scale_by_preconditioned_momentum(preconditioner, decay, nesterov=nesterov)
+    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
 
 
 def scale_by_feature_momentum(

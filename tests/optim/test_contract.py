@@ -268,6 +268,7 @@ def test_rates_that_are_not_finite_are_refused(name):
         (lambda: optim.clip_by_norm(0.0), "clip_by_norm: largest 0.0 is out of range: give a number above 0"),
         (lambda: optim.clip_by_norm(float("nan")), "clip_by_norm: largest nan is not finite"),
         (lambda: optim.momentum(0.1, float("nan")), "momentum: decay nan is not finite"),
+        (lambda: optim.preconditioned_momentum(0.1, decay=2), "^preconditioned_momentum: decay 2 is out of range"),
         (lambda: optim.nonlinear_momentum(0.1, decay=1.0), "decay 1.0 is out of range.* and below 1"),
         (lambda: optim.nonlinear_momentum(0.1, on="rows"), "on 'rows' is unknown: give one of matrices, leaves"),
         (lambda: optim.delta_momentum(0.1, erase=-1.0), "delta_momentum: erase -1.0"),
