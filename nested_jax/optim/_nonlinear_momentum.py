@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.errors import assert_choice
+from nested_jax.errors import UserError, assert_choice
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.optim._matrices import DimensionNumbers, assert_matrices, map_matrices, resolve
@@ -46,15 +46,17 @@ def scale_by_nonlinear_momentum(
         decay: what is kept of the memory each step, from 0 to 1; of an average, below 1.
         average: an average of gradients, as in Muon, or their sum, as in the paper.
         nesterov: look one step ahead.
-        on: what sigma is given: matrices (..., in, out), or leaves as they are.
+        on: what sigma is given: matrices (..., in, out), or leaves as they are, without dimension numbers.
         dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
             None: leaves of two axes.
 
     Raises:
-        UserError: a hyperparameter is out of range, or sigma is for matrices and a parameter is none.
+        UserError: a hyperparameter is out of range, sigma is for matrices and a parameter is none, or it is for leaves and
+            there are dimension numbers.
     """
     check("nonlinear_momentum", low=0.0, high=1.0, below=1.0 if average else math.inf, decay=decay)
     assert_choice("nonlinear_momentum: on", on, ("matrices", "leaves"))
+    _check_on(on, dimension_numbers=dimension_numbers)
 
     def init(params):
         if on == "matrices":
@@ -71,6 +73,15 @@ def scale_by_nonlinear_momentum(
         return optax.tree.cast_like(emitted, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_on(on: str, **of_matrices) -> None:
+    """Raises UserError for the first option of matrices that is given where there are only leaves."""
+    for option, value in of_matrices.items():
+        if on == "leaves" and value is not None:
+            raise UserError(
+                f"nonlinear_momentum: {option} is of matrices and on is 'leaves': leave it out, or on='matrices'"
+            )
 
 
 def remember(gradients: PyTree, state: NonlinearMomentumState, decay, average: bool, nesterov: bool):
@@ -107,12 +118,15 @@ def nonlinear_momentum(
         learning_rate: a number or a schedule.
         nonlinearity, decay, average, nesterov, on, dimension_numbers: as of `scale_by_nonlinear_momentum`.
         consistent_rms: matrices' updates are scaled by sqrt(max(in, out)) times this; None: by sqrt(max(1, out / in)).
-        weight_decay: of matrices, times the learning rate.
+        weight_decay: of what sigma is given, times the learning rate.
         weight_decay_mask: as of `optax.add_decayed_weights`.
         vectors: rule of leaves that are no matrices, with its learning rate; None: `optax.adamw` as in Muon.
 
+    With `on="leaves"` there are no vectors and no scaling by shape.
+
     Raises:
-        UserError: a hyperparameter is not finite or out of range, or dimension numbers do not fit a parameter.
+        UserError: a hyperparameter is not finite or out of range, dimension numbers do not fit a parameter, or with leaves
+            there are options of matrices.
 
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
     >>> rule = nonlinear_momentum(0.1)
@@ -125,6 +139,7 @@ def nonlinear_momentum(
     """
     check("nonlinear_momentum", learning_rate=learning_rate, weight_decay=weight_decay)
     check("nonlinear_momentum", low=0.0, consistent_rms=0.0 if consistent_rms is None else consistent_rms)
+    _check_on(on, consistent_rms=consistent_rms, vectors=vectors)
     memory = scale_by_nonlinear_momentum(
         nonlinearity, decay, average=average, nesterov=nesterov, on=on, dimension_numbers=dimension_numbers
     )

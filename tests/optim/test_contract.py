@@ -271,6 +271,10 @@ def test_rates_that_are_not_finite_are_refused(name):
         (lambda: optim.preconditioned_momentum(0.1, decay=2), "^preconditioned_momentum: decay 2 is out of range"),
         (lambda: optim.nonlinear_momentum(0.1, decay=1.0), "decay 1.0 is out of range.* and below 1"),
         (lambda: optim.nonlinear_momentum(0.1, on="rows"), "on 'rows' is unknown: give one of matrices, leaves"),
+        *[
+            (functools.partial(optim.nonlinear_momentum, 0.1, on="leaves", **option), "is of matrices and on is 'leaves'")
+            for option in ({"vectors": optax.sgd(1)}, {"consistent_rms": 0.2}, {"dimension_numbers": {}})
+        ],
         (lambda: optim.delta_momentum(0.1, erase=-1.0), "delta_momentum: erase -1.0"),
         (lambda: optim.deep_momentum(0.1, rate=-1.0), "deep_momentum: rate -1.0"),
         (lambda: optim.deep_momentum(0.1, objective="cosine"), "objective 'cosine' is unknown: give one of dot, l2"),
