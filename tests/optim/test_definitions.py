@@ -64,6 +64,13 @@ def test_adams_memory_minimises_its_objective(x64, penalty):
     np.testing.assert_allclose(got, minimiser(objective, np.zeros(5)), rtol=1e-6, atol=1e-9)
 
 
+def test_adams_memory_of_averages(x64):
+    """After 1 and 2 at decays of 1/2, corrected, the mean is 5/3 and that of squares 3: 5/3 sqrt 3 / (3 + penalty)."""
+    rule = optim.scale_by_adam_memory(0.5, 0.5, penalty=2.0, eps=0.0)
+    _, state = rule.update(jnp.array([1.0]), rule.init(jnp.zeros(1)))
+    np.testing.assert_allclose(rule.update(jnp.array([2.0]), state)[0], 5 / 3 * 3**0.5 / (3 + 2), rtol=1e-12)
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_adagrads_memory_of_outer_products(x64, penalty, columns):
@@ -79,6 +86,13 @@ def test_adagrads_memory_of_outer_products(x64, penalty, columns):
     objective = lambda X: jnp.sum((X @ root - jnp.eye(4)) ** 2) + penalty * jnp.sum(X**2)
     expected = minimiser(objective, np.zeros((4, 4))) @ gradients[-1]
     np.testing.assert_allclose(got, expected if columns > 1 else expected[:, 0], rtol=1e-5, atol=1e-7)
+
+
+def test_adagrads_memory_element_by_element(x64):
+    """After 3 and 4 the root sum of squares is 5: 5 / (25 + penalty) of the last."""
+    rule = optim.scale_by_adagrad_memory(penalty=7.0)
+    _, state = rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))
+    np.testing.assert_allclose(rule.update(jnp.array([4.0]), state)[0], 5 / (25 + 7) * 4, rtol=1e-12)
 
 
 def test_directions_without_gradients_stay_zero(x64):
@@ -275,3 +289,21 @@ def test_continuum_moves_each_group_at_its_own_frequency(x64):
     first, second = gradients[:3].sum(), gradients[3:].sum()
     np.testing.assert_allclose([a for a, _ in moved], [0, 0, -first, 0, 0, -0.1 * (second + 0.5 * first)], atol=1e-12)
     np.testing.assert_allclose([b for _, b in moved], -gradients * jnp.array([1, 1, 1, 1, 0.1, 0.1]), rtol=1e-12)
+
+
+def test_continuum_passes_extra_arguments_on(x64):
+    """As they are at the step on which a group moves."""
+    scaled = lambda updates, state, params=None, *, factor: (jax.tree.map(lambda g: factor * g, updates), state)
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, scaled)
+    params, gradients = {"a": jnp.zeros(()), "b": jnp.zeros(())}, normal(0, 4)
+    for rule, period in [
+        (optim.continuum(1.0, 2, inner=inner), 2),
+        (optim.continuum(1.0, {"slow": 2, "fast": 1}, {"a": "slow", "b": "fast"}, inner=inner), 1),
+    ]:
+        state, moved = rule.init(params), []
+        for g, factor in zip(gradients, (3.0, 5.0, 7.0, 11.0), strict=True):
+            updates, state = rule.update({"a": g, "b": g}, state, params, factor=factor)
+            moved.append((float(updates["a"]), float(updates["b"])))
+        slow = [0, -5 * gradients[:2].sum(), 0, -11 * gradients[2:].sum()]
+        fast = -gradients * jnp.array([3.0, 5, 7, 11]) if period == 1 else slow
+        np.testing.assert_allclose(np.transpose(moved), np.array([slow, fast]), rtol=1e-12, atol=1e-12)

@@ -41,6 +41,10 @@ def trajectory(rule, steps=100):
     return run(start())
 
 
+FIRST = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "first", params)
+OPTIONS = {"nesterov": False, "consistent_rms": 0.2, "weight_decay": 0.1, "weight_decay_mask": FIRST}
+VECTORS = {"vectors": optax.adamw(0.02, b1=0.8, weight_decay=0.3)}  # as optax's Muon would have them
+MUON = optax.contrib.muon(RATE, beta=0.9, **OPTIONS, adam_b1=0.8, adam_weight_decay=0.3, adam_learning_rate=0.02)
 KERNELS = lambda params: jax.tree.map(lambda w: w.ndim == 2, params)
 EQUAL = {
     "momentum": lambda: (optim.momentum(RATE, 0.9), optax.sgd(RATE, momentum=0.9)),
@@ -59,6 +63,25 @@ EQUAL = {
     "muon with options": lambda: (
         optim.nonlinear_momentum(RATE, decay=0.9, nesterov=False, consistent_rms=0.2, weight_decay=0.1),
         optax.contrib.muon(RATE, beta=0.9, nesterov=False, consistent_rms=0.2, weight_decay=0.1),
+    ),
+    "muon with a mask and a rule for vectors": lambda: (
+        optim.nonlinear_momentum(RATE, decay=0.9, **OPTIONS, **VECTORS),
+        MUON,
+    ),
+    "m3 without its slow memory, with options": lambda: (
+        optim.m3(RATE, fast=0.9, slow_weight=0.0, second_moment=False, **OPTIONS, **VECTORS),
+        MUON,
+    ),
+    "non-linear momentum on leaves, with a decay of some": lambda: (
+        optim.nonlinear_momentum(
+            RATE, jnp.sign, average=False, nesterov=False, on="leaves", weight_decay=0.1, weight_decay_mask=FIRST
+        ),
+        optax.chain(
+            optax.trace(0.95),
+            optax.scale_by_sign(),
+            optax.add_decayed_weights(0.1, FIRST),
+            optax.scale_by_learning_rate(RATE),
+        ),
     ),
     "non-linear momentum with the identity": lambda: (
         optim.nonlinear_momentum(RATE, lambda m: m, 0.9, average=False, nesterov=False, on="leaves"),
