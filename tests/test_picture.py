@@ -340,6 +340,17 @@ def test_models_alone():
     assert "restarts from CMS level1" in found["CMS level2, 2 blocks"].knowledge
 
 
+def test_flax_modules_may_hold_more_than_parameters():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(3, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    memory, weights = describe((Net(nnx.Rngs(0)), optax.sgd(0.1, 0.9))).components
+    assert weights.parameters == 3 * 4 + 4 + 2 * 4 and memory.state_bytes == 4 * weights.parameters
+
+
 def test_large_models_are_never_drawn():
     config = TrainConfig.from_preset("1.3b-hope", optimizer="adamw")
     picture = describe((config.model, optimizer(config)))

@@ -44,8 +44,8 @@ def describe(
 
     Args:
         system: a `Level`, a sequence layer of `nested_jax.memory`, a `LanguageModel` or `ModelConfig`, any other
-            `flax.nnx.Module` or tree of parameters (or of their shapes), an optax transformation, or a tuple of some of
-            these with at most one optimizer, which moves all parameters.
+            `flax.nnx.Module`, of which only `nnx.Param`s count, or tree of parameters (or of their shapes), an optax
+            transformation, or a tuple of some of these with at most one optimizer, which moves all parameters.
         tokens_per_step: data points of one step of the optimizer; None leaves its frequencies in updates a step.
         extra: for optimizers whose `update` takes more than gradients and parameters: from stand-ins of the parameters to
             these arguments, by keyword.
@@ -109,11 +109,11 @@ def _learner(system: Any) -> _Learner:
     if isinstance(system, Level):
         return _Learner({}, lambda path: "", lambda weights: [(system, 1)])
     if isinstance(system, nnx.Module):
-        graph, weights = nnx.split(system, nnx.Param)
+        graph, weights, rest = nnx.split(system, nnx.Param, ...)
         shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), nnx.to_pure_dict(weights))
         if not isinstance(system, LanguageModel):
             return _Learner(shapes, lambda path: "parameters", lambda weights: [])
-        levels = lambda weights: nnx.merge(graph, nnx.State(weights)).levels()
+        levels = lambda weights: nnx.merge(graph, nnx.State(weights), rest).levels()
         return _Learner(shapes, system.serves, levels, "next-token loss", "corpus")
     if hasattr(system, "init_weights") and hasattr(system, "levels"):
         shapes = jax.eval_shape(system.init_weights, jax.random.key(0))
