@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import rich.console
 from flax import nnx
 
 from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
-from nested_jax.cli import main
+from nested_jax.cli import Rule, main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import view
@@ -25,6 +26,7 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.picture import Component, Picture
 from nested_jax.train.config import TrainConfig
+from nested_jax.train.folder import write_config
 from nested_jax.train.optimizer import optimizer
 
 MLP = {"up": jnp.ones((6, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 6))}
@@ -408,6 +410,18 @@ def test_command_line(tmp_path, capsys):
     ):
         code, out, err = say(line)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
+
+
+@pytest.mark.parametrize("rule", typing.get_args(Rule))
+def test_command_line_knows_every_rule_of_train(rule, tmp_path, capsys):
+    assert main(["describe", "--preset", "tiny-linear", "--optimizer", rule]) == 0
+    out = capsys.readouterr().out
+    assert (" 0 " in out) == (rule == "none")  # updates
+    assert ("closed form: the proximal" in out) == (rule == "delta-gradient-descent")
+    if rule != "none":
+        write_config(tmp_path, TrainConfig.from_preset("tiny-linear", optimizer=rule), "none")
+        assert main(["describe", "--run-dir", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == out
 
 
 def test_readme_shows_what_is_printed(capsys):
