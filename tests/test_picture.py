@@ -264,6 +264,26 @@ def test_a_new_level_describes_itself():
     assert "not stated" in describe(alone).markdown()
 
 
+def test_equal_names_are_told_apart():
+    zero, step = lambda slower: jnp.zeros(3), lambda state, context, slower: (state + 1, state[None])
+    says = Description("x", inner=(optax.trace(0.9), optax.trace(0.5)))
+    found = describe(nest(nest(Level(zero, step, 1), Level(zero, step, 2), reset=True), Level(zero, step, 4))).components
+    assert [(c.name, c.frequency, c.level) for c in found] == [("level", 1, 1), ("level 2", 1 / 2, 2), ("level 3", 1 / 4, 3)]
+    assert found[0].starts_from == ("level 2",) and found[2].needs == ("level", "level 2")
+    assert found[0].knowledge == "initialisation: restarts from level 2"
+    found = describe(Level(zero, step, 1, "quick", description=says)).components
+    assert [(c.name, c.level, c.rule) for c in found] == [
+        ("trace (Trace) of quick", 1, "m <- 0.9 m + g"),
+        ("trace (Trace) of quick 2", 2, "m <- 0.5 m + g"), ("quick", 3, "adds what comes of trace (Trace)"),
+    ]  # fmt: skip
+    two = nest(Level(zero, step, 1, "parameters"), Level(zero, step, 2, "slow"), reset=True)
+    found = describe((two, two, MLP, optax.sgd(0.1))).components
+    assert {c.name: (c.level, c.starts_from) for c in found} == {
+        "parameters": (1, ("slow",)), "slow": (2, ()), "parameters 2": (1, ("slow 2",)), "slow 2": (2, ()),
+        "parameters 3": (3, ()),
+    }  # fmt: skip
+
+
 def test_levels_of_layers_are_what_they_do():
     """Their periods are those at which their states are seen to change, token by token."""
     x = jax.random.normal(jax.random.key(0), (1, 12, 8))

@@ -85,7 +85,10 @@ def describe(
         learners = [_learner(_ALONE)]
     components = _renamed([list(_in_context(learner)) for learner in learners])
     slow, size = _slow(learners, optimizers[0] if optimizers else None, extra, tuple(c.name for c in components[-1:]))
-    full = lambda label: [c.name for c in slow if c.name == label or c.name.startswith(f"{label}, ")] or [label]
+    own = [c.name for c in slow]
+    slow = _renamed([components, slow])[len(components) :]
+    of = lambda label: [c.name for c, name in zip(slow, own, strict=True) if f"{name}, ".startswith(f"{label}, ")]
+    full = lambda label: of(label) or [label]
     starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
     components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
     if tokens_per_step:
@@ -94,12 +97,14 @@ def describe(
 
 
 def _renamed(groups: Sequence[Sequence[Component]]) -> list[Component]:
-    """All components, each of a name of its own; what they need is of their own group."""
+    """All components, each of a name of its own; what they need and start from is of their own group."""
     names = iter(distinct([c.name for group in groups for c in group]))
     made = []
     for group in groups:
         new = {c.name: next(names) for c in group}
-        made += [dataclasses.replace(c, name=new[c.name], needs=tuple(new[n] for n in c.needs)) for c in group]
+        for c in group:
+            needs, starts = tuple(new[n] for n in c.needs), tuple(new.get(n, n) for n in c.starts_from)
+            made.append(dataclasses.replace(c, name=new[c.name], needs=needs, starts_from=starts))
     return made
 
 
@@ -158,7 +163,9 @@ def _in_context(learner: _Learner) -> Iterator[Component]:
     teachers = [{labels[v] for v in graph.behind([out]) if v in labels} for out in graph.outputs]
     states = structure.unflatten(map(_Leaf, leaves, teachers))
     names: list[str] = []
-    for (level, blocks), state in zip(found, states, strict=True):
+    taken: list[str] = []
+    apart = [(_apart(level, blocks, taken), blocks) for level, blocks in found]
+    for (level, blocks), state in zip(apart, states, strict=True):
         for component in _walk(level, state, blocks, tuple(names), None):
             names.append(component.name)
             yield component
@@ -178,6 +185,18 @@ def _start(level: Level) -> PyTree:
         return ()
 
 
+def _apart(level: Level, blocks: int, taken: list[str]) -> Level:
+    """The level, each that learns in it by the name of its component, of which there is one."""
+    if level.parts:
+        *two, reset = level.parts
+        return dataclasses.replace(level, parts=(*(_apart(part, blocks, taken) for part in two), reset))
+    if level.description.objective is None:
+        return level
+    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
+    taken.append(distinct([*taken, name])[-1])
+    return dataclasses.replace(level, name=taken[-1])
+
+
 def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], restarts: str | None) -> Iterator[Component]:
     """A level's components, from fast to slow. `before`: the faster ones; `restarts`: the level that resets this one."""
     if level.parts:
@@ -191,15 +210,15 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
     says, frequency = level.description, level.description.updates / level.period
     if says.objective is None:
         return
-    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
-    step = ""
+    name, step = level.name, ""
     for inner in says.inner:
         if isinstance(inner, optax.GradientTransformation):
             *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
             step = weights.rule
         else:
             memories = [Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)]
-        renamed = {c.name: f"{c.name} of {name}" for c in memories}
+        new = distinct([*before, *(f"{c.name} of {name}" for c in memories)])[len(before) :]
+        renamed = dict(zip((c.name for c in memories), new, strict=True))
         for c in memories:
             needs = (*before, *(renamed[n] for n in c.needs))
             yield dataclasses.replace(
