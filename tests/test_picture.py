@@ -195,6 +195,18 @@ def test_no_law_is_claimed_that_does_not_hold():
     assert squares.objective.startswith("-<m, g^2> +")  # however small
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (optax.scale(-0.1), "W <- W - eta g"),
+        (optax.scale(0.1), "W <- W + eta g"),
+        (optax.identity(), "W <- W + eta g"),
+    ],
+)
+def test_what_moves_the_weights(rule, said):
+    assert describe((MLP, rule)).components[-1].rule == said
+
+
 class Two(NamedTuple):
     count: jax.Array
     quick: dict
