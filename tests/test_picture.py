@@ -201,8 +201,13 @@ def test_no_law_is_claimed_that_does_not_hold():
         (optax.scale(-0.1), "W <- W - eta g"),
         (optax.scale(0.1), "W <- W + eta g"),
         (optax.identity(), "W <- W + eta g"),
+        (optax.lamb(0.1), "adds what comes of mu (Adam) and nu (Adam)"),
+        (optax.adamw(0.1, mask={"up": True, "bias": False, "down": True}),
+         "adds what comes of mu (Adam) and nu (Adam), decays"),
+        (optax.chain(optax.add_decayed_weights(0.1, {"up": True, "bias": False, "down": True}), optax.sgd(0.1)),
+         "W <- W - eta g, decays"),
     ],
-)
+)  # fmt: skip
 def test_what_moves_the_weights(rule, said):
     assert describe((MLP, rule)).components[-1].rule == said
 

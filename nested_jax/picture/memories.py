@@ -39,6 +39,7 @@ class Part:
     leaves: list[int] = field(default_factory=list)
     law: Recurrence | None = None
     description: Description = Description()
+    decays: bool = False  # whether some of its weights shrink by a factor of their own
     loop: Loop | None = None
     solves: bool = False  # whether the loop makes matrices orthogonal
     above: set[Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
@@ -133,7 +134,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights))
+        shrinks = lambda i: -1 < (trial.recurrence([i], [i]).keep or 0) < 0  # of the update; of -1 the new are others
+        decays = frequency > 0 and any(map(shrinks, leaves))
+        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights, decays))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}

@@ -40,7 +40,7 @@ def _weights(part: Part, above: str, flow: str, objective: str, context: str) ->
         step = f"adds what comes of {above}"
     else:
         step = f"W <- W {'-' if law.add < 0 else '+'} eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
-    decay = "" if law.keep == 0 else ", decays"
+    decay = ", decays" if part.decays else ""
     own = part.description
     return (
         context or flow,
