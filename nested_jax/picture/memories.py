@@ -134,7 +134,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        shrinks = lambda i: -1 < (trial.recurrence([i], [i]).keep or 0) < 0  # of the update; of -1 the new are others
+        shrinks = lambda i: -1 + 1e-6 < (trial.recurrence([i], [i]).keep or 0) < 0  # of the update; -1 forgets
         decays = frequency > 0 and any(map(shrinks, leaves))
         parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights, decays))
 
