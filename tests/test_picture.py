@@ -436,6 +436,27 @@ def test_what_is_no_system(system, named):
         describe(system)
 
 
+@pytest.mark.parametrize(
+    ("rule", "extra", "named"),
+    [
+        (optax.masked(optax.sgd(0.1), {"up": True}), None, "masked"),
+        (optax.partition({"a": optax.sgd(0.1)}, {"up": "a", "bias": "b", "down": "a"}), None, "partition"),
+        (optax.lookahead(optax.sgd(0.1), 2, 0.5), None, "lookahead"),
+        (optax.sgd(0.1), 3, "'int' object is not callable"),
+    ],
+)
+def test_what_an_optimizer_refuses_is_said_in_a_line(rule, extra, named):
+    with pytest.raises(UserError, match=f"^describe: optimizer .*{named}.*; give parameters.*extra=$") as error:
+        describe((MLP, rule), extra=extra)
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_may_be_empty():
+    weights = describe(({"none": jnp.zeros((0, 3))}, optax.sgd(0.1))).components[-1]
+    assert weights.parameters == 0
+    assert describe((MLP | {"none": jnp.zeros((0, 3))}, optax.adam(0.1))).parameters == 104
+
+
 def test_command_line(tmp_path, capsys):
     def say(line):
         code = main(["describe", *shlex.split(line)])

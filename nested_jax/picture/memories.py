@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.errors import UserError
 from nested_jax.level import Description
 from nested_jax.picture.component import Component, distinct
 from nested_jax.picture.graph import Loop
@@ -66,9 +67,9 @@ def learned(
         extra: stand-ins of the parameters -> what `update` takes beside gradients and parameters, by keyword.
         writers: components that the gradients come from.
     """
-    real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+    trial, real = _tried(optimizer, shapes, extra)
     with jax.enable_x64(True):
-        parts = _parts(Trial(optimizer, shapes, extra), shapes, labels)
+        parts = _parts(trial, shapes, labels)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
     counts = [leaf.size for leaf in jax.tree.leaves(shapes)]
     n, state = len(sizes), [leaf.size * leaf.dtype.itemsize for leaf in real]
@@ -87,6 +88,19 @@ def learned(
             )
         )  # fmt: skip
     return components, sum(state)
+
+
+def _tried(optimizer: optax.GradientTransformation, shapes: PyTree, extra: Callable | None) -> tuple[Trial, list[Any]]:
+    """The optimizer on trial, and the shapes of its state; what it says against that, in one line."""
+    try:
+        real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+        with jax.enable_x64(True):
+            return Trial(optimizer, shapes, extra), real
+    except Exception as error:  # whatever the rule, or `extra`, is made of
+        name = getattr(optimizer.init, "__qualname__", "").split(".")[0] or "of no name"
+        said = " ".join(str(error).split()) or type(error).__name__
+        remedy = "give parameters that it takes, and what more its update takes by extra="
+        raise UserError(f"describe: optimizer {name} refuses: {said}; {remedy}") from error
 
 
 def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:

@@ -54,7 +54,7 @@ def describe(
         A `Picture`: `.components`, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
 
     Raises:
-        UserError: something that is none of these, or two optimizers.
+        UserError: something that is none of these, two optimizers, or one that refuses the parameters or `extra`.
 
     >>> import optax
     >>> mlp = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.errors import UserError
 from nested_jax.picture.graph import Graph, measured
 from nested_jax.typing import PyTree
 
@@ -46,7 +45,7 @@ class Trial:
         self.state = jax.tree.map(jnp.asarray, optimizer.init(self.params))
         self.kept = len(jax.tree.leaves(self.params)), len(jax.tree.leaves(self.state))
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        self.scale = 0.1 * size**-0.5  # a norm of all gradients that no usual clipping changes
+        self.scale = 0.1 * max(size, 1) ** -0.5  # a norm of all gradients that no usual clipping changes
         self._rng = rng
         more = {} if extra is None else extra(self.params)
         structure = jax.tree.structure((self.params, self.state, self.params))
@@ -57,10 +56,7 @@ class Trial:
             return [*jax.tree.leaves(updates), *jax.tree.leaves(state)]
 
         leaves = jax.tree.leaves((self.params, self.state, self.params))
-        try:
-            self.graph = Graph(step, *leaves)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"describe: the optimizer's update refuses: {error}; give what it takes by extra=") from error
+        self.graph = Graph(step, *leaves)
         self.shapes = [leaf.shape for leaf in leaves]
         self.learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
         self.call = jax.jit(step)
