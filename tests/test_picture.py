@@ -429,11 +429,23 @@ def test_renderings():
 
 @pytest.mark.parametrize(
     ("system", "named"),
-    [("hope", "str is no level"), ({}, "dict is no level"), ([optax.sgd(0.1)] * 2, "2 optimizers"), ({"a": 3}, "int is no")],
+    [
+        ("hope", "str is no level"),
+        ({}, "dict is no level"),
+        ([optax.sgd(0.1)] * 2, "2 optimizers"),
+        ({"a": 3}, "int is no"),
+        (nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.adam(0.1), wrt=nnx.Param), r"give \(model, tx\)"),
+    ],
 )
 def test_what_is_no_system(system, named):
     with pytest.raises(UserError, match=named):
         describe(system)
+
+
+@pytest.mark.parametrize("tokens", [-4, 0, "a", math.nan, math.inf])
+def test_tokens_are_a_positive_number(tokens):
+    with pytest.raises(UserError, match=f"tokens_per_step {tokens!r} is no positive number"):
+        describe((MLP, optax.sgd(0.1)), tokens_per_step=tokens)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +56,8 @@ def describe(
         A `Picture`: `.components`, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
 
     Raises:
-        UserError: something that is none of these, two optimizers, or one that refuses the parameters or `extra`.
+        UserError: something that is none of these, two optimizers, or one that refuses the parameters or `extra`;
+            tokens_per_step is no positive number.
 
     >>> import optax
     >>> mlp = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
@@ -75,6 +78,8 @@ def describe(
     References:
         NL, Definitions 1-4 and section 3.3.
     """
+    if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
+        raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
     parts = list(system) if type(system) in (tuple, list) else [system]
     parts = [part.gradient_transformation() if isinstance(part, optax.MultiSteps) else part for part in parts]
     optimizers = [part for part in parts if isinstance(part, optax.GradientTransformation)]
@@ -91,7 +96,7 @@ def describe(
     full = lambda label: of(label) or [label]
     starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
     components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
-    if tokens_per_step:
+    if tokens_per_step is not None:
         slow = [dataclasses.replace(c, frequency=c.frequency / tokens_per_step, unit="token") for c in slow]
     return Picture.of(components + slow, size)
 
@@ -109,6 +114,10 @@ def _renamed(groups: Sequence[Sequence[Component]]) -> list[Component]:
 
 
 def _learner(system: Any) -> _Learner:
+    if isinstance(system, nnx.Optimizer):
+        raise UserError(
+            "describe: nnx.Optimizer holds a state that is no parameter: give (model, tx), a model and its optax rule"
+        )
     if isinstance(system, ModelConfig):
         system = nnx.eval_shape(lambda: LanguageModel(system, rngs=nnx.Rngs(0)))
     if isinstance(system, Level):
