@@ -13,7 +13,7 @@ import re
 import sys
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,11 +124,12 @@ def depict(argv: Sequence[str]) -> None:
     """Show what learns in a model and its optimizer, and how often."""
     name = _preset(argv)
     flags = _parse(Depiction(preset=name, model=preset(name)), "describe", argv)
+    import optax
     from rich.console import Console
 
     from nested_jax.picture import describe
     from nested_jax.train.folder import read_config
-    from nested_jax.train.optimizer import optimizer
+    from nested_jax.train.optimizer import WithInputs, optimizer
 
     if flags.run_dir is None:
         own = {} if flags.optimizer == "none" else {"optimizer": flags.optimizer}
@@ -139,8 +140,14 @@ def depict(argv: Sequence[str]) -> None:
         )
     elif (config := read_config(Path(flags.run_dir))) is None:
         raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
-    system = config.model if flags.optimizer == "none" else (config.model, optimizer(config))
-    picture = describe(system, tokens_per_step=config.window * config.batch)
+    system, extra = config.model, None
+    if flags.optimizer != "none":
+        rule = optimizer(config)
+        if isinstance(rule, WithInputs):
+            extra = _inputs(rule.matrices)
+            rule = optax.GradientTransformationExtraArgs(rule.init, rule.update)
+        system = config.model, rule
+    picture = describe(system, tokens_per_step=config.window * config.batch, extra=extra)
     if flags.figure is not None:
         try:
             picture.plot().savefig(flags.figure)
@@ -152,6 +159,21 @@ def depict(argv: Sequence[str]) -> None:
         terminal = Console()
         terminal = terminal if terminal.is_terminal else Console(width=160)
         terminal.print(picture)
+
+
+def _inputs(matrices: Callable) -> Callable:
+    """Stand-ins of the parameters -> stand-ins of the inputs of linear layers, (..., 5, in), by keyword."""
+    import jax
+    import jax.numpy as jnp
+
+    from nested_jax.optim._matrices import name, resolve
+
+    def inputs(parameters):
+        leaves = zip(jax.tree_util.tree_leaves_with_path(parameters), resolve(matrices, parameters), strict=True)
+        examples = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
+        return {"inputs": {name(path): examples(w) for (path, w), numbers in leaves if numbers}}
+
+    return inputs
 
 
 COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict}

@@ -67,7 +67,7 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
     Under `jax.jit` it compiles as a whole; its result can be differentiated again.
 
     Raises:
-        UserError: the loss is no scalar, or has no linear layer.
+        UserError: the loss is no real scalar, is no pair with `has_aux`, or has no linear layer.
 
     >>> params = {"dense": {"kernel": jnp.eye(2)}}
     >>> loss = lambda params, x: ((x @ params["dense"]["kernel"]) ** 2).sum() / 2
@@ -147,10 +147,15 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     parameters = [leaf for _, leaf in with_paths]
     call = lambda parameters, batch: loss(structure.unflatten(parameters), batch)
     closed, shape = jax.make_jaxpr(call, return_shape=True)(parameters, batch)
+    if has_aux and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
+        what = f"{type(shape).__name__} of {len(shape)}" if isinstance(shape, (tuple, list, dict)) else "single value"
+        raise UserError(f"local_surprise: with has_aux=True the loss is a {what}: give a pair, (scalar, more)")
     scalar, outputs = shape[0] if has_aux else shape, jax.tree.structure(shape)
     if getattr(scalar, "shape", None) != ():
         what = f"has shape {list(scalar.shape)}" if hasattr(scalar, "shape") else f"is a {type(scalar).__name__}"
         raise UserError(f"local_surprise: the loss {what}: give a scalar, or has_aux=True for a pair of a scalar and more")
+    if not jnp.issubdtype(scalar.dtype, jnp.floating):
+        raise UserError(f"local_surprise: the loss is of type {scalar.dtype}: give a real floating-point number")
 
     views = [whole(i, v.aval.shape) if inexact(v) else None for i, v in enumerate(closed.jaxpr.invars)]
     views[len(parameters) :] = [None] * len(jax.tree.leaves(batch))

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import rich.console
 from flax import nnx
 
 from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
-from nested_jax.cli import main
+from nested_jax.cli import Rule, main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import view
@@ -25,6 +26,7 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.picture import Component, Picture
 from nested_jax.train.config import TrainConfig
+from nested_jax.train.folder import write_config
 from nested_jax.train.optimizer import optimizer
 
 MLP = {"up": jnp.ones((6, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 6))}
@@ -187,10 +189,38 @@ def test_no_law_is_claimed_that_does_not_hold():
     rule = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
     memory = next(c for c in describe((params, rule)).components if c.name == "memory")
     assert (memory.objective, memory.rule) == ("", "")
+    wave = lambda g, m, _=None: (m, jax.tree.map(lambda m, g: jnp.sin(m) + g, m, g))
+    rule = optax.GradientTransformation(rule.init, wave)
+    memory = next(c for c in describe((jnp.ones(()), rule)).components if c.name == "memory")
+    assert (memory.objective, memory.rule) == ("", "")
+    found = rows(describe((MLP, optax.adan(0.1))))
+    assert found["m (Adan)"].rule == "m <- 0.98 m + 0.02 g"
+    assert found["v (Adan)"].rule == "m <- 0.92 m + phi(g)"  # of differences of gradients
+    assert found["n (Adan)"].rule == "m <- 0.99 m + phi(g)"
+    sam = rows(describe((MLP, optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)))))
+    assert (sam["cache (SAM)"].objective, sam["cache (SAM)"].rule) == ("", "")  # it holds weights
     weights = describe((MLP, optim.generalized_gradient_descent(0.1))).components[-1]
     assert weights.rule == "W <- W - eta g"  # found by conjugate gradients, to rounding
     squares = next(c for c in describe((MLP, optax.contrib.prodigy(1.0))).components if c.name == "exp_avg_sq (Prodigy)")
     assert squares.objective.startswith("-<m, g^2> +")  # however small
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (optax.scale(-0.1), "W <- W - eta g"),
+        (optax.scale(0.1), "W <- W + eta g"),
+        (optax.identity(), "W <- W + eta g"),
+        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "W <- W + f(g)"),
+        (optax.lamb(0.1), "adds what comes of mu (Adam) and nu (Adam)"),
+        (optax.adamw(0.1, mask={"up": True, "bias": False, "down": True}),
+         "adds what comes of mu (Adam) and nu (Adam), decays"),
+        (optax.chain(optax.add_decayed_weights(0.1, {"up": True, "bias": False, "down": True}), optax.sgd(0.1)),
+         "W <- W - eta g, decays"),
+    ],
+)  # fmt: skip
+def test_what_moves_the_weights(rule, said):
+    assert next(c.rule for c in describe((MLP, rule)).components if c.parameters) == said
 
 
 class Two(NamedTuple):
@@ -260,6 +290,26 @@ def test_a_new_level_describes_itself():
     alone = Level(lambda slower: slower[0], step, 5, "needy")
     assert [(c.name, c.state_bytes, c.updates) for c in describe(alone).components] == [("needy", None, "1/5 a token")]
     assert "not stated" in describe(alone).markdown()
+
+
+def test_equal_names_are_told_apart():
+    zero, step = lambda slower: jnp.zeros(3), lambda state, context, slower: (state + 1, state[None])
+    says = Description("x", inner=(optax.trace(0.9), optax.trace(0.5)))
+    found = describe(nest(nest(Level(zero, step, 1), Level(zero, step, 2), reset=True), Level(zero, step, 4))).components
+    assert [(c.name, c.frequency, c.level) for c in found] == [("level", 1, 1), ("level 2", 1 / 2, 2), ("level 3", 1 / 4, 3)]
+    assert found[0].starts_from == ("level 2",) and found[2].needs == ("level", "level 2")
+    assert found[0].knowledge == "initialisation: restarts from level 2"
+    found = describe(Level(zero, step, 1, "quick", description=says)).components
+    assert [(c.name, c.level, c.rule) for c in found] == [
+        ("trace (Trace) of quick", 1, "m <- 0.9 m + g"),
+        ("trace (Trace) of quick 2", 2, "m <- 0.5 m + g"), ("quick", 3, "adds what comes of trace (Trace)"),
+    ]  # fmt: skip
+    two = nest(Level(zero, step, 1, "parameters"), Level(zero, step, 2, "slow"), reset=True)
+    found = describe((two, two, MLP, optax.sgd(0.1))).components
+    assert {c.name: (c.level, c.starts_from) for c in found} == {
+        "parameters": (1, ("slow",)), "slow": (2, ()), "parameters 2": (1, ("slow 2",)), "slow 2": (2, ()),
+        "parameters 3": (3, ()),
+    }  # fmt: skip
 
 
 def test_levels_of_layers_are_what_they_do():
@@ -340,6 +390,17 @@ def test_models_alone():
     assert "restarts from CMS level1" in found["CMS level2, 2 blocks"].knowledge
 
 
+def test_flax_modules_may_hold_more_than_parameters():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(3, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    memory, weights = describe((Net(nnx.Rngs(0)), optax.sgd(0.1, 0.9))).components
+    assert weights.parameters == 3 * 4 + 4 + 2 * 4 and memory.state_bytes == 4 * weights.parameters
+
+
 def test_large_models_are_never_drawn():
     config = TrainConfig.from_preset("1.3b-hope", optimizer="adamw")
     picture = describe((config.model, optimizer(config)))
@@ -368,11 +429,44 @@ def test_renderings():
 
 @pytest.mark.parametrize(
     ("system", "named"),
-    [("hope", "str is no level"), ({}, "dict is no level"), ([optax.sgd(0.1)] * 2, "2 optimizers"), ({"a": 3}, "int is no")],
+    [
+        ("hope", "str is no level"),
+        ({}, "dict is no level"),
+        ([optax.sgd(0.1)] * 2, "2 optimizers"),
+        ({"a": 3}, "int is no"),
+        (nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.adam(0.1), wrt=nnx.Param), r"give \(model, tx\)"),
+    ],
 )
 def test_what_is_no_system(system, named):
     with pytest.raises(UserError, match=named):
         describe(system)
+
+
+@pytest.mark.parametrize("tokens", [-4, 0, "a", math.nan, math.inf])
+def test_tokens_are_a_positive_number(tokens):
+    with pytest.raises(UserError, match=f"tokens_per_step {tokens!r} is no positive number"):
+        describe((MLP, optax.sgd(0.1)), tokens_per_step=tokens)
+
+
+@pytest.mark.parametrize(
+    ("rule", "extra", "named"),
+    [
+        (optax.masked(optax.sgd(0.1), {"up": True}), None, "masked"),
+        (optax.partition({"a": optax.sgd(0.1)}, {"up": "a", "bias": "b", "down": "a"}), None, "partition"),
+        (optax.lookahead(optax.sgd(0.1), 2, 0.5), None, "lookahead"),
+        (optax.sgd(0.1), 3, "'int' object is not callable"),
+    ],
+)
+def test_what_an_optimizer_refuses_is_said_in_a_line(rule, extra, named):
+    with pytest.raises(UserError, match=f"^describe: optimizer .*{named}.*; give parameters.*extra=$") as error:
+        describe((MLP, rule), extra=extra)
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_may_be_empty():
+    weights = describe(({"none": jnp.zeros((0, 3))}, optax.sgd(0.1))).components[-1]
+    assert weights.parameters == 0
+    assert describe((MLP | {"none": jnp.zeros((0, 3))}, optax.adam(0.1))).parameters == 104
 
 
 def test_command_line(tmp_path, capsys):
@@ -397,6 +491,18 @@ def test_command_line(tmp_path, capsys):
     ):
         code, out, err = say(line)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
+
+
+@pytest.mark.parametrize("rule", typing.get_args(Rule))
+def test_command_line_knows_every_rule_of_train(rule, tmp_path, capsys):
+    assert main(["describe", "--preset", "tiny-linear", "--optimizer", rule]) == 0
+    out = capsys.readouterr().out
+    assert (" 0 " in out) == (rule == "none")  # updates
+    assert ("closed form: the proximal" in out) == (rule == "delta-gradient-descent")
+    if rule != "none":
+        write_config(tmp_path, TrainConfig.from_preset("tiny-linear", optimizer=rule), "none")
+        assert main(["describe", "--run-dir", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == out
 
 
 def test_readme_shows_what_is_printed(capsys):

@@ -336,11 +336,28 @@ def test_nothing_compiles_twice_and_zeros_are_finite(x64):
         (lambda p, x: x @ p["a"], r"the loss has shape \[5, 4\]: give a scalar"),
         (lambda p, x: (jnp.sum(x @ p["a"]), 1), "the loss is a tuple: give a scalar, or has_aux=True"),
         (lambda p, x: jnp.sum(p["a"] ** 2), "no linear layer"),
+        (lambda p, x: jnp.sum(x @ p["a"]) * 1j, "the loss is of type complex64: give a real"),
+        (lambda p, x: jnp.sum(x @ p["a"]).astype(int), "the loss is of type int32: give a real"),
     ],
 )
 def test_what_is_no_loss_of_linear_layers_is_refused(loss, message):
     with pytest.raises(UserError, match=message):
         local_surprise(loss, {"a": w}, x)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (lambda loss: loss, "a single value"),
+        (lambda loss: (loss,), "a tuple of 1"),
+        (lambda loss: (loss, 1, 2), "a tuple of 3"),
+        (lambda loss: {"loss": loss, "aux": 1}, "a dict of 2"),
+    ],
+)
+@pytest.mark.parametrize("of", [local_surprise, surprise_and_grad])
+def test_with_aux_a_loss_is_a_pair(of, more, what):
+    with pytest.raises(UserError, match=f"^local_surprise: with has_aux=True the loss is {what}: give a pair"):
+        of(lambda p, x: more(jnp.sum(x @ p["a"])), {"a": w}, x, has_aux=True)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("dict", 1e-6), ("dict", 1e4), ("nnx", 1.0)])

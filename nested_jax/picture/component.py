@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,10 +156,14 @@ class Picture:
 def distinct(names: Sequence[str]) -> list[str]:
     """With a number after a name that was there before.
 
-    >>> distinct(["a", "b", "a"])
-    ['a', 'b', 'a 2']
+    >>> distinct(["a", "b", "a", "a 2"])
+    ['a', 'b', 'a 2', 'a 2 2']
     """
-    return [f"{name} {names[: i + 1].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
+    made = []
+    for name in names:
+        numbered = (f"{name} {i}" for i in itertools.count(2))
+        made.append(next(new for new in itertools.chain([name], numbered) if new not in made))
+    return made
 
 
 def closure(needs: dict[str, set[str]]) -> dict[str, set[str]]:

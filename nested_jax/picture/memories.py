@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.errors import UserError
 from nested_jax.level import Description
 from nested_jax.picture.component import Component, distinct
 from nested_jax.picture.graph import Loop
@@ -39,6 +40,7 @@ class Part:
     leaves: list[int] = field(default_factory=list)
     law: Recurrence | None = None
     description: Description = Description()
+    decays: bool = False  # whether some of its weights shrink by a factor of their own
     loop: Loop | None = None
     solves: bool = False  # whether the loop makes matrices orthogonal
     above: set[Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
@@ -65,9 +67,9 @@ def learned(
         extra: stand-ins of the parameters -> what `update` takes beside gradients and parameters, by keyword.
         writers: components that the gradients come from.
     """
-    real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+    trial, real = _tried(optimizer, shapes, extra)
     with jax.enable_x64(True):
-        parts = _parts(Trial(optimizer, shapes, extra), shapes, labels)
+        parts = _parts(trial, shapes, labels)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
     counts = [leaf.size for leaf in jax.tree.leaves(shapes)]
     n, state = len(sizes), [leaf.size * leaf.dtype.itemsize for leaf in real]
@@ -86,6 +88,19 @@ def learned(
             )
         )  # fmt: skip
     return components, sum(state)
+
+
+def _tried(optimizer: optax.GradientTransformation, shapes: PyTree, extra: Callable | None) -> tuple[Trial, list[Any]]:
+    """The optimizer on trial, and the shapes of its state; what it says against that, in one line."""
+    try:
+        real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+        with jax.enable_x64(True):
+            return Trial(optimizer, shapes, extra), real
+    except Exception as error:  # whatever the rule, or `extra`, is made of
+        name = getattr(optimizer.init, "__qualname__", "").split(".")[0] or "of no name"
+        said = " ".join(str(error).split()) or type(error).__name__
+        remedy = "give parameters that it takes, and what more its update takes by extra="
+        raise UserError(f"describe: optimizer {name} refuses: {said}; {remedy}") from error
 
 
 def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
@@ -133,7 +148,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights))
+        shrinks = lambda i: -1 + 1e-6 < (trial.recurrence([i], [i]).keep or 0) < 0  # of the update; -1 forgets
+        decays = frequency > 0 and any(map(shrinks, leaves))
+        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights, decays))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}

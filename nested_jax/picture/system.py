@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +46,8 @@ def describe(
 
     Args:
         system: a `Level`, a sequence layer of `nested_jax.memory`, a `LanguageModel` or `ModelConfig`, any other
-            `flax.nnx.Module` or tree of parameters (or of their shapes), an optax transformation, or a tuple of some of
-            these with at most one optimizer, which moves all parameters.
+            `flax.nnx.Module`, of which only `nnx.Param`s count, or tree of parameters (or of their shapes), an optax
+            transformation, or a tuple of some of these with at most one optimizer, which moves all parameters.
         tokens_per_step: data points of one step of the optimizer; None leaves its frequencies in updates a step.
         extra: for optimizers whose `update` takes more than gradients and parameters: from stand-ins of the parameters to
             these arguments, by keyword.
@@ -54,7 +56,8 @@ def describe(
         A `Picture`: `.components`, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
 
     Raises:
-        UserError: something that is none of these, or two optimizers.
+        UserError: something that is none of these, two optimizers, or one that refuses the parameters or `extra`;
+            tokens_per_step is no positive number.
 
     >>> import optax
     >>> mlp = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
@@ -75,6 +78,8 @@ def describe(
     References:
         NL, Definitions 1-4 and section 3.3.
     """
+    if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
+        raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
     parts = list(system) if type(system) in (tuple, list) else [system]
     parts = [part.gradient_transformation() if isinstance(part, optax.MultiSteps) else part for part in parts]
     optimizers = [part for part in parts if isinstance(part, optax.GradientTransformation)]
@@ -85,35 +90,44 @@ def describe(
         learners = [_learner(_ALONE)]
     components = _renamed([list(_in_context(learner)) for learner in learners])
     slow, size = _slow(learners, optimizers[0] if optimizers else None, extra, tuple(c.name for c in components[-1:]))
-    full = lambda label: [c.name for c in slow if c.name == label or c.name.startswith(f"{label}, ")] or [label]
+    own = [c.name for c in slow]
+    slow = _renamed([components, slow])[len(components) :]
+    of = lambda label: [c.name for c, name in zip(slow, own, strict=True) if f"{name}, ".startswith(f"{label}, ")]
+    full = lambda label: of(label) or [label]
     starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
     components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
-    if tokens_per_step:
+    if tokens_per_step is not None:
         slow = [dataclasses.replace(c, frequency=c.frequency / tokens_per_step, unit="token") for c in slow]
     return Picture.of(components + slow, size)
 
 
 def _renamed(groups: Sequence[Sequence[Component]]) -> list[Component]:
-    """All components, each of a name of its own; what they need is of their own group."""
+    """All components, each of a name of its own; what they need and start from is of their own group."""
     names = iter(distinct([c.name for group in groups for c in group]))
     made = []
     for group in groups:
         new = {c.name: next(names) for c in group}
-        made += [dataclasses.replace(c, name=new[c.name], needs=tuple(new[n] for n in c.needs)) for c in group]
+        for c in group:
+            needs, starts = tuple(new[n] for n in c.needs), tuple(new.get(n, n) for n in c.starts_from)
+            made.append(dataclasses.replace(c, name=new[c.name], needs=needs, starts_from=starts))
     return made
 
 
 def _learner(system: Any) -> _Learner:
+    if isinstance(system, nnx.Optimizer):
+        raise UserError(
+            "describe: nnx.Optimizer holds a state that is no parameter: give (model, tx), a model and its optax rule"
+        )
     if isinstance(system, ModelConfig):
         system = nnx.eval_shape(lambda: LanguageModel(system, rngs=nnx.Rngs(0)))
     if isinstance(system, Level):
         return _Learner({}, lambda path: "", lambda weights: [(system, 1)])
     if isinstance(system, nnx.Module):
-        graph, weights = nnx.split(system, nnx.Param)
+        graph, weights, rest = nnx.split(system, nnx.Param, ...)
         shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), nnx.to_pure_dict(weights))
         if not isinstance(system, LanguageModel):
             return _Learner(shapes, lambda path: "parameters", lambda weights: [])
-        levels = lambda weights: nnx.merge(graph, nnx.State(weights)).levels()
+        levels = lambda weights: nnx.merge(graph, nnx.State(weights), rest).levels()
         return _Learner(shapes, system.serves, levels, "next-token loss", "corpus")
     if hasattr(system, "init_weights") and hasattr(system, "levels"):
         shapes = jax.eval_shape(system.init_weights, jax.random.key(0))
@@ -158,7 +172,9 @@ def _in_context(learner: _Learner) -> Iterator[Component]:
     teachers = [{labels[v] for v in graph.behind([out]) if v in labels} for out in graph.outputs]
     states = structure.unflatten(map(_Leaf, leaves, teachers))
     names: list[str] = []
-    for (level, blocks), state in zip(found, states, strict=True):
+    taken: list[str] = []
+    apart = [(_apart(level, blocks, taken), blocks) for level, blocks in found]
+    for (level, blocks), state in zip(apart, states, strict=True):
         for component in _walk(level, state, blocks, tuple(names), None):
             names.append(component.name)
             yield component
@@ -178,6 +194,18 @@ def _start(level: Level) -> PyTree:
         return ()
 
 
+def _apart(level: Level, blocks: int, taken: list[str]) -> Level:
+    """The level, each that learns in it by the name of its component, of which there is one."""
+    if level.parts:
+        *two, reset = level.parts
+        return dataclasses.replace(level, parts=(*(_apart(part, blocks, taken) for part in two), reset))
+    if level.description.objective is None:
+        return level
+    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
+    taken.append(distinct([*taken, name])[-1])
+    return dataclasses.replace(level, name=taken[-1])
+
+
 def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], restarts: str | None) -> Iterator[Component]:
     """A level's components, from fast to slow. `before`: the faster ones; `restarts`: the level that resets this one."""
     if level.parts:
@@ -191,15 +219,15 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
     says, frequency = level.description, level.description.updates / level.period
     if says.objective is None:
         return
-    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
-    step = ""
+    name, step = level.name, ""
     for inner in says.inner:
         if isinstance(inner, optax.GradientTransformation):
             *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
             step = weights.rule
         else:
             memories = [Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)]
-        renamed = {c.name: f"{c.name} of {name}" for c in memories}
+        new = distinct([*before, *(f"{c.name} of {name}" for c in memories)])[len(before) :]
+        renamed = dict(zip((c.name for c in memories), new, strict=True))
         for c in memories:
             needs = (*before, *(renamed[n] for n in c.needs))
             yield dataclasses.replace(

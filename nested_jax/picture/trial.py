@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.errors import UserError
 from nested_jax.picture.graph import Graph, measured
 from nested_jax.typing import PyTree
 
@@ -20,13 +19,14 @@ LEAST, MOST = 64, 1024  # steps that are run: at least, and at most until everyt
 class Recurrence(NamedTuple):
     """m <- keep m + add g^power, as measured; None where the new memory is not of that form.
 
-    `apart`: what is added does not depend on m.
+    `apart`: what is added does not depend on m. `whole`: nothing else is added, as far as m is kept by one factor.
     """
 
     keep: float | None
     add: float | None
     power: int | None
     apart: bool
+    whole: bool = False
 
 
 class Trial:
@@ -45,7 +45,7 @@ class Trial:
         self.state = jax.tree.map(jnp.asarray, optimizer.init(self.params))
         self.kept = len(jax.tree.leaves(self.params)), len(jax.tree.leaves(self.state))
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        self.scale = 0.1 * size**-0.5  # a norm of all gradients that no usual clipping changes
+        self.scale = 0.1 * max(size, 1) ** -0.5  # a norm of all gradients that no usual clipping changes
         self._rng = rng
         more = {} if extra is None else extra(self.params)
         structure = jax.tree.structure((self.params, self.state, self.params))
@@ -56,10 +56,7 @@ class Trial:
             return [*jax.tree.leaves(updates), *jax.tree.leaves(state)]
 
         leaves = jax.tree.leaves((self.params, self.state, self.params))
-        try:
-            self.graph = Graph(step, *leaves)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"describe: the optimizer's update refuses: {error}; give what it takes by extra=") from error
+        self.graph = Graph(step, *leaves)
         self.shapes = [leaf.shape for leaf in leaves]
         self.learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
         self.call = jax.jit(step)
@@ -130,17 +127,27 @@ class Trial:
         still = at(0, 0)
         by_memory, by_gradient = at(1, 0) - still, at(0, 1) - still
         noise = 1e-12 * np.linalg.norm(still)
-        keep = _ratio(by_memory, _flat([d[i] for i in leaves]), noise)
+        moved = _flat([d[i] for i in leaves])
+        keep = _ratio(by_memory, moved, noise)
+        if keep is not None and not _close(keep, _ratio(at(2, 0) - still, 2 * moved, noise)):
+            keep = None  # of a single number, any change is some factor of it
         apart = np.allclose(at(1, 1) - at(0, 1), by_memory, rtol=1e-6, atol=1e-9 * np.abs(by_memory).max(initial=0))
         if any(g is None for g in gradients):
             return Recurrence(keep, None, None, apart)
         own = _flat([h[g] for g in gradients])
+        here, now = _flat([base[n + g] for g in gradients]), _flat([base[i] for i in leaves])
+
+        def law(add, power):
+            rest = still - add * here**power - (keep or 0) * now
+            whole = keep is None or np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(still)
+            return Recurrence(keep, add, power, apart, bool(whole))
+
         add = _ratio(by_gradient, own, noise)
         if add is not None and _close(add, _ratio(at(0, 2) - still, 2 * own, noise)):
-            return Recurrence(keep, add, 1, apart)
+            return law(add, 1)
         add = _ratio(by_gradient + at(0, -1) - still, 2 * own**2, noise)
         if add is not None and _close(add, _ratio(at(0, 2) - 2 * at(0, 1) + still, 2 * own**2, noise)):
-            return Recurrence(keep, add, 2, apart)
+            return law(add, 2)
         return Recurrence(keep, None, None, apart)
 
 

@@ -26,7 +26,7 @@ def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str
     transfer = "generation: back-propagation writes the gradients"
     if "gradients" not in part.sources and not above:
         transfer = "direct parametric conditioning on the weights"
-    goal, rule = _law(part.law, "u" if above else "s" if part.gathers else "g")
+    goal, rule = _law(part.law, "u" if above else "s" if part.gathers else "g", part.gathers)
     own = part.description
     return own.context or flow, own.objective or goal, own.rule or rule, own.knowledge or transfer
 
@@ -36,11 +36,12 @@ def _weights(part: Part, above: str, flow: str, objective: str, context: str) ->
     if part.frequency == 0:
         return "", objective, "frozen", ""
     letter = "s" if part.gathers else "g"
+    plain = law.power == 1 and (law.whole or part.gathers)
     if above:
         step = f"adds what comes of {above}"
     else:
-        step = f"W <- W - eta {letter}" if law.power == 1 else f"W <- W + f({letter})"
-    decay = "" if law.keep == 0 else ", decays"
+        step = f"W <- W {'-' if law.add < 0 else '+'} eta {letter}" if plain else f"W <- W + f({letter})"
+    decay = ", decays" if part.decays else ""
     own = part.description
     return (
         context or flow,
@@ -50,11 +51,14 @@ def _weights(part: Part, above: str, flow: str, objective: str, context: str) ->
     )
 
 
-def _law(law: Recurrence, letter: str) -> tuple[str, str]:
+def _law(law: Recurrence, letter: str, gathers: bool) -> tuple[str, str]:
     """The objective whose gradient step, with decay, is the measured recurrence, and that."""
+    holds = law.whole or gathers  # what was gathered before adds to the gradient
     if law.keep is None or not law.apart:
         return "", ""
-    if law.add is None or letter == "u":  # what comes of another memory is not taken apart
+    if law.add == 0 and not holds and letter != "u":
+        return "", ""
+    if law.add is None or not holds or letter == "u":  # what comes of another memory is not taken apart
         what = "u" if letter == "u" else "phi(g)"
         goal = f"-<m, {what}>" + (" + decay" if law.keep < 1 - 1e-9 else "")
         return goal, f"m <- {_terms(law.keep, 'm')} + {what}" if law.keep else f"m <- {what}"
