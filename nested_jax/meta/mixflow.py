@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
-    """`jax.grad` for use inside an inner loop: its backward pass is forward-over-reverse, and keeps its arguments alone.
+    """`jax.grad` for use inside an inner loop: its backward pass is forward-over-reverse, and keeps only what goes in.
 
     Differentiated by an outer reverse pass with cotangent v, it computes by one `jax.jvp` of the gradient
 

@@ -13,7 +13,7 @@ from nested_jax.errors import UserError, assert_choice
 from nested_jax.level import Description
 from nested_jax.memory.recurrence import upcast
 from nested_jax.optim._hyperparameters import check, check_count
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, masked, name, resolve
+from nested_jax.optim._matrices import DimensionNumbers, as_matrices, assert_matrices, from_matrices, masked, name, resolve
 from nested_jax.optim._precision import norm, safe_divide, zeros
 from nested_jax.typing import Array, Float, PyTree
 
@@ -117,7 +117,7 @@ def scale_by_deep_momentum(
 
     def init(params):
         if not isinstance(decay, jax.core.Tracer) and decay == 1:
-            _refuse_vectors(dimension_numbers, params)
+            assert_matrices("deep_momentum with decay 1 (give less)", dimension_numbers, params)  # others would never move
         draw = lambda hidden: deep_momentum_start(params, hidden, seed=seed, dimension_numbers=dimension_numbers)
         if start is None:
             starts = draw(hidden)
@@ -161,16 +161,6 @@ def scale_by_deep_momentum(
         return structure.unflatten(emitted), DeepMomentumState(structure.unflatten(moved), state.start)
 
     return optax.GradientTransformation(init, update)
-
-
-def _refuse_vectors(dimension_numbers: DimensionNumbers, params: PyTree) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, _), numbers in zip(leaves, resolve(dimension_numbers, params), strict=True):
-        if numbers is None:
-            raise UserError(
-                f"deep_momentum: decay 1 never moves parameter {name(path)}, which is no matrix: give a decay below 1, or "
-                f"another rule for it by optax.partition"
-            )
 
 
 def _hidden_width(start: PyTree, hidden: int) -> int:

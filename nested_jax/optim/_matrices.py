@@ -105,7 +105,7 @@ def from_matrices(matrix: Array, numbers: MuonDimensionNumbers, shape: Sequence[
 
 
 def assert_matrices(rule: str, dimension_numbers: DimensionNumbers, tree: PyTree) -> None:
-    """Raises UserError, naming the leaf, where one is no matrix."""
+    """Raises UserError, naming the leaf, where one is no matrix. `rule` is what cannot take it, in words."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), numbers in zip(leaves, resolve(dimension_numbers, tree), strict=True):
         if numbers is None:

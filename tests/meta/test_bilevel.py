@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from nested_jax import optim
+from nested_jax import Level, optim
 from nested_jax.errors import UserError
 from nested_jax.meta import descent, hypergradient, maml
 
@@ -183,5 +183,9 @@ def test_what_cannot_be_is_refused():
     level = descent(inner_loss, optax.sgd(0.1))
     with pytest.raises(UserError, match="implicit 'yes' is unknown"):
         hypergradient(lambda *_: 0.0, level, implicit="yes")
+    four = Level(lambda slower: slower[0], lambda s, x, slower: (s + x.sum(), s), period=4, name="four")
+    for options in ({"truncate": 1}, {"implicit": "general"}):
+        with pytest.raises(UserError, match="6 data points end inside a tick of level 'four', whose period is 4"):
+            hypergradient(lambda meta, state, emitted: state, four, **options)(0.0, jnp.ones(6))
     with pytest.raises(UserError, match="truncate=0"):
         hypergradient(lambda *_: 0.0, level, truncate=0)
