@@ -9,7 +9,8 @@ product y = x W, and the loss is differentiated by the probes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,15 +60,17 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
         {path of the kernel, such as "dense/kernel": Pair(inputs (..., in), surprise (..., out))}, or (that, aux).
 
         - The axes in front are the examples', those of x, after those of `lax.scan`s around a product.
-        - Kernels stacked along some axes, of layers or heads, have those in front: (L, ..., in). If only some layers of a
-          stack are linear, or their examples differ in shape, each run of layers has a key: "up[0:3]", read by `layers`.
+        - Kernels stacked along some axes, of layers or heads, have those in front: (L, ..., in). An axis in front of `in`
+          is one of these also where all read the same inputs, which are then repeated. If only some layers of a stack are
+          linear, or their examples differ in shape, each run of layers has a key: "up[0:3]", read by `layers`.
         - A kernel of several axes in, or out, has them as one. A kernel stored (out, in) has the gradient delta^T x.
         - A kernel used more than once has its uses' examples one after another along one axis.
 
     Under `jax.jit` it compiles as a whole; its result can be differentiated again.
 
     Raises:
-        UserError: the loss is no real scalar, is no pair with `has_aux`, or has no linear layer.
+        UserError: the loss is no real scalar, is no pair with `has_aux`, or has no linear layer; a kernel's path is also
+            that of another parameter, or could be that of layers of a stack, "up[0:3]".
 
     >>> params = {"dense": {"kernel": jnp.eye(2)}}
     >>> loss = lambda params, x: ((x @ params["dense"]["kernel"]) ** 2).sum() / 2
@@ -100,13 +103,13 @@ def surprise_and_grad(loss: Callable, model_or_params: Any, batch: Any, *, has_a
 
 
 def layers(key: str) -> tuple[str, slice]:
-    """The path in a key of `local_surprise`, and which layers of the stack it speaks of.
+    """The path in a key of `local_surprise`, and which layers of the stack it speaks of: all, but for a key "path[0:3]".
 
-    >>> layers("blocks/up[0:3]"), layers("blocks/out")
-    (('blocks/up', slice(0, 3, None)), ('blocks/out', slice(None, None, None)))
+    >>> layers("blocks/up[0:3]"), layers("blocks/out[0]")
+    (('blocks/up', slice(0, 3, None)), ('blocks/out[0]', slice(None, None, None)))
     """
-    path, _, run = key.removesuffix("]").rpartition("[") if key.endswith("]") else (key, "", ":")
-    return path, slice(*(int(end) if end else None for end in run.split(":")))
+    run = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key, re.DOTALL)
+    return (run[1], slice(int(run[2]), int(run[3]))) if run else (key, slice(None))
 
 
 @jax.custom_jvp
@@ -164,6 +167,7 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     for i, (path, _) in enumerate(with_paths):
         own = {n: product for n, product in enumerate(products) if product.view.parameter == i}
         if own and (rows := _linear_layers(own, [view for view in found.others if view.parameter == i])):
+            _assert_told_apart(path, [other for other, _ in with_paths if other is not path])
             linear[name(path)] = rows
     if not linear:
         raise UserError(
@@ -172,6 +176,16 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     used = {n for rows in linear.values() for row in rows for n in row.products}
     probes = [jnp.zeros(p.shape, p.dtype) if n in used else None for n, p in enumerate(products)]
     return _Traced(found, parameters, structure, jax.tree.leaves(batch), outputs, linear, probes)
+
+
+def _assert_told_apart(path: Sequence, others: list[Sequence]) -> None:
+    """Raises UserError where the key of a kernel could be read in two ways."""
+    key = name(path)
+    if layers(key)[0] != key:
+        raise UserError(f"local_surprise: parameter {key} is named as layers of {layers(key)[0]} are: give it another name")
+    if same := next((other for other in others if name(other) == key), None):
+        both = " and ".join(map(jax.tree_util.keystr, (path, same)))
+        raise UserError(f"local_surprise: parameters {both} are both named {key}: give one another name")
 
 
 def _linear_layers(products: dict[int, Product], others: list[View]) -> list[_Layers]:

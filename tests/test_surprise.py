@@ -110,6 +110,12 @@ CASES = {
     "layers in time": (lambda p, x: jax.lax.scan(lambda h, x: (through_scan(h + x[None], p["s"]),) * 2, x, x)[1],
                        {"s": stack[:, :3, :3]}),
     "heads": (lambda p, x: jnp.einsum("hbi,hio->bho", jnp.stack([x, 2 * x]), p["a"]), {"a": normal(5, 2, 3, 4)}),
+    "layers of the same inputs": (lambda p, x: jax.vmap(lambda w: x @ w)(p["a"]), {"a": normal(5, 2, 3, 4)}),
+    "layers of the same inputs, some": (
+        lambda p, x: jnp.concatenate([jnp.einsum("bi,lio->blo", x, p["a"][:2]), (x @ p["a"][2])[:, None]], axis=1),
+        {"a": normal(5, 3, 3, 4)}),
+    "heads of layers of the same inputs": (lambda p, x: jnp.einsum("hbi,lhio->blho", jnp.stack([x, 2 * x]), p["a"]),
+                                           {"a": normal(5, 3, 2, 3, 4)}),
     "shared": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"], {"a": w[:, :3]}),
     "shared by other examples": (lambda p, x: jnp.concatenate([x @ p["a"], x[:2] @ p["a"]]), {"a": w}),
     "mapped": (lambda p, x: jax.vmap(lambda x: x @ p["a"])(x), {"a": w}),
@@ -203,6 +209,29 @@ def test_a_kernel_stored_the_other_way_and_one_of_many_axes(x64):
     assert pairs["o"].inputs.shape == (2, 5, 8) and pairs["q"].surprise.shape == (2, 5, 8)
     for path in params:
         np.testing.assert_allclose(outer(pairs[path]).reshape(params[path].shape), gradient[path], rtol=1e-10)
+
+
+def test_layers_that_make_one_axis_of_outputs(x64):
+    """Then the kernel has several axes out."""
+    fused = squared(lambda p, x: x @ p["a"].transpose(1, 0, 2).reshape(3, 8))
+    params = {"a": normal(5, 2, 3, 4)}
+    (pair,) = local_surprise(fused, params, x).values()
+    assert pair.inputs.shape == (5, 3) and pair.surprise.shape == (5, 8)
+    gradient = jax.grad(fused)(params, x)["a"]
+    np.testing.assert_allclose(outer(pair).reshape(3, 2, 4).swapaxes(0, 1), gradient, rtol=1e-10)
+
+
+def test_keys_that_could_be_read_in_two_ways_are_refused():
+    both = squared(lambda p, x: x @ p["a/b"] + x @ p["a"]["b"])
+    with pytest.raises(
+        UserError, match=r"^local_surprise: .*\['a'\]\['b'\] and \['a/b'\] are both named a/b: give"
+    ) as error:
+        local_surprise(both, {"a/b": w, "a": {"b": w}}, x)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"parameter s\[0:2\] is named as layers of s are: give it another name"):
+        local_surprise(squared(lambda p, x: x @ p["s[0:2]"]), {"s[0:2]": w}, x)
+    keys = local_surprise(squared(lambda p, x: x @ p["s[0]"]), {"s[0]": w}, x)
+    assert [layers(key) for key in keys] == [("s[0]", slice(None))]
 
 
 class Net(nnx.Module):

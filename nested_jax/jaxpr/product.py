@@ -28,9 +28,17 @@ class Product(NamedTuple):
     @property
     def roles(self) -> tuple[tuple[int, ...], ...]:
         """(stacked, in, out) axes of the parameter."""
-        x, y = ({piece.axis for label in labels for piece in label or ()} for labels in (self.x, self.y))
+        x, y = (_axes_of(labels) for labels in (self.x, self.y))
         axes = range(len(self.view.ranges))
-        return tuple(tuple(a for a in axes if (a in x, a in y) in role) for role in _ROLES)
+        stacked, rows, columns = (tuple(a for a in axes if (a in x, a in y) in role) for role in _ROLES)
+        shared = {a for a in columns if rows and a < rows[0] and rows[-1] < columns[-1]}  # of layers of the same inputs
+        if any(label and len({piece.axis in shared for piece in label}) > 1 for label in self.y):
+            shared = set()  # they are one axis with the outputs
+        return tuple(sorted({*stacked, *shared})), rows, tuple(a for a in columns if a not in shared)
+
+
+def _axes_of(labels: Sequence[Label]) -> set[int]:
+    return {piece.axis for label in labels for piece in label or ()}
 
 
 _ROLES = (((True, True), (False, False)), ((True, False),), ((False, True),))
@@ -92,9 +100,10 @@ def _order(labels: Sequence[Label], stacked: Sequence[int]) -> tuple[list[int], 
 
 
 def arrange(product: Product, array: Array, labels: Sequence[Label]) -> Array:
-    """x or the surprise of a product, as (stacked axes..., examples..., in or out)."""
+    """x or the surprise of a product, as (stacked axes..., examples..., in or out); repeated along axes that it lacks."""
     stacked = product.roles[0]
     dropped, stack, examples, own = _order(labels, stacked)
     lengths = [stop - start for start, stop in (product.view.ranges[axis] for axis in stacked)]
-    shape = (*lengths, *(array.shape[dim] for dim in examples), math.prod(array.shape[dim] for dim in own))
-    return array.transpose(*dropped, *stack, *examples, *own).reshape(shape)
+    here, rest = _axes_of(labels), (*(array.shape[dim] for dim in examples), math.prod(array.shape[dim] for dim in own))
+    once = [length if axis in here else 1 for axis, length in zip(stacked, lengths, strict=True)]
+    return jnp.broadcast_to(array.transpose(*dropped, *stack, *examples, *own).reshape(*once, *rest), (*lengths, *rest))
