@@ -140,6 +140,8 @@ def depict(argv: Sequence[str]) -> None:
         )
     elif (config := read_config(Path(flags.run_dir))) is None:
         raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
+    if flags.figure is not None and (not flags.figure or Path(flags.figure).is_dir()):
+        raise UserError(f"--figure {flags.figure!r} names no file: give one that ends in .png, .svg or .pdf")
     system, extra = config.model, None
     if flags.optimizer != "none":
         rule = optimizer(config)

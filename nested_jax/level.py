@@ -8,6 +8,7 @@ A `Level` moves once every `period` ticks of its context flow. `nest` puts a fas
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,8 +81,10 @@ class Level:
     parts: tuple[Level, Level, bool] | None = None
 
     def __post_init__(self):
-        if self.period < 1:
-            raise ValueError(f"level {self.name!r}: period {self.period} is not a positive number of tokens")
+        if not isinstance(self.period, numbers.Integral) or self.period < 1:
+            raise UserError(
+                f"level {self.name!r}: period {self.period!r} is no positive whole number of tokens: give 1 or more"
+            )
 
 
 class Nested(NamedTuple):

@@ -24,6 +24,7 @@ from nested_jax.memory.deep import view
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
+from nested_jax.meta.bilevel import descent
 from nested_jax.picture import Component, Picture
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import write_config
@@ -128,15 +129,29 @@ def test_objectives_that_cannot_be_derived_are_said_by_the_states():
     assert "MLP" in objective(optim.deep_momentum(0.1))
     assert "|M g - P|^2" in objective(optim.adagrad_memory(0.1, "full"))
     assert objective(optim.feature_momentum(0.1)) == "-<m, phi(g)> + decay"
-    rule = optim.delta_gradient_descent(0.1)
-    (weights,) = describe(
-        (MLP, rule), extra=lambda params: {"inputs": {"up": jnp.ones((5, params["up"].shape[0]))}}
-    ).components
-    assert weights.objective == "1/2 |W x - u|^2, u = -surprise"
     with pytest.raises(UserError, match="inputs are missing.*extra="):
-        describe((MLP, rule))
+        describe((MLP, optim.delta_gradient_descent(0.1)))
     with pytest.raises(UserError, match="value_fn.*extra="):
         describe((MLP, optax.lbfgs(0.1)))
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (None, "W <- W - eta g"),  # without inputs it is gradient descent
+        (optax.sgd(0.1), "W <- W - eta g"),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), "W <- W - eta g, decays"),
+        (optax.adamw(0.1), "adds what comes of mu (Adam) and nu (Adam), decays"),
+    ],
+)
+def test_the_delta_rule_is_said_of_the_weights_that_it_moves(others, said):
+    rule = optim.delta_gradient_descent(0.1)
+    if others:
+        rule = optax.partition({"delta": rule, "others": others}, {"up": "delta", "bias": "others", "down": "others"})
+    extra = lambda params: {"inputs": {"up": jnp.ones((5, params["up"].shape[0]))}}
+    weights = {c.parameters: c for c in describe((MLP, rule), extra=extra).components if c.parameters}
+    assert weights[48].objective == "1/2 |W x - u|^2, u = -surprise" and "proximal" in weights[48].rule
+    assert (weights[8 + 48].objective, weights[8 + 48].rule) == ("the loss L", said)
 
 
 def with_memory(emit):
@@ -163,6 +178,10 @@ def with_memory(emit):
         (lambda m, g: (jax.lax.fori_loop(0, 3, lambda _, x: 0.9 * x, m), -m)[1], 2),  # nothing reads it
         (jax.jit(lambda m, g: jax.checkpoint(jnp.sin)(m)), 2),
         (jax.jit(lambda m, g: jax.nn.relu(m)), 2),
+        (lambda m, g: jax.lax.scan(lambda sum, x: (sum + x * m, None), jnp.zeros(m.shape, jnp.float32), jnp.ones(3))[0], 2),
+        (lambda m, g: jax.lax.fori_loop(0, 3, lambda _, x: x * jnp.float32(0.9), m.astype(jnp.float32)), 3),
+        (lambda m, g: m.at[jnp.array([0, 1])].add(g[:2]) + 1e-9 * jax.random.normal(jax.random.key(0), m.shape), 2),
+        (lambda m, g: jax.lax.cond(g.sum() > 0, lambda x: x * jnp.float32(2), lambda x: x, m), 2),
     ],
 )
 def test_what_is_read_through_branches_and_loops(emit, levels):
@@ -221,6 +240,50 @@ def test_no_law_is_claimed_that_does_not_hold():
 )  # fmt: skip
 def test_what_moves_the_weights(rule, said):
     assert next(c.rule for c in describe((MLP, rule)).components if c.parameters) == said
+
+
+def test_numbers_are_printed_only_where_they_stay():
+    """adafactor's decay, and what a schedule multiplies, are others at another step."""
+    found = rows(describe((MLP, optax.adafactor(0.1, min_dim_size_to_factor=4))))
+    assert found["v_row (Factored)"].rule == "m <- alpha m + phi(g)"
+    assert (found["v (Factored)"].objective, found["v (Factored)"].rule) == ("-<m, g^2> + decay", "m <- alpha m + eta g^2")
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 20, 99)
+    memory, _ = describe((MLP, optax.chain(optax.scale_by_schedule(schedule), optax.trace(0.9)))).components
+    assert (memory.objective, memory.rule) == ("-<m, g> + decay", "m <- 0.9 m + eta g")
+    memory, _ = describe((MLP, optax.sgd(schedule, 0.9))).components
+    assert (memory.objective, memory.rule) == ("-<m, g> + 0.05 |m|^2", "m <- 0.9 m + g")
+
+
+def test_memories_of_few_digits_have_their_rule():
+    memory, _ = describe((MLP, optax.sgd(0.1, 0.9, accumulator_dtype=jnp.bfloat16))).components
+    assert (memory.objective, memory.rule, memory.state_bytes) == ("-<m, g> + 0.05 |m|^2", "m <- 0.9 m + g", 2 * 104)
+    memory, *_ = describe((MLP, optax.adam(0.1, mu_dtype=jnp.bfloat16))).components
+    assert (memory.objective, memory.rule) == ("-<m, g> + 0.5 |m|^2", "m <- 0.9 m + 0.1 g")
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), MLP)
+    first, second, _ = describe((half, optax.adam(0.1))).components
+    assert first.rule == "m <- 0.9 m + 0.1 g"
+    assert second.rule == "m <- m + 0.001 g^2"  # 0.999 is 1 in bfloat16: that memory never forgets
+    state = optax.adam(0.1).init(half)[0]._replace(nu=half)
+    assert (optax.scale_by_adam().update(jax.tree.map(jnp.zeros_like, half), state)[1].nu["bias"] == 1).all()
+
+
+def test_what_is_read_beside_a_memory_is_said():
+    found = rows(describe((MLP, optax.adabelief(0.1))))
+    assert found["nu (Belief)"].context == "gradients and what comes of mu (Belief)"
+    assert found["parameters"].context == "what comes of mu (Belief) and nu (Belief)"
+    assert found["parameters"].needs == ("nu (Belief)",)
+    assert found["parameters"].rule == "adds what comes of mu (Belief) and nu (Belief)"
+    weights = describe((MLP, optax.sgd(0.1, 0.9, nesterov=True))).components[-1]
+    assert weights.rule == "adds gradients and what comes of trace (Trace)"
+    memory = rows(describe((MLP, optax.adafactor(0.1, momentum=0.9))))["ema (Ema)"]
+    assert memory.context == "gradients, weights and what comes of v (Factored)"
+
+
+def test_names_with_commas_are_told_apart_in_lists():
+    groups = {"x": optax.sgd(0.1, 0.9), "y": optax.sgd(0.1, 0.8)}
+    weights = describe((MLP, optax.partition(groups, {"up": "x", "bias": "y", "down": "y"}))).components[-1]
+    assert weights.rule == 'adds what comes of "trace (Trace), x" and "trace (Trace), y"'
+    assert weights.needs == ("trace (Trace), x", "trace (Trace), y")
 
 
 class Two(NamedTuple):
@@ -287,9 +350,38 @@ def test_a_new_level_describes_itself():
     assert [c.state_bytes for c in found] == [None, 12, 12, 12]
     (quick, *_) = describe(nest(dataclasses.replace(fast, description=Description("x")), slow, reset=True)).components
     assert quick.knowledge == "initialisation: restarts from lazy" and quick.starts_from == ("lazy",)
+    passing = dataclasses.replace(passing, period=2)
+    for around, starts in ((nest(slow, slowest), ("lazy", "laziest")), (nest(passing, slow), ("lazy",)), (passing, ())):
+        (*_, quick) = [c for c in describe(nest(fast, around, reset=True)).components if c.name == "quick"]
+        assert quick.starts_from == starts
+        assert quick.knowledge == (f"initialisation: restarts from {' and '.join(sorted(starts))}" if starts else "")
     alone = Level(lambda slower: slower[0], step, 5, "needy")
     assert [(c.name, c.state_bytes, c.updates) for c in describe(alone).components] == [("needy", None, "1/5 a token")]
     assert "not stated" in describe(alone).markdown()
+
+
+def test_an_error_in_a_levels_own_code_is_not_hidden():
+    step = lambda state, context, slower: (state, state)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        describe(Level(lambda slower: jnp.zeros(3) + "a", step, 1))
+    with pytest.raises(TypeError, match="positional argument"):
+        describe(Level(lambda: jnp.zeros(3), step, 1))
+
+
+@pytest.mark.parametrize("period", [0, -2, 1.5, "a"])
+def test_a_period_is_a_positive_whole_number(period):
+    with pytest.raises(UserError, match=f"^level 'odd': period {period!r} is no positive whole number.*: give 1 or more$"):
+        Level(lambda slower: 0, lambda state, context, slower: (state, state), period, "odd")
+
+
+def test_a_level_that_descends_has_the_memories_of_its_rule():
+    level = lambda rule: descent(lambda w, x, meta: jnp.sum((w["a"] - x) ** 2), rule)
+    memory, weights = describe(level(optax.sgd(0.1, 0.9))).components
+    assert (memory.name, memory.level, memory.rule) == ("trace (Trace) of descent", 1, "m <- 0.9 m + g")
+    assert (weights.name, weights.level, weights.rule) == ("descent", 2, "adds what comes of trace (Trace)")
+    for rule in (lambda meta: optax.sgd(meta["rate"]), optax.masked(optax.sgd(0.1, 0.9), {"a": True})):
+        (weights,) = describe(level(rule)).components
+        assert weights.rule.startswith("an optax rule")
 
 
 def test_equal_names_are_told_apart():
@@ -433,6 +525,13 @@ def test_renderings():
         ("hope", "str is no level"),
         ({}, "dict is no level"),
         ([optax.sgd(0.1)] * 2, "2 optimizers"),
+        (
+            (Level(lambda slower: jnp.zeros(3), lambda s, x, slower: (s, s), 1), optax.sgd(0.1)),
+            "no parameters to move: give",
+        ),
+        ((nnx.Dropout(0.5), optax.sgd(0.1)), "no parameters to move: give"),
+        (nnx.Dropout(0.5), "nothing can learn in this: give"),
+        ({"none": jnp.zeros((0, 3))}, "nothing can learn in this: give"),
         ({"a": 3}, "int is no"),
         (nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.adam(0.1), wrt=nnx.Param), r"give \(model, tx\)"),
     ],
@@ -464,9 +563,10 @@ def test_what_an_optimizer_refuses_is_said_in_a_line(rule, extra, named):
 
 
 def test_parameters_may_be_empty():
-    weights = describe(({"none": jnp.zeros((0, 3))}, optax.sgd(0.1))).components[-1]
-    assert weights.parameters == 0
-    assert describe((MLP | {"none": jnp.zeros((0, 3))}, optax.adam(0.1))).parameters == 104
+    """They make no row."""
+    for rule in (optax.adam(0.1), optax.set_to_zero()):
+        full, empty = (describe((MLP | more, rule)) for more in ({}, {"none": jnp.zeros((0, 3))}))
+        assert full == empty
 
 
 def test_command_line(tmp_path, capsys):
@@ -485,6 +585,8 @@ def test_command_line(tmp_path, capsys):
         ("--preset tiny-hoep", "tiny-hoep"),
         ("--optimizer adamx", "--optimizer"),
         ("--figure picture.xyz --preset tiny-linear", "--figure picture.xyz"),
+        ("--figure '' --preset tiny-linear", "--figure '' names no file"),
+        (f"--figure {tmp_path} --preset tiny-linear", "names no file: give one that ends in .png"),
         (f"--run-dir {tmp_path / 'nowhere'}", "holds no run"),
         (f"--run-dir {tmp_path} --optimizer muon", "leave out"),
         ("--model.heads 3", "heads"),

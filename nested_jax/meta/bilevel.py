@@ -59,9 +59,8 @@ def descent(
      [0.125  ]
      [0.03125]]
     """
-    rule = lambda slower: optax.with_extra_args_support(
-        optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(slower[0])
-    )
+    given = isinstance(optimizer, optax.GradientTransformation)
+    rule = lambda slower: optax.with_extra_args_support(optimizer if given else optimizer(slower[0]))
 
     def init(slower):
         params = start(slower[0])
@@ -80,7 +79,13 @@ def descent(
         updates, memory = rule(slower).update(gradient, state.rule, state.params)
         return Descent(optax.apply_updates(state.params, updates), memory), value[None]
 
-    says = Description("the loss of a batch", "an optax rule", "batches", "initialisation: the slower level gives the start")
+    says = Description(
+        "the loss of a batch",
+        "" if given else "an optax rule of the slower level's state",
+        "batches",
+        "initialisation: the slower level gives the start",
+        inner=(optimizer,) if given else (),
+    )
     return Level(init, step, 1, name, description=says)
 
 

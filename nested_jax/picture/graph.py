@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 Branch = tuple[tuple[int, ...], int]  # where a cond is in the jaxpr, and which of its branches
 
 _SAME = {"convert_element_type", "copy", "copy_p", "reshape", "transpose", "squeeze", "expand_dims", "optimization_barrier"}
+_OF_THEIR_TYPE = {"bitcast_convert_type", "ffi_call", "io_callback", "pallas_call", "pure_callback"}
 
 
 class Loop(NamedTuple):
@@ -136,25 +138,68 @@ def measured(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list[A
     """
     found = {}
 
-    def walk(jaxpr, arguments, where):
-        jaxpr, constants = _open(jaxpr)
-        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
-        read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
-        for i, equation in enumerate(jaxpr.eqns):
-            inputs, here = [read(v) for v in equation.invars], (*where, i)
-            if (called := _called(equation)) is not None:
-                outs = walk(called, inputs, here)
-            elif equation.primitive.name == "while":
-                found[here], outs = _counted(equation.params, inputs)
-            else:
-                if equation.primitive.name == "cond":
-                    found[here] = jnp.asarray(inputs[0], jnp.int32)
-                outs = equation.primitive.bind(*inputs, **equation.params)
-                outs = outs if equation.primitive.multiple_results else [outs]
-            values |= dict(zip(equation.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def apply(equation, inputs, where):
+        if equation.primitive.name == "while":
+            found[where], outs = _counted(equation.params, inputs)
+            return outs
+        if equation.primitive.name == "cond":
+            found[where] = jnp.asarray(inputs[0], jnp.int32)
+        return _bind(equation, inputs, equation.params)
 
-    return walk(closed, arguments, ()), found
+    return _evaluate(closed, arguments, apply), found
+
+
+def wide(x: Any) -> Any:
+    """A number, an array or a dtype, where it is of real or complex numbers in double precision."""
+    kind = x if isinstance(x, np.dtype) else x.dtype
+    double = next((d for of, d in _DOUBLE.items() if jnp.issubdtype(kind, of)), kind)
+    return double if isinstance(x, np.dtype) else x if kind == double else x.astype(double)
+
+
+_DOUBLE = {jnp.floating: np.dtype("float64"), jnp.complexfloating: np.dtype("complex128")}
+
+
+def widened(jaxpr: Any) -> Callable[..., list[Any]]:
+    """What a jaxpr computes, of arguments and with steps in double precision, whatever types it was traced with."""
+
+    def inside(value):
+        if isinstance(value, np.dtype):
+            return wide(value)
+        if not isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+            return value
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, wide(v.aval.dtype)) for v in _open(value)[0].invars]
+        closed = jax.make_jaxpr(widened(value))(*shapes)
+        return closed if isinstance(value, core.ClosedJaxpr) else closed.jaxpr
+
+    def apply(equation, inputs, where):
+        params = equation.params
+        if equation.primitive.name in _OF_THEIR_TYPE:
+            inputs = [jnp.asarray(x, v.aval.dtype) for x, v in zip(inputs, equation.invars, strict=True)]
+        else:
+            params = jax.tree.map(inside, params, is_leaf=lambda x: isinstance(x, (core.ClosedJaxpr, core.Jaxpr)))
+        return map(wide, _bind(equation, inputs, params))
+
+    return lambda *arguments: _evaluate(jaxpr, arguments, apply, wide)
+
+
+def _evaluate(
+    jaxpr: Any, arguments: Sequence[Any], apply: Callable, constant: Callable = lambda x: x, where=()
+) -> list[Any]:
+    """The outputs, calls laid open, by what `apply` makes of (equation, inputs, where)."""
+    jaxpr, constants = _open(jaxpr)
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*map(constant, constants), *arguments), strict=True))
+    read = lambda v: constant(np.asarray(v.val, v.aval.dtype)) if isinstance(v, core.Literal) else values[v]
+    for i, equation in enumerate(jaxpr.eqns):
+        inputs, here = [read(v) for v in equation.invars], (*where, i)
+        called = _called(equation)
+        outs = apply(equation, inputs, here) if called is None else _evaluate(called, inputs, apply, constant, here)
+        values |= dict(zip(equation.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _bind(equation, inputs, params) -> Sequence[Any]:
+    outs = equation.primitive.bind(*inputs, **params)
+    return outs if equation.primitive.multiple_results else [outs]
 
 
 def _counted(params, inputs):

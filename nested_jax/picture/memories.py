@@ -43,9 +43,10 @@ class Part:
     decays: bool = False  # whether some of its weights shrink by a factor of their own
     loop: Loop | None = None
     solves: bool = False  # whether the loop makes matrices orthogonal
-    above: set[Part] = field(default_factory=set)  # parts whose new state it reads, but for what these read in turn
+    direct: set[Part] = field(default_factory=set)  # parts whose new state it reads
+    above: set[Part] = field(default_factory=set)  # of these, those that no other of them reads
     reads: set[int] = field(default_factory=set)  # the computation's inputs that it reads
-    sources: str = ""  # of these, gradients and weights
+    sources: tuple[str, ...] = ()  # of these, gradients and weights
     gathers: bool = False  # whether its context is gathered over its period
     held: list[int] = field(default_factory=list)  # leaves beside its own: what it gathers, copies of what it is read as
 
@@ -57,8 +58,8 @@ def learned(
     words: Mapping[str, tuple[str, str]],
     extra: Callable[[PyTree], dict[str, Any]] | None = None,
     writers: tuple[str, ...] = (),
-) -> tuple[list[Component], int]:
-    """Components of an optimizer and of the parameters that it moves, and the bytes of its state.
+) -> tuple[list[Component], list[str], int]:
+    """Components of an optimizer and of the parameters that it moves, the label of each, and the bytes of its state.
 
     Args:
         shapes: parameters, or their shapes.
@@ -87,15 +88,14 @@ def learned(
                 state_bytes=bytes_held or None,
             )
         )  # fmt: skip
-    return components, sum(state)
+    return components, [part.label for part in parts], sum(state)
 
 
 def _tried(optimizer: optax.GradientTransformation, shapes: PyTree, extra: Callable | None) -> tuple[Trial, list[Any]]:
     """The optimizer on trial, and the shapes of its state; what it says against that, in one line."""
     try:
         real = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
-        with jax.enable_x64(True):
-            return Trial(optimizer, shapes, extra), real
+        return Trial(optimizer, shapes, extra), real
     except Exception as error:  # whatever the rule, or `extra`, is made of
         name = getattr(optimizer.init, "__qualname__", "").split(".")[0] or "of no name"
         said = " ".join(str(error).split()) or type(error).__name__
@@ -114,7 +114,7 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     memories: dict[tuple, list[int]] = {}
     for i in range(n, n + s):
         learns = trial.learns[i] and graph.behind([made(i)]) & (weights | gradients)
-        if learns and graph.inputs[i] in read_again:
+        if 0 not in trial.shapes[i] and learns and graph.inputs[i] in read_again:
             memories.setdefault((places[i][0], trial.frequency(i)), []).append(i)
     parts, gather, names = [], set(), {}
     for (where, frequency), leaves in memories.items():
@@ -138,19 +138,28 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         ends, starts = ([v for loop in loops for v in vs(loop)] for vs in (lambda x: x.ends, lambda x: x.inputs))
         parts.append(Part("", _runs(trial, loops[0]), "", ends, starts, loop=loops[0]))
 
+    remembered = {graph.inputs[i] for part in parts for i in part.leaves}
+
+    laws = {i: trial.recurrence([i], [i]) for i in range(n) if 0 not in trial.shapes[i]}
+
+    def said_of(i):
+        """What is said of weights, where they are moved by more than their own gradient, and by no memory."""
+        plain = laws[i].power == 1 and laws[i].whole
+        return Description() if plain or graph.behind([made(i)]) & remembered else of_weights
+
     groups: dict[tuple, list[int]] = {}
-    for i in range(n):
-        groups.setdefault((labels[i], trial.frequency(i)), []).append(i)
-    split = len(groups) > len(set(labels))
-    for (label, frequency), leaves in groups.items():
+    for i in laws:
+        groups.setdefault((labels[i], trial.frequency(i), said_of(i)), []).append(i)
+    split = len({key[:2] for key in groups}) > len({key[0] for key in groups})
+    for (label, frequency, said), leaves in groups.items():
         often = Component("", frequency, "step").updates if frequency else "frozen"
         name = f"{label}, {often}" if split else label
         taken = {v for part in parts for v in part.ends}
         ends = [v for i in leaves for v in forms(i) if v not in taken]
         law = trial.recurrence(leaves, leaves)
-        shrinks = lambda i: -1 + 1e-6 < (trial.recurrence([i], [i]).keep or 0) < 0  # of the update; -1 forgets
+        shrinks = lambda i: -1 + 1e-6 < (laws[i].keep or 0) < 0  # of the update; -1 forgets
         decays = frequency > 0 and any(map(shrinks, leaves))
-        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, of_weights, decays))
+        parts.append(Part(name, frequency, label, ends, [*map(made, leaves)], leaves, law, said, decays))
 
     _connect(trial, parts)
     copies = {p for p in parts if p.law and p.leaves[0] >= n and p.law.keep == 0 and not p.reads & (weights | gradients)}
@@ -167,12 +176,11 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     for copy in copies:
         for part in [p for p in parts if p in copy.above][:1]:
             part.held += copy.leaves
-    direct = {part: set(part.above) for part in parts}
     for part in parts:
         moves_weights = part.leaves and part.leaves[0] < n  # then it reads them in any case
         kinds = {"gradients": gradients} if moves_weights else {"gradients": gradients, "weights": weights}
-        part.sources = " and ".join(name for name, inputs in kinds.items() if part.reads & inputs)
-        part.above -= {p for other in part.above for p in direct[other]}
+        part.sources = tuple(name for name, inputs in kinds.items() if part.reads & inputs)
+        part.above = part.direct - {p for other in part.direct for p in other.direct}
     _name_loops(trial, parts)
     for part, name in zip(parts, distinct([part.name for part in parts]), strict=True):
         part.name = name
@@ -189,7 +197,7 @@ def _connect(trial: Trial, parts: Sequence[Part]) -> None:
         others = lambda value, part=part: {p for p in owners.get(value, ()) if p is not part}
         mine = set(part.ends) if not part.loop else set()
         seen = trial.graph.behind(part.starts, lambda v, mine=mine, others=others: v not in mine and bool(others(v)))
-        part.above = {p for v in seen if v not in mine for p in others(v)}
+        part.direct = part.above = {p for v in seen if v not in mine for p in others(v)}
         part.reads = seen & set(trial.graph.inputs)
 
 
@@ -222,7 +230,7 @@ def _name_loops(trial: Trial, parts: Sequence[Part]) -> None:
     for part in (p for p in parts if p.loop):
         part.solves = _orthogonalises(trial, part.loop)
         kind = "orthogonalisation" if part.solves else "inner loop"
-        part.name = f"{kind} of {listed(p.name for p in part.above)}" if part.above else f"{kind} of {part.sources}"
+        part.name = f"{kind} of {listed([p.name for p in part.above] or part.sources)}"
 
 
 def _orthogonalises(trial: Trial, loop: Loop) -> bool:

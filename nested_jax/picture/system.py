@@ -20,6 +20,7 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.picture.component import Component, Picture, distinct
 from nested_jax.picture.graph import Graph
 from nested_jax.picture.memories import learned
+from nested_jax.picture.words import listed
 from nested_jax.typing import PyTree
 
 _ALONE = {"parameters": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}  # what an optimizer moves if nothing else is given
@@ -56,8 +57,8 @@ def describe(
         A `Picture`: `.components`, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
 
     Raises:
-        UserError: something that is none of these, two optimizers, or one that refuses the parameters or `extra`;
-            tokens_per_step is no positive number.
+        UserError: something that is none of these, in which nothing can learn, two optimizers, one that has no parameters
+            to move, or that refuses them or `extra`; tokens_per_step is no positive number.
 
     >>> import optax
     >>> mlp = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
@@ -89,10 +90,12 @@ def describe(
     if not learners:
         learners = [_learner(_ALONE)]
     components = _renamed([list(_in_context(learner)) for learner in learners])
-    slow, size = _slow(learners, optimizers[0] if optimizers else None, extra, tuple(c.name for c in components[-1:]))
-    own = [c.name for c in slow]
+    writers = tuple(c.name for c in components[-1:])
+    slow, labels, size = _slow(learners, optimizers[0] if optimizers else None, extra, writers)
+    if not components and not slow:
+        raise UserError("describe: nothing can learn in this: give parameters that are not empty, or a level")
     slow = _renamed([components, slow])[len(components) :]
-    of = lambda label: [c.name for c, name in zip(slow, own, strict=True) if f"{name}, ".startswith(f"{label}, ")]
+    of = lambda label: [c.name for c, its in zip(slow, labels, strict=True) if its == label]
     full = lambda label: of(label) or [label]
     starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
     components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
@@ -140,11 +143,13 @@ def _learner(system: Any) -> _Learner:
     return _Learner(system, lambda path: "parameters", lambda weights: [])
 
 
-def _slow(learners: Sequence[_Learner], optimizer, extra, writers) -> tuple[list[Component], int]:
-    """Components of the parameters and of what moves them, and the bytes of the optimizer's state."""
-    learners = [learner for learner in learners if jax.tree.leaves(learner.shapes)]
+def _slow(learners: Sequence[_Learner], optimizer, extra, writers) -> tuple[list[Component], list[str], int]:
+    """Components of the parameters and of what moves them, their labels, and the bytes of the optimizer's state."""
+    learners = [learner for learner in learners if any(leaf.size for leaf in jax.tree.leaves(learner.shapes))]
+    if not learners and optimizer:
+        raise UserError("describe: the optimizer has no parameters to move: give these too, (system, parameters, optimizer)")
     if not learners:
-        return [], 0
+        return [], [], 0
     shapes = learners[0].shapes if len(learners) == 1 else tuple(learner.shapes for learner in learners)
     labels = [label for learner in learners for label in _labels(learner)]
     words = {label: (learner.objective, learner.context) for learner in learners for label in _labels(learner)}
@@ -175,7 +180,7 @@ def _in_context(learner: _Learner) -> Iterator[Component]:
     taken: list[str] = []
     apart = [(_apart(level, blocks, taken), blocks) for level, blocks in found]
     for (level, blocks), state in zip(apart, states, strict=True):
-        for component in _walk(level, state, blocks, tuple(names), None):
+        for component in _walk(level, state, blocks, tuple(names)):
             names.append(component.name)
             yield component
 
@@ -190,7 +195,7 @@ class _Leaf:
 def _start(level: Level) -> PyTree:
     try:
         return level.init(())
-    except (IndexError, TypeError):  # it starts from slower levels, and none are given
+    except IndexError:  # it starts from slower levels, and none are given
         return ()
 
 
@@ -206,12 +211,21 @@ def _apart(level: Level, blocks: int, taken: list[str]) -> Level:
     return dataclasses.replace(level, name=taken[-1])
 
 
-def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], restarts: str | None) -> Iterator[Component]:
-    """A level's components, from fast to slow. `before`: the faster ones; `restarts`: the level that resets this one."""
+def _learners(level: Level) -> tuple[str, ...]:
+    """The names of what learns in a level."""
+    if level.parts:
+        return _learners(level.parts[0]) + _learners(level.parts[1])
+    return () if level.description.objective is None else (level.name,)
+
+
+def _walk(
+    level: Level, state: PyTree, blocks: int, before: tuple[str, ...], restarts: tuple[str, ...] = ()
+) -> Iterator[Component]:
+    """A level's components, from fast to slow. `before`: the faster ones; `restarts`: those that reset this one."""
     if level.parts:
         fast, slow, reset = level.parts
         state = state if isinstance(state, Nested) else Nested((), ())
-        for component in _walk(fast, state.fast, blocks, before, slow.name if reset else None):
+        for component in _walk(fast, state.fast, blocks, before, _learners(slow) if reset else ()):
             before = (*before, component.name)
             yield component
         yield from _walk(slow, state.slow, blocks, before, restarts)
@@ -222,8 +236,11 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
     name, step = level.name, ""
     for inner in says.inner:
         if isinstance(inner, optax.GradientTransformation):
-            *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
-            step = weights.rule
+            try:
+                *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
+                step = weights.rule
+            except UserError:  # it is for parameters of its own
+                memories, step = [], "an optax rule"
         else:
             memories = [Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)]
         new = distinct([*before, *(f"{c.name} of {name}" for c in memories)])[len(before) :]
@@ -234,9 +251,9 @@ def _walk(level: Level, state: PyTree, blocks: int, before: tuple[str, ...], res
                 c, name=renamed[c.name], frequency=c.frequency * frequency, unit="token", needs=needs, state_bytes=None
             )
         before = (*before, *renamed.values())
-    start = "initialisation: " + (f"restarts from {restarts}" if restarts else "a start that slow weights learn")
+    start = "initialisation: " + (f"restarts from {listed(restarts)}" if restarts else "a start that slow weights learn")
     leaves = jax.tree.leaves(state)
-    teachers = (restarts,) if restarts else sorted({label for leaf in leaves for label in leaf.teachers})
+    teachers = restarts or sorted({label for leaf in leaves for label in leaf.teachers})
     bounded = all(leaf.bytes for leaf in leaves)  # an empty one grows
     yield Component(
         name, frequency, "token",

@@ -1,4 +1,8 @@
-"""An optimizer on trial: its update, taken apart and run on small stand-ins of the parameters with random gradients."""
+"""An optimizer on trial: its update, taken apart and run on small stand-ins of the parameters with random gradients.
+
+It is traced with the types of the parameters and run in double precision, so that what is measured is its law, and not the
+rounding of a memory in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.picture.graph import Graph, measured
+from nested_jax.picture.graph import Graph, measured, wide, widened
 from nested_jax.typing import PyTree
 
 LEAST, MOST = 64, 1024  # steps that are run: at least, and at most until everything that can learn has moved twice
@@ -19,7 +23,8 @@ LEAST, MOST = 64, 1024  # steps that are run: at least, and at most until everyt
 class Recurrence(NamedTuple):
     """m <- keep m + add g^power, as measured; None where the new memory is not of that form.
 
-    `apart`: what is added does not depend on m. `whole`: nothing else is added, as far as m is kept by one factor.
+    `apart`: what is added does not depend on m. `whole`: nothing else is added, as far as m is kept by one factor. `varies`:
+    whether `keep` and `add` are other numbers at another step.
     """
 
     keep: float | None
@@ -27,6 +32,7 @@ class Recurrence(NamedTuple):
     power: int | None
     apart: bool
     whole: bool = False
+    varies: tuple[bool, bool] = (False, False)
 
 
 class Trial:
@@ -48,20 +54,23 @@ class Trial:
         self.scale = 0.1 * max(size, 1) ** -0.5  # a norm of all gradients that no usual clipping changes
         self._rng = rng
         more = {} if extra is None else extra(self.params)
-        structure = jax.tree.structure((self.params, self.state, self.params))
+        leaves, structure = jax.tree.flatten((self.params, self.state, self.params))
 
         def step(*leaves):
             params, state, gradients = structure.unflatten(leaves)
             updates, state = update(gradients, state, params, **more)
             return [*jax.tree.leaves(updates), *jax.tree.leaves(state)]
 
-        leaves = jax.tree.leaves((self.params, self.state, self.params))
-        self.graph = Graph(step, *leaves)
         self.shapes = [leaf.shape for leaf in leaves]
-        self.learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-        self.call = jax.jit(step)
-        self._moved = jax.jit(self._step)
-        self._run(leaves)
+        self.types = [leaf.dtype for leaf in leaves]
+        self.learns = [jnp.issubdtype(kind, jnp.inexact) for kind in self.types]
+        traced = widened(jax.make_jaxpr(step)(*leaves))
+        with jax.enable_x64(True):
+            leaves = [*map(wide, leaves)]
+            self.graph = Graph(traced, *leaves)
+            self.call = jax.jit(traced)
+            self._moved = jax.jit(self._step)
+            self._run(leaves)
 
     def _step(self, leaves):
         outs, found = measured(self.graph.closed, leaves)
@@ -76,6 +85,7 @@ class Trial:
         n = sum(self.kept)
         now = list(leaves[:n])
         self.before = [leaves] * n  # what each was computed from when it last changed
+        self.earlier = [leaves] * n  # and when it changed for the second time, or for the first if there were but two
         self.changes, self.emptied = [[] for _ in range(n)], np.zeros(n, bool)
         held, found = np.zeros(n, bool), []
         gradients = set(self.graph.inputs[n:])
@@ -87,6 +97,8 @@ class Trial:
             moved, empty = np.asarray(moved), np.asarray(empty)
             for i in np.flatnonzero(moved):
                 self.changes[i].append(step)
+                if len(self.changes[i]) in (2, 3):
+                    self.earlier[i] = self.before[i]
                 self.before[i] = arguments
             self.emptied |= held & empty
             held |= ~empty
@@ -100,7 +112,8 @@ class Trial:
 
     def gradients(self) -> list[jax.Array]:
         """Random ones."""
-        return [jnp.asarray(self._rng.normal(size=w.shape) * self.scale, w.dtype) for w in jax.tree.leaves(self.params)]
+        draw = lambda w: self._rng.normal(size=w.shape) * self.scale
+        return [jnp.asarray(draw(w), wide(w.dtype)) for w in jax.tree.leaves(self.params)]
 
     def frequency(self, leaf: int) -> float:
         """Changes a step: one over the median time between two."""
@@ -108,14 +121,26 @@ class Trial:
         return float(1 / np.median(np.diff(times))) if times else 0.0
 
     def recurrence(self, leaves: Sequence[int], gradients: Sequence[int | None]) -> Recurrence:
-        """The law of some leaves together, by differences, at the last step at which they changed.
+        """The law of some leaves together, by differences, at the last step at which they changed and an earlier one.
 
         Args:
             gradients: the leaf of the gradients that belongs to each, of its shape; None if there is none.
         """
         latest = max(leaves, key=lambda i: self.changes[i][-1] if self.changes[i] else -1)
-        base, n = self.before[latest], sum(self.kept)
-        h = self.gradients()
+        law, other = (self._law(at[latest], leaves, gradients) for at in (self.before, self.earlier))
+        keep = None if other.keep is None else law.keep
+        add, power = (
+            (None, None) if (law.power, law.add is None) != (other.power, other.add is None) else (law.add, law.power)
+        )
+        differ = lambda a, b: a is not None and not _close(a, b)
+        varies = differ(keep, other.keep), differ(add, other.add)
+        eps = max(float(jnp.finfo(self.types[i]).eps) for i in leaves) if all(self.learns[i] for i in leaves) else 0
+        return Recurrence(
+            _plain(keep, eps), _plain(add, eps), power, law.apart and other.apart, law.whole and other.whole, varies
+        )
+
+    def _law(self, base: Sequence[Any], leaves: Sequence[int], gradients: Sequence[int | None]) -> Recurrence:
+        n, h = sum(self.kept), self.gradients()
         size = lambda i: max(float(jnp.sqrt(jnp.mean(jnp.square(base[i])))), self.scale)
         d = {i: jnp.abs(jnp.asarray(self._rng.normal(size=base[i].shape), base[i].dtype)) * size(i) for i in leaves}
 
@@ -155,7 +180,7 @@ def _stand_in(optimizer, shapes: PyTree) -> PyTree:
     """The parameters with axes as short as leaves the state's structure what it is."""
     kinds = lambda state: (jax.tree.structure(state), [leaf.ndim for leaf in jax.tree.leaves(state)])
     for most in (4, 32, 160, None):
-        cut = lambda leaf, most=most: jax.ShapeDtypeStruct(tuple(min(n, most or n) for n in leaf.shape), _wide(leaf.dtype))
+        cut = lambda leaf, most=most: jax.ShapeDtypeStruct(tuple(min(n, most or n) for n in leaf.shape), _real(leaf.dtype))
         small = jax.tree.map(cut, shapes)
         if most is None:
             return small
@@ -166,8 +191,8 @@ def _stand_in(optimizer, shapes: PyTree) -> PyTree:
             continue
 
 
-def _wide(dtype):
-    return jnp.float64 if jnp.issubdtype(dtype, jnp.inexact) else dtype
+def _real(dtype):
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
 
 
 def _flat(leaves: Sequence[Any]) -> np.ndarray:
@@ -184,3 +209,13 @@ def _ratio(y: np.ndarray, x: np.ndarray, noise: float) -> float | None:
 
 def _close(a: float, b: float | None) -> bool:
     return b is not None and abs(a - b) <= 1e-5 * abs(a)
+
+
+def _plain(number: float | None, eps: float) -> float | None:
+    """The shortest decimal number that a type of this precision cannot tell from it.
+
+    >>> _plain(0.8984375, 2**-7), _plain(0.8999999761581421, 2**-23), _plain(1 / 3, 2**-7)
+    (0.9, 0.9, 0.333)
+    """
+    rounded = (float(f"{number:.{digits}g}") for digits in range(1, 18)) if number is not None else ()
+    return next((short for short in rounded if abs(short - number) <= eps / 2 * abs(number)), number)

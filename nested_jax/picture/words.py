@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nested_jax.picture.trial import Recurrence
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
     """(context flow, objective, rule, knowledge transfer)."""
-    above = listed(p.name for p in part.above)
-    flow = f"what comes of {above}" if above else part.sources
+    above = listed(p.name for p in part.direct)
+    flow = _in_a_row([*part.sources, *([f"what comes of {above}"] if above else [])])
     if part.gathers:
         flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
     if part.loop:
@@ -22,7 +22,7 @@ def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str
         count = part.loop.length or "some"
         return flow, goal, f"{count} iterations", f"initialisation: starts from {above or 'gradients'} each time"
     if part.leaves[0] < n:
-        return _weights(part, above, flow, objective, context)
+        return _weights(part, flow, objective, context)
     transfer = "generation: back-propagation writes the gradients"
     if "gradients" not in part.sources and not above:
         transfer = "direct parametric conditioning on the weights"
@@ -31,14 +31,14 @@ def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str
     return own.context or flow, own.objective or goal, own.rule or rule, own.knowledge or transfer
 
 
-def _weights(part: Part, above: str, flow: str, objective: str, context: str) -> tuple[str, str, str, str]:
+def _weights(part: Part, flow: str, objective: str, context: str) -> tuple[str, str, str, str]:
     law = part.law
     if part.frequency == 0:
         return "", objective, "frozen", ""
     letter = "s" if part.gathers else "g"
     plain = law.power == 1 and (law.whole or part.gathers)
-    if above:
-        step = f"adds what comes of {above}"
+    if part.direct:
+        step = f"adds {flow}"
     else:
         step = f"W <- W {'-' if law.add < 0 else '+'} eta {letter}" if plain else f"W <- W + f({letter})"
     decay = ", decays" if part.decays else ""
@@ -58,25 +58,37 @@ def _law(law: Recurrence, letter: str, gathers: bool) -> tuple[str, str]:
         return "", ""
     if law.add == 0 and not holds and letter != "u":
         return "", ""
+    held = "alpha m" if law.varies[0] else _terms(law.keep, "m")
     if law.add is None or not holds or letter == "u":  # what comes of another memory is not taken apart
         what = "u" if letter == "u" else "phi(g)"
         goal = f"-<m, {what}>" + (" + decay" if law.keep < 1 - 1e-9 else "")
-        return goal, f"m <- {_terms(law.keep, 'm')} + {what}" if law.keep else f"m <- {what}"
+        return goal, f"m <- {held} + {what}" if law.keep else f"m <- {what}"
     if law.add == 0:
-        return "", f"m <- {_terms(law.keep, 'm')}"
+        return "", f"m <- {held}"
     what = letter if law.power == 1 else f"{letter}^2"
     pull = (1 - law.keep) / abs(law.add)
     signed = what if law.add > 0 else f"-{what}"
-    goal = f"-<m, {signed}>" + (f" + {_terms(pull / 2, '|m|^2')}" if pull > 1e-9 else "")
+    decay = "decay" if any(law.varies) else _terms(pull / 2, "|m|^2")
+    goal = f"-<m, {signed}>" + (f" + {decay}" if pull > 1e-9 else "")
     sign = "+" if law.add > 0 else "-"
-    kept = f"{_terms(law.keep, 'm')} {sign} " if law.keep else "-" * (law.add < 0)
-    return goal, f"m <- {kept}{_terms(abs(law.add), what)}"
+    kept = f"{held} {sign} " if law.keep else "-" * (law.add < 0)
+    return goal, f"m <- {kept}{f'eta {what}' if law.varies[1] else _terms(abs(law.add), what)}"
 
 
 def _terms(factor: float, what: str) -> str:
-    return what if abs(factor - 1) < 1e-9 else f"{factor:.4g} {what}"
+    return what if abs(factor - 1) < 1e-6 else f"{factor:.4g} {what}"
 
 
 def listed(names: Iterable[str]) -> str:
+    """Names in a row, in quotation marks where a name could be taken for several.
+
+    >>> listed(["mu", "trace, slow"])
+    'mu and "trace, slow"'
+    """
     names = sorted(set(names))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    several = lambda name: " and " in name or (", " in name and len(names) > 1)
+    return _in_a_row([f'"{name}"' if several(name) else name for name in names])
+
+
+def _in_a_row(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
