@@ -273,6 +273,9 @@ def test_what_is_read_beside_a_memory_is_said():
     assert found["parameters"].context == "what comes of mu (Belief) and nu (Belief)"
     assert found["parameters"].needs == ("nu (Belief)",)
     assert found["parameters"].rule == "adds what comes of mu (Belief) and nu (Belief)"
+    memory, weights = describe((MLP, optax.lion(0.1))).components  # it reads the memory as it was before the step
+    assert weights.rule == "adds gradients and what comes of mu (Lion), decays"
+    assert (memory.level, weights.level, weights.needs) == (1, 1, ())
     weights = describe((MLP, optax.sgd(0.1, 0.9, nesterov=True))).components[-1]
     assert weights.rule == "adds gradients and what comes of trace (Trace)"
     memory = rows(describe((MLP, optax.adafactor(0.1, momentum=0.9))))["ema (Ema)"]

@@ -45,6 +45,7 @@ class Part:
     solves: bool = False  # whether the loop makes matrices orthogonal
     direct: set[Part] = field(default_factory=set)  # parts whose new state it reads
     above: set[Part] = field(default_factory=set)  # of these, those that no other of them reads
+    recalls: set[Part] = field(default_factory=set)  # memories whose state before the step it reads
     reads: set[int] = field(default_factory=set)  # the computation's inputs that it reads
     sources: tuple[str, ...] = ()  # of these, gradients and weights
     gathers: bool = False  # whether its context is gathered over its period
@@ -139,7 +140,6 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         parts.append(Part("", _runs(trial, loops[0]), "", ends, starts, loop=loops[0]))
 
     remembered = {graph.inputs[i] for part in parts for i in part.leaves}
-
     laws = {i: trial.recurrence([i], [i]) for i in range(n) if 0 not in trial.shapes[i]}
 
     def said_of(i):
@@ -180,6 +180,8 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
         moves_weights = part.leaves and part.leaves[0] < n  # then it reads them in any case
         kinds = {"gradients": gradients} if moves_weights else {"gradients": gradients, "weights": weights}
         part.sources = tuple(name for name, inputs in kinds.items() if part.reads & inputs)
+        before = lambda p: {graph.inputs[i] for i in p.leaves if i >= n}
+        part.recalls = {p for p in parts if p is not part and part.reads & before(p)}
         part.above = part.direct - {p for other in part.direct for p in other.direct}
     _name_loops(trial, parts)
     for part, name in zip(parts, distinct([part.name for part in parts]), strict=True):

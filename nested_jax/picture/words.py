@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
     """(context flow, objective, rule, knowledge transfer)."""
-    above = listed(p.name for p in part.direct)
+    above = listed(p.name for p in part.direct | part.recalls)
     flow = _in_a_row([*part.sources, *([f"what comes of {above}"] if above else [])])
     if part.gathers:
         flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
@@ -37,7 +37,7 @@ def _weights(part: Part, flow: str, objective: str, context: str) -> tuple[str, 
         return "", objective, "frozen", ""
     letter = "s" if part.gathers else "g"
     plain = law.power == 1 and (law.whole or part.gathers)
-    if part.direct:
+    if part.direct or part.recalls:
         step = f"adds {flow}"
     else:
         step = f"W <- W {'-' if law.add < 0 else '+'} eta {letter}" if plain else f"W <- W + f({letter})"
