@@ -146,7 +146,7 @@ def _learner(system: Any) -> _Learner:
 def _slow(learners: Sequence[_Learner], optimizer, extra, writers) -> tuple[list[Component], list[str], int]:
     """Components of the parameters and of what moves them, their labels, and the bytes of the optimizer's state."""
     learners = [learner for learner in learners if any(leaf.size for leaf in jax.tree.leaves(learner.shapes))]
-    if not learners and optimizer:
+    if not learners and optimizer is not None:
         raise UserError("describe: the optimizer has no parameters to move: give these too, (system, parameters, optimizer)")
     if not learners:
         return [], [], 0

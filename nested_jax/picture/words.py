@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def words_of(part: Part, n: int, objective: str, context: str) -> tuple[str, str, str, str]:
     """(context flow, objective, rule, knowledge transfer)."""
-    above = listed(p.name for p in part.direct | part.recalls)
-    flow = _in_a_row([*part.sources, *([f"what comes of {above}"] if above else [])])
+    above, read = (listed(p.name for p in parts) for parts in (part.direct, part.direct | part.recalls))
+    flow = _in_a_row([*part.sources, *([f"what comes of {read}"] if read else [])])
     if part.gathers:
         flow = f"s, gathered from the {flow} of {1 / part.frequency:.0f} steps"
     if part.loop:
