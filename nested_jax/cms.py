@@ -21,6 +21,7 @@ from nested_jax.errors import UserError, assert_choices
 from nested_jax.level import Description, Level, Nested, nest
 from nested_jax.memory.projections import rms_norm
 from nested_jax.memory.recurrence import upcast
+from nested_jax.meta import mixflow_grad
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -205,6 +206,7 @@ def in_context(
     mixers: Callable[[], PyTree],
     batch: int,
     rules: Sequence[optax.GradientTransformation],
+    keep_all: bool = False,
 ) -> Level:
     """The CMS of the blocks that learn, as one nest: (state, `Segment`) -> (state, `Emitted`), period the slowest level's.
 
@@ -214,16 +216,25 @@ def in_context(
             (logits (B, P, V), mixers).
         mixers: () -> state of the sequence layers in between.
         rules: optax transformations of the levels, slow to fast.
+        keep_all: the outer backward pass keeps what the inner ones stored, instead of computing it again.
 
     Raises ValueError where periods do not divide one another.
     """
-    level = _segment_level(config, forward, mixers)
+    level = _segment_level(config, forward, mixers, keep_all)
     for i in reversed(range(len(config.periods))):
         level = nest(level, _cms_level(config, i, weights, batch, rules[i]), reset=config.variant == "nested")
     return level
 
 
-def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Level:
+def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable, keep_all: bool) -> Level:
+    def gradient(loss):
+        if keep_all:
+            return jax.grad(loss, has_aux=True)
+        # The outer gradient computes each segment again: its memory is that of one segment's inner pass and not of all.
+        if config.meta_gradient == "full":
+            return mixflow_grad(loss, has_aux=True)
+        return jax.checkpoint(jax.grad(loss, has_aux=True))
+
     def init(slower):
         state = mixers()
         return SegmentState(state, state, jnp.zeros((), jnp.int32))
@@ -238,8 +249,7 @@ def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Le
             return each.sum() if config.scope == "sequence" else each.mean(), (logits, mixers)
 
         matrices = tuple(level.matrices for level in reversed(slower))
-        # Recomputed for the outer gradient, whose memory is then that of one segment's inner pass and not of all.
-        gradients, (logits, mixers) = jax.checkpoint(jax.grad(loss, has_aux=True))(matrices)
+        gradients, (logits, mixers) = gradient(loss)(matrices)
         if config.meta_gradient == "first-order":
             gradients = jax.lax.stop_gradient(gradients)
         closed, length = context.closed[0], len(context.closed)
@@ -247,8 +257,8 @@ def _segment_level(config: CMSConfig, forward: Callable, mixers: Callable) -> Le
         after = SegmentState(mixers, state.mixers, state.position + length)
         return after, Emitted(logits.swapaxes(0, 1), gradients, closed.astype(jnp.int32) * length)
 
-    keep, says = lambda state, slower: state, Description(objective=None)
-    return Level(init, step, config.periods[-1], "segment", restart=keep, description=says)
+    same, says = lambda state, slower: state, Description(objective=None)
+    return Level(init, step, config.periods[-1], "segment", restart=same, description=says)
 
 
 def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch: int, rule: optax.GradientTransformation) -> Level:

@@ -1,4 +1,4 @@
-"""What is measured: a dataclass whose fields are the flags of run.py, and one for optimizers.py."""
+"""What is measured: dataclasses whose fields are the flags of run.py, optimizers.py and meta.py."""
 
 from __future__ import annotations
 
@@ -61,3 +61,27 @@ class OptimizersConfig:
     """Of Newton-Schulz, in Muon and in m3."""
     rounds: int = 9
     """Turns of each optimizer that count."""
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Memory and time of derivatives through inner loops."""
+
+    width: int = 256
+    """Width of the MLP memory, and of the Transformer."""
+    rows: int = 32
+    """Keys and values that the MLP memory learns from at each step."""
+    lengths: tuple[int, ...] = (64, 256, 1024, 4096)
+    """Inner steps T of the MLP memory whose memory is counted."""
+    timed: int = 1024
+    """Inner steps of the MLP memory that are timed, one of `lengths`."""
+    layers: int = 4
+    """Blocks of the Transformer that is the inner model of mixflow_grad."""
+    batch: int = 4
+    """Its rows at each step."""
+    tokens: int = 256
+    """Its tokens of a row."""
+    steps: int = 8
+    """Its inner steps."""
+    rounds: int = 5
+    """Timed rounds, in each of which everything has its turn."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Description, Level
+from nested_jax.level import Checkpoint, Description, Level
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, write
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
@@ -27,12 +27,20 @@ from nested_jax.typing import Array, Float, PyTree
 
 @dataclass(frozen=True)
 class LinearMemory:
-    """A matrix per head that learns while reading. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D))."""
+    """A matrix per head that learns while reading. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+
+    Args:
+        width, heads: D and H, K = D / H.
+        rule: see above.
+        chunk: tokens of one parallel product.
+        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
+    """
 
     width: int
     heads: int
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
     chunk: int = 64
+    checkpoint: Checkpoint = "full"
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
@@ -60,7 +68,7 @@ class LinearMemory:
         window, (q, k, v), (rate, *retain) = project_in(weights, state.window, x, self.heads, reset)
         memory, y = read_stream(
             self._level(weights, len(x)), state.memory, (q, k, v, rate, *retain),
-            position=state.position, aligned=aligned, reset=reset,
+            position=state.position, aligned=aligned, reset=reset, checkpoint=self.checkpoint,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
 

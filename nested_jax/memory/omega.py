@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Description, Level
+from nested_jax.level import Checkpoint, Description, Level
 from nested_jax.memory import objective
 from nested_jax.memory.deep import bounded
 from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
@@ -59,6 +59,7 @@ class OmegaMemory:
         power, threshold: of lp and huber.
         max_rate: largest eta; None for 2 / (chunk + 1). gamma is at most 1 / c, and 1 if c is 1.
         surprise: largest norm of an error, larger ones are scaled down to it: keeps the memory bounded at any rate.
+        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
 
     Source: NL Eq. 68; ATLAS (arXiv 2505.23735) section 3; MIRAS (arXiv 2504.13173) section 5.
     """
@@ -73,6 +74,7 @@ class OmegaMemory:
     threshold: float = 1.0
     max_rate: float | None = None
     surprise: float = 2.0
+    checkpoint: Checkpoint = "full"
 
     @property
     def bias(self) -> objective.Objective:
@@ -109,7 +111,7 @@ class OmegaMemory:
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
         memory, y = read_stream(
             self._level(weights, len(x)), state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned, reset=reset,
+            position=state.position, aligned=aligned, reset=reset, checkpoint=self.checkpoint,
             tight=lambda state: state._replace(snapshot=None), loose=lambda state: state._replace(snapshot=state.weights),
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level, nest
+from nested_jax.level import Checkpoint, Level, nest
 from nested_jax.memory.deep import (
     Deep,
     Pass,
@@ -63,6 +63,7 @@ class SelfModifyingTitans:
         targets: how targets are normalised. "l2" keeps the self-reference bounded; "rms" and "raw" do not.
         adaptive_query: queries come from a memory too.
         rule: the remaining choices, see `Rule`.
+        checkpoint: what the backward pass keeps, in the longest chunks, see `nested_jax.meta.unroll`.
 
     Source: NL Eq. 83-93 and section 8.2.
     """
@@ -77,6 +78,7 @@ class SelfModifyingTitans:
     targets: Literal["l2", "rms", "raw"] = "l2"
     adaptive_query: bool = False
     rule: Rule = Rule()
+    checkpoint: Checkpoint = "full"
 
     @property
     def memories(self) -> tuple[str, ...]:
@@ -129,7 +131,7 @@ class SelfModifyingTitans:
             theta = jax.nn.sigmoid(theta).swapaxes(0, 1)
         memory, y = read_stream(
             self._level(weights, B), state.memory, (split(x), query, theta),
-            position=state.position, aligned=aligned, reset=reset, tight=tight, loose=loose,
+            position=state.position, aligned=aligned, reset=reset, checkpoint=self.checkpoint, tight=tight, loose=loose,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, T)), project_out(weights, y, x.dtype)
 

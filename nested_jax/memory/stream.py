@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level, run
+from nested_jax.level import Checkpoint, Level, run
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 CONVOLUTION = 4  # taps of the causal depthwise convolution
@@ -45,6 +45,11 @@ def advance(position: Array | np.int32, tokens: int) -> Array | np.int32:
     return position + np.int32(tokens) if isinstance(position, jax.Array) else np.int32(position + tokens)
 
 
+def within(checkpoint: Checkpoint, steps: int) -> Checkpoint:
+    """A checkpoint as of `nested_jax.meta.unroll`, for a stream of any length: at most as many segments as steps."""
+    return min(checkpoint, steps) if isinstance(checkpoint, int) else checkpoint
+
+
 def read_stream(
     level: Level,
     state: PyTree,
@@ -53,6 +58,7 @@ def read_stream(
     position: Array | np.int32,
     aligned: bool = False,
     reset: Bool[Array, "B T"] | None = None,
+    checkpoint: Checkpoint = "full",
     tight=lambda state: state,
     loose=lambda state: state,
 ) -> tuple[PyTree, PyTree]:
@@ -64,6 +70,7 @@ def read_stream(
         position: tokens read before this piece.
         aligned: the piece starts on the chunk grid, though its position does not say so while tracing.
         reset: starts of documents, on the grid: such a row restarts from the level's start.
+        checkpoint: what the backward pass keeps, in chunks, see `within`.
         tight, loose: convert the state to and from a form that holds no more than what whole chunks need.
 
     Returns:
@@ -78,7 +85,8 @@ def read_stream(
         whole = length - length % period
         if whole:
             chunks = _cut(Chunk(tokens, None, reset), slice(0, whole))
-            state, emitted = run(starting(tight), tight(state), chunks, checkpoint="full")
+            keep = within(checkpoint, whole // period)
+            state, emitted = run(starting(tight), tight(state), chunks, checkpoint=keep)
             state = loose(state)
             outputs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), emitted))
         if length > whole:
@@ -91,7 +99,7 @@ def read_stream(
     lay = lambda x: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((slots, *x.shape[1:]), x.dtype), x, offset, axis=0)
     at = jnp.arange(slots)
     laid = Chunk(jax.tree.map(lay, tokens), (at >= offset) & (at < offset + length), jax.tree.map(lay, reset))
-    state, emitted = run(starting(loose), state, laid, checkpoint="full")
+    state, emitted = run(starting(loose), state, laid, checkpoint=within(checkpoint, slots // period))
     take = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(slots, *x.shape[2:]), offset, length, axis=0)
     return state, jax.tree.map(take, emitted)
 

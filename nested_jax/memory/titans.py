@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Level
+from nested_jax.level import Checkpoint, Level
 from nested_jax.memory.deep import (
     Deep,
     Rule,
@@ -46,6 +46,7 @@ class Titans:
         momentum: writes carry momentum; their strength is then eta (1 - theta), see `learn`.
         max_rate: largest eta; None for 4 / chunk.
         rule: see `Rule`.
+        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
     """
 
     width: int
@@ -55,6 +56,7 @@ class Titans:
     momentum: bool = True
     max_rate: float | None = None
     rule: Rule = Rule(erase="none")
+    checkpoint: Checkpoint = "full"
 
     @property
     def largest_rate(self) -> float:
@@ -78,7 +80,7 @@ class Titans:
         window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
         memory, y = read_stream(
             self._level(weights, len(x)), state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned, reset=reset, tight=tight, loose=loose,
+            position=state.position, aligned=aligned, reset=reset, checkpoint=self.checkpoint, tight=tight, loose=loose,
         )  # fmt: skip
         return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
 

@@ -24,27 +24,28 @@ SequenceLayer = Attention | LinearMemory | OmegaMemory | Titans | SelfModifyingT
 
 def sequence_layer(config: ModelConfig) -> SequenceLayer:
     """The config's sequence layer: (weights, state, x) -> (state, y)."""
-    D, H, F = config.width, config.heads, config.memory_hidden
+    D, H, F, keep = config.width, config.heads, config.memory_hidden, config.memory_policy
     match config.mixer:
         case "self-modifying":
             return SelfModifyingTitans(
-                D, H, F, config.chunk, config.projection_chunk, config.momentum, rule=Rule(retention=config.retention)
-            )
+                D, H, F, config.chunk, config.projection_chunk, config.momentum,
+                rule=Rule(retention=config.retention), checkpoint=keep,
+            )  # fmt: skip
         case "titans":
             rule = Rule(erase="none", retention=config.retention)
-            return Titans(D, H, F, config.chunk, config.momentum, rule=rule)
+            return Titans(D, H, F, config.chunk, config.momentum, rule=rule, checkpoint=keep)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
             return Attention(D, H, window, "xla" if differentiated_twice else None)
         case "lp":
-            return OmegaMemory(D, H, "lp", 1, chunk=config.chunk, power=config.lp_power)
+            return OmegaMemory(D, H, "lp", 1, chunk=config.chunk, power=config.lp_power, checkpoint=keep)
         case "huber":
-            return OmegaMemory(D, H, "huber", 1, chunk=config.chunk, threshold=config.huber_threshold)
+            return OmegaMemory(D, H, "huber", 1, chunk=config.chunk, threshold=config.huber_threshold, checkpoint=keep)
         case "omega":
-            return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, config.chunk)
+            return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, config.chunk, checkpoint=keep)
         case rule:
-            return LinearMemory(D, H, rule, config.chunk)
+            return LinearMemory(D, H, rule, config.chunk, keep)
 
 
 def init_block(key: Array, config: ModelConfig) -> dict[str, Any]:

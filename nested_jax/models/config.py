@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError, assert_choices
@@ -61,6 +63,12 @@ class ModelConfig:
     """Norm of an error from which on the Huber memory's objective is linear."""
     cms: CMSConfig = field(default_factory=CMSConfig)
     """The feed-forward side of every block."""
+    memory_policy: Annotated[Literal["none", "full", "sqrt", "log"] | int, tyro.conf.arg(aliases=("--memory-policy",))] = (
+        "full"
+    )
+    """What the backward pass keeps of what learns while reading, the rest it computes again: full, the fast state before
+    every chunk and every segment of the CMS; sqrt, log or a number, the states that `unroll` keeps of these; none,
+    everything. Values and gradients are the same."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,6 +97,12 @@ class ModelConfig:
         for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window", "omega_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} {getattr(self, name)} must be at least 1")
+        policies = ("none", "full", "sqrt", "log")
+        if self.memory_policy not in policies and not (type(self.memory_policy) is int and self.memory_policy >= 1):
+            raise UserError(
+                f"model.memory_policy {self.memory_policy!r} is unknown: give one of {', '.join(policies)}, or a number of "
+                "segments of at least 1"
+            )
         if self.width % self.heads:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
         if self.projection_chunk is not None and (self.projection_chunk < 1 or self.projection_chunk % self.chunk):

@@ -19,8 +19,8 @@ import optax
 
 from nested_jax import cms
 from nested_jax.cms import CMSConfig, Segment, SegmentState
-from nested_jax.level import Level, Nested, run
-from nested_jax.memory.stream import advance
+from nested_jax.level import Checkpoint, Level, Nested, run, scan
+from nested_jax.memory.stream import advance, within
 from nested_jax.models.block import embed, head, mix, sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
@@ -49,6 +49,7 @@ class Reader:
         forward: as of `cms.in_context`, with a keyword `aligned`.
         reading: longest chunk of the sequence layers.
         fresh: () -> the nest's state at a document's start.
+        checkpoint: what the backward pass keeps of segments, those of the slowest level.
     """
 
     config: CMSConfig
@@ -56,6 +57,7 @@ class Reader:
     forward: Callable
     reading: int
     fresh: Callable[[], Nested]
+    checkpoint: Checkpoint
 
     @property
     def period(self) -> int:
@@ -112,11 +114,14 @@ class Reader:
         )
         level = self.level if reset is None else self._restarting()
         if grouped:
-            levels, emitted = run(level, state.levels, context)
+            keep = within(self.checkpoint, length // self.config.periods[0])
+            levels, emitted = run(level, state.levels, context, checkpoint=keep)
             pieces = emitted if type(emitted) is tuple else (emitted,)
         else:
             segments = jax.tree.map(lambda part: part.reshape(-1, P, *part.shape[1:]), context)
-            levels, emitted = jax.lax.scan(lambda s, segment: level.step(s, segment, ()), state.levels, segments)
+            keep = within(self.checkpoint, length // P)
+            step = lambda s, segment: level.step(s, segment, ())
+            levels, emitted = scan(step, state.levels, segments, checkpoint=keep)
             pieces = (emitted,)
         logits = jnp.concatenate([piece.outputs.reshape(-1, *piece.outputs.shape[-2:]) for piece in pieces])
         starts = jnp.zeros(len(x), bool) if reset is None else reset[:, -P]

@@ -254,8 +254,10 @@ def _reader(config: ModelConfig, rules, weights: PyTree, split: _Split, batch: i
         return head(config, weights, x), mixers
 
     mixers = lambda: init_mixers(layer, split.between, batch, max_length) if config.adapting > 1 else ()
-    level = cms.in_context(config.cms, split.learning["cms"], forward, mixers, batch, rules)
-    return Reader(config.cms, level, forward, config.reading, fresh=lambda: level.init(()))
+    keep = config.memory_policy
+    level = cms.in_context(config.cms, split.learning["cms"], forward, mixers, batch, rules, keep_all=keep == "none")
+    segments = "none" if keep == "full" else keep  # the level computes each of its segments again by itself
+    return Reader(config.cms, level, forward, config.reading, fresh=lambda: level.init(()), checkpoint=segments)
 
 
 def _of_shape(tokens, reset, state: ModelState):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nested_jax.errors import UserError, assert_choices
 from nested_jax.models.config import ModelConfig, preset
 
-_REPORTING = (
+_SAME_RUN = (
     "fresh",
     "run_dir",
     "log_every",
@@ -22,6 +22,7 @@ _REPORTING = (
     "checkpoint_every",
     "sample_tokens",
     "show_surprise",
+    "model.memory_policy",
 )
 
 
@@ -134,11 +135,11 @@ def flag(name: str) -> str:
 def difference(saved: TrainConfig, given: TrainConfig) -> tuple[str, str, str] | None:
     """(flag, saved value, given value) of the first field that makes `given` another run than `saved`, if any.
 
-    More steps are not another run, nor is anything that only says what is reported and how often.
+    More steps are not another run, nor is what only says what is reported, how often, and what is kept or computed again.
     """
     theirs, ours = dict(flatten(saved)), dict(flatten(given))
     for name, value in ours.items():
-        if name in _REPORTING or (name == "steps" and saved.steps <= given.steps):
+        if name in _SAME_RUN or (name == "steps" and saved.steps <= given.steps):
             continue
         if theirs[name] != value:
             return flag(name), _words(theirs[name]) or "nothing", _words(value) or "nothing"

@@ -1,0 +1,48 @@
+"""python experiments/benchmarks/torch_unroll.py STEPS WIDTH ROWS ROUNDS: the MLP memory of meta.py, unrolled by torch.func.
+
+Prints JSON: seconds of every round, and by how much the first one raised the process's largest resident memory, in MB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+
+import torch
+from torch.func import grad, grad_and_value
+
+RATE = 0.05
+
+
+def main() -> None:
+    steps, width, rows, rounds = map(int, sys.argv[1:])
+    torch.manual_seed(0)
+    start = tuple(torch.randn(width, width) * width**-0.5 for _ in range(2))
+    keys, values = torch.randn(2, steps, rows, width)
+
+    def loss(w, keys, values):
+        return ((torch.nn.functional.silu(keys @ w[0]) @ w[1] - values) ** 2).sum(-1).mean() / 2
+
+    def outer(w, count=steps):
+        total = 0.0
+        for t in range(count):
+            gradient, value = grad_and_value(loss)(w, keys[t], values[t])
+            w, total = tuple(a - RATE * g for a, g in zip(w, gradient, strict=True)), total + value
+        return total / count
+
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    grad(lambda w: outer(w, 2))(start)  # what torch loads once
+    before, seconds = peak(), []
+    for turn in range(rounds):
+        begun = time.perf_counter()
+        grad(outer)(start)
+        seconds.append(time.perf_counter() - begun)
+        if turn == 0:
+            resident = peak() - before
+    print(json.dumps({"steps": steps, "torch": torch.__version__, "resident_mb": resident, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

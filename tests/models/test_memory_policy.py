@@ -1,0 +1,88 @@
+"""One knob for what the backward pass keeps of all that learns while reading: the same gradients, less memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from nested_jax import LanguageModel, ModelConfig
+from nested_jax.cms import CMSConfig
+from nested_jax.errors import UserError
+from nested_jax.models.block import sequence_layer
+from nested_jax.train.config import TrainConfig, difference
+
+MODEL = ModelConfig(
+    vocabulary=16, width=8, layers=2, heads=2, memory_hidden=4, chunk=4,
+    cms=CMSConfig(hidden=(8, 8), periods=(8, 4)),
+)  # fmt: skip
+
+
+def differentiated(config: ModelConfig, text):
+    """Value and gradients of a batch's loss, compiled, and the parameters."""
+    net, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    weights = jax.tree.map(lambda w: w.astype(jnp.result_type(float)), weights)
+
+    def loss(weights):
+        model = nnx.merge(net, weights)
+        logits, _ = model(text[:, :-1], model.init_state(len(text)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+    return jax.jit(jax.value_and_grad(loss)).lower(weights).compile(), weights
+
+
+def text(length, rows=2):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 16, (rows, length + 1)))
+
+
+@pytest.mark.parametrize("policy", ["full", "sqrt", "log", 2, 100])
+def test_gradients_do_not_depend_on_the_policy(x64, policy):
+    """A Hope all of whose blocks learn in context, on seven slowest periods and a rest, against keeping everything."""
+    value = lambda policy: (made := differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(61)))[0](made[1])
+    got, expected = value(policy), value("none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
+
+
+def test_memory_of_a_model_that_learns_in_context():
+    """Of 1,024 tokens, 128 of its slowest periods: everything, a state each, or the root of that many."""
+    used = {
+        policy: differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(1024))[0]
+        .memory_analysis()
+        .temp_size_in_bytes
+        for policy in ("none", "full", "sqrt")
+    }
+    assert used["none"] > 4 * used["full"], used
+    assert used["full"] > 2 * used["sqrt"], used
+
+
+@pytest.mark.parametrize("mixer", ["self-modifying", "titans", "gated-delta", "oja", "omega", "lp", "huber"])
+def test_every_layer_takes_it(mixer):
+    """Temporary memory of a layer's gradient over 256 chunks."""
+    config = dataclasses.replace(MODEL, mixer=mixer, cms=CMSConfig(hidden=(8,)))
+    x = jax.random.normal(jax.random.key(0), (1, 1024, 8))
+
+    def used(policy):
+        layer = sequence_layer(dataclasses.replace(config, memory_policy=policy))
+        weights = layer.init_weights(jax.random.key(1))
+        total = lambda weights: jnp.sum(layer(weights, layer.init_state(weights, 1), x)[1] ** 2)
+        return jax.jit(jax.grad(total)).lower(weights).compile().memory_analysis().temp_size_in_bytes
+
+    everything, states, few = used("none"), used("full"), used("sqrt")
+    assert everything > 1.3 * states, (everything, states)
+    assert states > few, (states, few)
+
+
+def test_it_makes_no_other_run():
+    config = TrainConfig.from_preset("tiny-hope")
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, memory_policy="sqrt"))
+    assert difference(config, other) is None
+
+
+@pytest.mark.parametrize("policy", ["half", 0, -1, 2.5, True])
+def test_a_policy_that_cannot_be_is_refused(policy):
+    with pytest.raises(UserError, match="model.memory_policy .* is unknown: give one of none, full, sqrt, log, or "):
+        dataclasses.replace(MODEL, memory_policy=policy).check()
