@@ -36,6 +36,8 @@ def unroll(
     | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + how many numbers |
     | "log" | 4 log_4 T | of at most 3 | 1 + log_4 T |
 
+    and the part of xs that a segment reads, of each layer of segments: a quarter of it with "log".
+
     Args:
         step: (state, x) -> (state, y), pure. An optax optimizer is one: its state and the parameters are the state, its
             gradient is taken inside.
