@@ -227,8 +227,8 @@ def _seeded(name, numbers, layer=None):
 
 @every_rule
 @pytest.mark.parametrize("zeros", [True, False], ids=["zero gradients", "gradients"])
-def test_meta_gradients_are_finite(x64, name, zeros):
-    """Through three updates, with respect to the start, the learning rate and a scale of all gradients."""
+def test_meta_gradients(x64, name, zeros):
+    """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences."""
     rule = optax.with_extra_args_support(optax.inject_hyperparams(RULES[name], static_args=_static(RULES[name]))(0.1))
     more, target = extra(name), tree(3, jnp.float64)
 
@@ -249,9 +249,9 @@ def test_meta_gradients_are_finite(x64, name, zeros):
     slopes = jax.grad(outer, (0, 1, 2))(*arguments)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
     if not zeros:
-        step, one = 1e-6, jnp.asarray(1.0)
-        for along in ((tree(5, jnp.float64), 0 * one, 0 * one), (0.0, one, 0 * one), (0.0, 0 * one, one)):
-            along = (along[0] or jax.tree.map(jnp.zeros_like, params), *along[1:])
+        step, still = 1e-6, jax.tree.map(jnp.zeros_like, arguments)
+        for i, direction in enumerate((tree(5, jnp.float64), jnp.ones(()), jnp.ones(()))):
+            along = (*still[:i], direction, *still[i + 1 :])
             moved = lambda by, along=along: outer(*jax.tree.map(lambda a, d: a + by * d, arguments, along))
             slope = optax.tree.vdot(slopes, along)
             np.testing.assert_allclose(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
