@@ -168,11 +168,10 @@ def table(results: dict) -> str:
         for overlap in results["config"]["overlaps"]:
             rows, cells = [row for row in results["rows"] if (row["schedule"], row["overlap"]) == (schedule, overlap)], []
             for row in rows:
-                cells.append([row["optimizer"]])
-                cells[-1] += [spread(row[key]) for key in ("each_when_taught", "first_at_end", "all_at_end")]
-                cells[-1].append(spread(np.subtract(row["all_at_end"], rows[0]["all_at_end"]), sign="+"))
+                ends = [spread(row[key]) for key in ("each_when_taught", "first_at_end", "all_at_end")]
+                more = spread(np.subtract(row["all_at_end"], rows[0]["all_at_end"]), sign="+")
                 edge = " (edge)" if row["rate_at_edge"] else ""
-                cells[-1] += [f"{np.mean(row['leaving']):.1%}", f"{row['rate']:g}{edge}"]
+                cells.append([row["optimizer"], *ends, more, f"{np.mean(row['leaving']):.1%}", f"{row['rate']:g}{edge}"])
             lines += [f"Rate {schedule}, overlap {overlap:g}:", "", *markdown(heads, cells), ""]
     base, cells = results["cost"][0]["seconds"], []
     for row in results["cost"]:

@@ -14,7 +14,7 @@ def tuned(run: Callable[..., dict], config: Any, by: str, further: Sequence[floa
     """
     value = lambda row: row[by] if row[by] is not None and math.isfinite(row[by]) else math.inf
     at = lambda rate: run(**choices, rate=rate, seed=config.tuning_seed)
-    tries = [at(rate) for rate in config.rates]
+    tries = [at(rate) for rate in sorted(config.rates)]
     for rate in further:
         if min(tries, key=value) is not tries[-1]:
             break

@@ -149,11 +149,11 @@ def table(results: dict) -> str:
     heads = ("optimizer", "rate", "training loss", "test loss", "test accuracy, %", "ms a step", "state, bytes a parameter")
     cells = []
     for price in results["cost"]:
-        rows = counted(results, optimizer=price["optimizer"])
-        cells.append([price["optimizer"], chosen(results, optimizer=price["optimizer"])])
-        cells[-1] += [spread([np.mean(row["losses"][-20:]) for row in rows], 4), spread([row["test_loss"] for row in rows])]
-        cells[-1] += [spread([100 * row["test_accuracy"] for row in rows], 1), f"{1e3 * price['seconds']:.1f}"]
-        cells[-1].append(f"{price['state_bytes_per_parameter']:.1f}")
+        name, rows = price["optimizer"], counted(results, optimizer=price["optimizer"])
+        end, loss = spread([np.mean(row["losses"][-20:]) for row in rows], 4), spread([row["test_loss"] for row in rows])
+        accuracy = spread([100 * row["test_accuracy"] for row in rows], 1)
+        step, size = f"{1e3 * price['seconds']:.1f}", f"{price['state_bytes_per_parameter']:.1f}"
+        cells.append([name, chosen(results, optimizer=name), end, loss, accuracy, step, size])
     lines = [*markdown(heads, cells), "", f"{len(rows)} seeds; training loss is the mean of the last 20 steps."]
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
 """The experiments on optimizers, small: what they measure is what they say, and a command that was stopped goes on."""
 
+import doctest
 import importlib
 import json
 import sys
@@ -184,7 +185,7 @@ def test_the_best_rate_has_the_runs_that_count(load):
     tuning, settings = load("tuning"), load("config")
     loss = {0.001: 3.0, 0.01: None, 0.1: 2.0, 0.3: 1.0, 1.0: float("nan"), 3.0: 0.0}
     run = lambda rate, seed, optimizer: {"optimizer": optimizer, "rate": rate, "seed": seed, "loss": loss[rate]}
-    config = settings.Text(rates=(0.001, 0.01, 0.1), seeds=(0, 1))
+    config = settings.Text(rates=(0.1, 0.001, 0.01), seeds=(0, 1))
     for further, tries in [((), 3), ((0.3,), 4), ((0.3, 1.0), 5), ((0.3, 1.0, 3.0), 5)]:
         runs = tuning.tuned(run, config, "loss", further, optimizer="m3")
         best = 0.3 if further else 0.1
@@ -195,6 +196,10 @@ def test_the_best_rate_has_the_runs_that_count(load):
         ]
         results = {"config": {"tuning_seed": 100, "seeds": [0, 1]}, "runs": [*runs, run(0.001, 100, "other")]}
         assert tuning.chosen(results, optimizer="m3") == f"{best}{' (edge)' if tries < 5 else ''}"
+
+
+def test_examples_of_the_record(load):
+    assert doctest.testmod(load("record")) == (0, 2)
 
 
 def test_a_command_that_was_stopped_goes_on(load, monkeypatch, tmp_path):
