@@ -260,11 +260,9 @@ def test_m3_leaves_what_had_no_gradient(x64):
 def test_deep_momentum_of_unit_size(x64):
     """Updates over their root mean square, for a gradient of any size."""
     g = 1e-3 * normal(0, 5, 3)
-    plain, unit = (rule.update(g, rule.init(g))[0] for rule in map(SCALED, ("gradient", "rms")))
+    rules = (optim.scale_by_deep_momentum(scale=scale) for scale in ("gradient", "rms"))
+    plain, unit = (rule.update(g, rule.init(g))[0] for rule in rules)
     np.testing.assert_allclose(unit, plain / jnp.sqrt(jnp.mean(plain**2)), rtol=1e-12)
-
-
-SCALED = lambda scale: optim.scale_by_deep_momentum(scale=scale)
 
 
 def test_deep_momentum_starts_as_it_is_told_to(x64):
