@@ -197,9 +197,9 @@ plt.show()
 # %% [markdown]
 # ## 5. Adam: the best element-wise memory
 #
-# Which element-wise map $m$ recalls a gradient's size from the gradient, $\min_m \sum_t \|m \odot g_t - P\|^2$? The
-# answer is the first moment over the second (NL Eq. 101-105). With moving averages, $P = \sqrt h$ and both bias
-# corrections it is Adam.
+# Which element-wise map $m$ recalls a gradient's size $P$ from the gradient, $\min_m \sum_t \|m \odot g_t - P\|^2$? The
+# answer is $P$ times the first moment $\sum_t g_t$ over the second, $h = \sum_t g_t^2$ (NL Eq. 101-105). With moving
+# averages, $P = \sqrt h$ and both bias corrections it is Adam.
 
 # %%
 noisy = lambda w: quadratic(w) * (1 + jnp.arange(8.0))

@@ -13,7 +13,7 @@ import re
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,7 +146,7 @@ def depict(argv: Sequence[str]) -> None:
     if flags.optimizer != "none":
         rule = optimizer(config)
         if isinstance(rule, WithInputs):
-            extra = _inputs(rule.matrices)
+            extra = rule.examples
             rule = optax.GradientTransformationExtraArgs(rule.init, rule.update)
         system = config.model, rule
     picture = describe(system, tokens_per_step=config.window * config.batch, extra=extra)
@@ -161,21 +161,6 @@ def depict(argv: Sequence[str]) -> None:
         terminal = Console()
         terminal = terminal if terminal.is_terminal else Console(width=160)
         terminal.print(picture)
-
-
-def _inputs(matrices: Callable) -> Callable:
-    """Stand-ins of the parameters -> stand-ins of the inputs of linear layers, (..., 5, in), by keyword."""
-    import jax
-    import jax.numpy as jnp
-
-    from nested_jax.optim._matrices import name, resolve
-
-    def inputs(parameters):
-        leaves = zip(jax.tree_util.tree_leaves_with_path(parameters), resolve(matrices, parameters), strict=True)
-        examples = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
-        return {"inputs": {name(path): examples(w) for (path, w), numbers in leaves if numbers}}
-
-    return inputs
 
 
 COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict}

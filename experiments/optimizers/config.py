@@ -157,6 +157,8 @@ class Text:
     """Bytes of held-out text that are read at the end."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates tried by every optimizer with every model."""
+    further: tuple[float, ...] = (0.1, 0.3)
+    """Larger ones, tried one by one as long as the largest so far is the best."""
     tuning_seed: int = 100
     """Seed on which the learning rate is chosen."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,11 +25,21 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def costs(calls: dict[str, Callable], updates: int, rounds: int, sizes: dict[str, float]) -> list[dict]:
-    """A row for each optimizer: seconds of one of a call's updates, bytes of state for every parameter."""
-    times = in_turns(calls, rounds)
+def costs(updates: dict[str, tuple[Callable, PyTree, PyTree]], together: int, rounds: int) -> list[dict]:
+    """A row for each optimizer: seconds of an update, so many timed together, and bytes of state for every parameter.
+
+    Of each there are a compiled (params, state) -> (params, state), and those it begins with.
+    """
+
+    def call(update, *carry):
+        for _ in range(together):
+            carry = update(*carry)
+        return carry
+
+    times = in_turns({name: functools.partial(call, *one) for name, one in updates.items()}, rounds)
+    size = {name: state_bytes(state, params) for name, (_, params, state) in updates.items()}
     return [
-        {"optimizer": name, "seconds": times[name] / updates, "state_bytes_per_parameter": sizes[name]} for name in calls
+        {"optimizer": name, "seconds": times[name] / together, "state_bytes_per_parameter": size[name]} for name in updates
     ]
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from cost import costs, state_bytes
-from record import RESULTS, begin, finish
+from cost import costs
+from matplotlib.figure import Figure
+from record import begin, finish, markdown, spread
 
 from nested_jax import optim
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 RULES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
     "gd": optax.sgd,
@@ -144,18 +141,13 @@ def setting(config: settings.Orthogonal, name: str, schedule: str, overlap: floa
 def cost(config: settings.Orthogonal) -> list[dict]:
     """Seconds of an update of one square matrix, and bytes of state."""
     params = jax.random.normal(jax.random.key(0), (config.cost_width,) * 2)
-    calls, sizes = {}, {}
+    updates = {}
     for name, make in RULES.items():
         rule = optax.with_extra_args_support(make(0.1))
-        update, held = jax.jit(rule.update), rule.init(params)
-
-        def call(update=update, state=held):
-            for _ in range(config.cost_updates):
-                updates, state = update(params, state, params, old=params)
-            return updates
-
-        calls[name], sizes[name] = call, state_bytes(held, params)
-    return costs(calls, config.cost_updates, config.cost_rounds, sizes)
+        update = jax.jit(rule.update)
+        step = lambda _, state, update=update: update(params, state, params, old=params)
+        updates[name] = step, params, rule.init(params)
+    return costs(updates, config.cost_updates, config.cost_rounds)
 
 
 def measure(config: settings.Orthogonal) -> dict:
@@ -170,32 +162,26 @@ def measure(config: settings.Orthogonal) -> dict:
 
 def table(results: dict) -> str:
     """Markdown: a table for every setting, one of costs."""
-    spread = lambda values, sign="": f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1):.3f}"
+    heads = ("optimizer", "each when taught", "task 1 at the end", "all at the end", "more than gd", "leaving", "rate")
     lines = []
     for schedule in results["config"]["schedules"]:
         for overlap in results["config"]["overlaps"]:
-            lines += [f"Rate {schedule}, overlap {overlap:g}:", ""]
-            lines.append(
-                "| optimizer | each when taught | task 1 at the end | all at the end | more than gd | leaving | rate |"
-            )
-            lines.append("|---|---:|---:|---:|---:|---:|---:|")
-            rows = [row for row in results["rows"] if (row["schedule"], row["overlap"]) == (schedule, overlap)]
+            rows, cells = [row for row in results["rows"] if (row["schedule"], row["overlap"]) == (schedule, overlap)], []
             for row in rows:
-                cells = [spread(row[key]) for key in ("each_when_taught", "first_at_end", "all_at_end")]
-                cells.append(spread(np.subtract(row["all_at_end"], rows[0]["all_at_end"]), "+"))
+                ends = [spread(row[key]) for key in ("each_when_taught", "first_at_end", "all_at_end")]
+                more = spread(np.subtract(row["all_at_end"], rows[0]["all_at_end"]), sign="+")
                 edge = " (edge)" if row["rate_at_edge"] else ""
-                cells += [f"{np.mean(row['leaving']):.1%}", f"{row['rate']:g}{edge}"]
-                lines.append(f"| {row['optimizer']} | " + " | ".join(cells) + " |")
-            lines.append("")
-    base = results["cost"][0]["seconds"]
-    lines += ["| optimizer | µs an update | times gd | state, bytes a parameter |", "|---|---:|---:|---:|"]
+                cells.append([row["optimizer"], *ends, more, f"{np.mean(row['leaving']):.1%}", f"{row['rate']:g}{edge}"])
+            lines += [f"Rate {schedule}, overlap {overlap:g}:", "", *markdown(heads, cells), ""]
+    base, cells = results["cost"][0]["seconds"], []
     for row in results["cost"]:
         microseconds, size = 1e6 * row["seconds"], row["state_bytes_per_parameter"]
-        lines.append(f"| {row['optimizer']} | {microseconds:,.0f} | {row['seconds'] / base:.1f} | {size:.1f} |")
+        cells.append([row["optimizer"], f"{microseconds:,.0f}", f"{row['seconds'] / base:.1f}", f"{size:.1f}"])
+    lines += markdown(("optimizer", "µs an update", "times gd", "state, bytes a parameter"), cells)
     return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """What is lost of task 1 while others are taught, and what share of updates leaves the subspace of their task."""
     overlaps = results["config"]["overlaps"]
     fig, axes = plt.subplots(2, len(overlaps), figsize=(5 * len(overlaps), 7.5), layout="constrained", squeeze=False)
@@ -213,14 +199,12 @@ def figure(results: dict, path: Path) -> None:
         )
         column[1].set(xlabel="step of a later task", ylabel="share of the update leaving the task's subspace", yscale="log")
     axes[0, -1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     results = measure(tyro.cli(settings.Orthogonal))
-    finish("orthogonal", results, table(results))
-    figure(results, RESULTS / "orthogonal.png")
+    finish("orthogonal", results, table(results), figure(results))
 
 
 if __name__ == "__main__":

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from record import RESULTS, begin, finish
+from matplotlib.figure import Figure
+from record import begin, finish
 
 from nested_jax import optim
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 SHOWN = ("gd", "momentum", "delta, erase 0.1", "delta, erase 0.5", "delta by entries, erase 0.1")
 
@@ -105,7 +102,7 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, config: settings.Surface, path: Path) -> None:
+def figure(results: dict, config: settings.Surface) -> Figure:
     """Trajectories from one start on one of the surfaces, psi along them, and the arrivals of all starts."""
     frequency = config.shown
     rows = {row["optimizer"]: row for row in results["rows"] if row["frequency"] == frequency}
@@ -127,15 +124,13 @@ def figure(results: dict, config: settings.Surface, path: Path) -> None:
     right.set(xlabel="steps", ylabel="share of starts that have arrived", xscale="log", xlim=(None, 0.99 * config.steps))
     right.set_title(f"omega = {frequency:g}")
     right.legend(fontsize="small")
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(settings.Surface)
     results = measure(config)
-    finish("surface", results, table(results))
-    figure(results, config, RESULTS / "surface.png")
+    finish("surface", results, table(results), figure(results, config))
 
 
 if __name__ == "__main__":

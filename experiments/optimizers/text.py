@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 import tempfile
 from pathlib import Path
 
 import config as settings
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from record import RESULTS, finish, once, resume
+from matplotlib.figure import Figure
+from record import band, finish, markdown, once, resume, spread
 from rich.console import Console
+from tuning import chosen, counted, tried, tuned
 
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.loop import train
 from nested_jax.train.record import read_rows
 from nested_jax.train.stopping import NonFinite
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BITS = "heldout_bits_per_byte"
 
@@ -48,20 +46,9 @@ def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: i
 
 
 def measure(config: settings.Text, results: dict) -> dict:
-    once_more = functools.partial(once, "text", results, functools.partial(run, config))
-    for preset in config.presets:
-        for name in config.optimizers:
-            tried = [once_more(preset=preset, optimizer=name, rate=rate, seed=config.tuning_seed) for rate in config.rates]
-            best = min(tried, key=lambda row: row[BITS] or math.inf)
-            for seed in config.seeds:
-                once_more(preset=preset, optimizer=name, rate=best["rate"], seed=seed)
-    return results
-
-
-def counted(results: dict, preset: str, name: str) -> list[dict]:
-    """The runs of an optimizer that are no trials."""
-    seeds = results["config"]["seeds"]
-    return [r for r in results["runs"] if (r["preset"], r["optimizer"]) == (preset, name) and r["seed"] in seeds]
+    make = functools.partial(once, "text", results, functools.partial(run, config))
+    each = [{"preset": preset, "optimizer": name} for preset in config.presets for name in config.optimizers]
+    return results | {"runs": [row for one in each for row in tuned(make, config, BITS, config.further, **one)]}
 
 
 def entropies(results: dict) -> dict:
@@ -71,62 +58,50 @@ def entropies(results: dict) -> dict:
 
 def table(results: dict) -> str:
     """Markdown."""
-    lines = ["| preset | optimizer | rate | held-out bits per byte | less than AdamW, same seed | s a run |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
-    config, bits = results["config"], lambda rows: np.array([row[BITS] or math.nan for row in rows])
-    spread = lambda values, sign="": f"{values.mean():{sign}.3f} ± {values.std(ddof=1):.3f}"
+    config, rows, rates = results["config"], [], {}
+    bits = lambda **choices: np.array([row[BITS] or np.nan for row in counted(results, **choices)])
     for preset in config["presets"]:
+        base = bits(preset=preset, optimizer=config["optimizers"][0])
         for name in config["optimizers"]:
-            rows = counted(results, preset, name)
-            edge = " (edge)" if rows[0]["rate"] in (config["rates"][0], config["rates"][-1]) else ""
-            cells = [preset, name, f"{rows[0]['rate']:g}{edge}", spread(bits(rows))]
-            cells.append(spread(bits(counted(results, preset, config["optimizers"][0])) - bits(rows), "+"))
-            cells.append(f"{np.median([row.get('seconds', math.nan) for row in rows]):.0f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    last = entropies(results)
-    lines += ["", f"{len(config['seeds'])} seeds. Entropies: unigram {last['unigram']:.3f}, bigram {last['bigram']:.3f}."]
-    lines += ["", "| preset | optimizer | " + " | ".join(f"{rate:g}" for rate in config["rates"]) + " |"]
-    lines.append("|---|---" + "|---:" * len(config["rates"]) + "|")
-    for preset in config["presets"]:
-        for name in config["optimizers"]:
-            chosen = {"preset": preset, "optimizer": name, "seed": config["tuning_seed"]}
-            tried = [row for row in results["runs"] if chosen.items() <= row.items()]
-            lines.append(f"| {preset} | {name} | " + " | ".join(f"{row[BITS] or math.nan:.3f}" for row in tried) + " |")
+            one = {"preset": preset, "optimizer": name}
+            seconds = np.median([row.get("seconds", np.nan) for row in counted(results, **one)])
+            cells = [chosen(results, **one), spread(bits(**one)), spread(base - bits(**one), sign="+"), f"{seconds:.0f}"]
+            rows.append([preset, name, *cells])
+            rates[preset, name] = {f"{row['rate']:g}": f"{row[BITS] or np.nan:.3f}" for row in tried(results, **one)}
+    heads = ("preset", "optimizer", "rate", "held-out bits per byte", "less than AdamW, same seed", "s a run")
+    lines, end = markdown(heads, rows, words=2), entropies(results)
+    lines += ["", f"{len(config['seeds'])} seeds. Entropies: unigram {end['unigram']:.3f}, bigram {end['bigram']:.3f}.", ""]
+    columns = max(rates.values(), key=len)
+    cells = [[*one, *(bits.get(rate, "") for rate in columns)] for one, bits in rates.items()]
+    lines += markdown(["preset", "optimizer", *columns], cells, words=2)
     return "\n".join(lines) + f"\n\nRates tried, seed {config['tuning_seed']}: held-out bits per byte.\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Bits per byte of training batches, mean over seeds, and held-out bits per byte of every run."""
-    config = results["config"]
-    fig, axes = plt.subplots(
-        2, len(config["presets"]), figsize=(5 * len(config["presets"]), 7), layout="constrained", squeeze=False
-    )
-    for (above, below), preset in zip(axes.T, config["presets"], strict=True):
-        for i, name in enumerate(config["optimizers"]):
-            rows = [row for row in counted(results, preset, name) if row[BITS]]
+    presets, optimizers = results["config"]["presets"], results["config"]["optimizers"]
+    fig, axes = plt.subplots(2, len(presets), figsize=(5 * len(presets), 7), layout="constrained", squeeze=False)
+    for (above, below), preset in zip(axes.T, presets, strict=True):
+        for i, name in enumerate(optimizers):
+            rows = [row for row in counted(results, preset=preset, optimizer=name) if row[BITS]]
             if not rows:
                 continue
-            steps = [step for step, _ in rows[0]["training"]]
-            curves = np.array([[bits for _, bits in row["training"]] for row in rows])
-            mean, deviation = curves.mean(0), curves.std(0, ddof=1)
-            above.plot(steps, mean, label=name)
-            above.fill_between(steps, mean - deviation, mean + deviation, alpha=0.2)
+            curves = np.array([row["training"] for row in rows])  # (seeds, points, (step, bits))
+            band(above, curves[0, :, 0], curves[..., 1], label=name)
             below.plot([i] * len(rows), [row[BITS] for row in rows], "o", alpha=0.6)
         below.axhline(entropies(results)["bigram"], color="gray", linestyle="--", label="bigram entropy")
-        below.set_xticks(range(len(config["optimizers"])), config["optimizers"])
+        below.set_xticks(range(len(optimizers)), optimizers)
         above.set(xlabel="step", ylabel="bits per byte of a batch", title=preset)
         below.set(ylabel="held-out bits per byte")
         below.legend()
     axes[0, 0].legend()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(settings.Text)
     results = measure(config, resume("text", config))
-    finish("text", results, table(results))
-    figure(results, RESULTS / "text.png")
+    finish("text", results, table(results), figure(results))
 
 
 if __name__ == "__main__":

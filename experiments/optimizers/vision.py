@@ -6,31 +6,28 @@ Needs the packages of `pip install -e ".[experiments]"`.
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from cost import costs, state_bytes
+from cost import costs
 from flax import nnx
-from record import RESULTS, finish, once, resume
+from matplotlib.figure import Figure
+from record import band, finish, markdown, once, resume, spread
 from sklearn.datasets import load_digits
+from tuning import chosen, counted, tried, tuned
 
 from nested_jax import optim
 from nested_jax.errors import UserError
 from nested_jax.models.vision import VisionTransformer
 from nested_jax.typing import PyTree
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 MATRICES = optim.matrices("project|out|up|down")
 
@@ -124,20 +121,13 @@ def trainer(config: settings.Vision, name: str) -> Callable:
 
 def cost(config: settings.Vision, train: Images) -> list[dict]:
     """Seconds of a training step, in turns, and bytes of the optimizer's state for every parameter."""
-    calls, sizes = {}, {}
-    batch = jax.tree.map(lambda x: x[: config.batch], train)
+    updates, batch = {}, jax.tree.map(lambda x: x[: config.batch], train)
     for name in config.optimizers:
         init, step, _ = model(config, name)
-        weights, state = jax.jit(init)(1e-3, 0)
         step = jax.jit(step)
-
-        def call(step=step, weights=weights, state=state):
-            for _ in range(config.cost_steps):
-                weights, state, _ = step(1e-3, weights, state, batch)
-            return weights
-
-        calls[name], sizes[name] = call, state_bytes(state, weights)
-    return costs(calls, config.cost_steps, config.cost_rounds, sizes)
+        update = lambda weights, state, step=step: step(1e-3, weights, state, batch)[:2]
+        updates[name] = update, *jax.jit(init)(1e-3, 0)
+    return costs(updates, config.cost_steps, config.cost_rounds)
 
 
 def measure(config: settings.Vision, results: dict) -> dict:
@@ -149,62 +139,48 @@ def measure(config: settings.Vision, results: dict) -> dict:
         row |= {"test_loss": float(test[0]), "test_accuracy": float(test[1])}
         return row | {"losses": [float(f"{value:.4g}") for value in losses]}
 
-    once_more = functools.partial(once, "vision", results, run)
-    for name in config.optimizers:
-        tried = [once_more(optimizer=name, rate=rate, seed=config.tuning_seed) for rate in config.rates]
-        best = min(tried, key=lambda row: row["validation_loss"] if math.isfinite(row["validation_loss"]) else math.inf)
-        for seed in config.seeds:
-            once_more(optimizer=name, rate=best["rate"], seed=seed)
-    return results if "cost" in results else results | {"cost": cost(config, data[0])}
-
-
-def counted(results: dict, name: str) -> list[dict]:
-    """The runs of an optimizer that are no trials."""
-    seeds = results["config"]["seeds"]
-    return [row for row in results["runs"] if row["optimizer"] == name and row["seed"] in seeds]
+    make = functools.partial(once, "vision", results, run)
+    runs = [row for name in config.optimizers for row in tuned(make, config, "validation_loss", optimizer=name)]
+    return results | {"runs": runs, "cost": results.get("cost") or cost(config, data[0])}
 
 
 def table(results: dict) -> str:
     """Markdown."""
-    spread = lambda values, digits: f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
     heads = ("optimizer", "rate", "training loss", "test loss", "test accuracy, %", "ms a step", "state, bytes a parameter")
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    cells = []
     for price in results["cost"]:
-        rows = counted(results, price["optimizer"])
-        rates = results["config"]["rates"]
-        edge = " (edge)" if rows[0]["rate"] in (rates[0], rates[-1]) else ""
-        cells = [f"{rows[0]['rate']:g}{edge}", spread([np.mean(row["losses"][-20:]) for row in rows], 4)]
-        cells += [spread([row["test_loss"] for row in rows], 3), spread([100 * row["test_accuracy"] for row in rows], 1)]
-        cells += [f"{1e3 * price['seconds']:.1f}", f"{price['state_bytes_per_parameter']:.1f}"]
-        lines.append(f"| {price['optimizer']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\n{len(rows)} seeds; training loss is the mean of the last 20 steps.\n"
+        name, rows = price["optimizer"], counted(results, optimizer=price["optimizer"])
+        end, loss = spread([np.mean(row["losses"][-20:]) for row in rows], 4), spread([row["test_loss"] for row in rows])
+        accuracy = spread([100 * row["test_accuracy"] for row in rows], 1)
+        step, size = f"{1e3 * price['seconds']:.1f}", f"{price['state_bytes_per_parameter']:.1f}"
+        cells.append([name, chosen(results, optimizer=name), end, loss, accuracy, step, size])
+    lines = [*markdown(heads, cells), "", f"{len(rows)} seeds; training loss is the mean of the last 20 steps."]
+    return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Training losses, mean and standard deviation over seeds, over steps and over time; test losses by rate tried."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for price in results["cost"]:
-        rows = counted(results, price["optimizer"])
-        losses = np.stack([np.convolve(row["losses"], np.ones(10) / 10, "valid") for row in rows])
-        mean, deviation, steps = losses.mean(0), losses.std(0, ddof=1), np.arange(10, 10 + losses.shape[1])
+        name, width = price["optimizer"], min(10, results["config"]["steps"])
+        mean = lambda losses, width=width: np.convolve(losses, np.ones(width) / width, "valid")
+        losses = np.stack([mean(row["losses"]) for row in counted(results, optimizer=name)])
+        steps = np.arange(width, width + losses.shape[1])
         for ax, x in ((left, steps), (middle, steps * price["seconds"])):
-            ax.plot(x, mean, label=price["optimizer"])
-            ax.fill_between(x, np.maximum(mean - deviation, 1e-5), mean + deviation, alpha=0.2)
-        tried = [row for row in results["runs"] if row["optimizer"] == price["optimizer"] and row not in rows]
-        right.plot([row["rate"] for row in tried], [row["validation_loss"] for row in tried], "o-")
+            band(ax, x, losses, label=name)
+        rows = tried(results, optimizer=name)
+        right.plot([row["rate"] for row in rows], [row["validation_loss"] for row in rows], "o-")
     left.set(xlabel="step", ylabel="training loss, mean of 10 steps", yscale="log")
     middle.set(xlabel="seconds of training", yscale="log")
     right.set(xlabel="learning rate", ylabel="validation loss, tuning seed", xscale="log", yscale="log")
     left.legend()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(settings.Vision)
     results = measure(config, resume("vision", config))
-    finish("vision", results, table(results))
-    figure(results, RESULTS / "vision.png")
+    finish("vision", results, table(results), figure(results))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def scale_by_adam_memory(
         count = optax.safe_increment(state.count)
         squares = jax.tree.map(jnp.square, gradients)
         sums = grow(state.first, gradients, first, average), grow(state.second, squares, second, average)
-        values = [optax.tree.bias_correction(m, decay, count) for m, decay in zip(sums, (first, second), strict=True)]
+        correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m
         best = lambda m, h: safe_divide(m * safe_root(h), h + penalty + eps * safe_root(h))
-        emitted = jax.tree.map(best, *(values if average else sums))
+        emitted = jax.tree.map(best, correct(sums[0], first), correct(sums[1], second))
         return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, *sums)
 
     return optax.GradientTransformation(init, update)

@@ -82,11 +82,11 @@ def scale_by_generalized_gradient_descent(
             rate = rate_at(learning_rate, state.count)
             return objective(weights, gradients, **extra) + retention(weights, recent, rate)
 
-        flat = start
+        back = jnp.zeros_like(start)  # W_t - W+, summed by itself: beside weights, small steps would be rounded
         for _ in range(steps):
-            curvature = lambda v, flat=flat: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
-            flat = flat - jax.scipy.sparse.linalg.cg(curvature, jax.grad(problem)(flat))[0]
-        emitted = optax.tree.cast_like(unravel(start - flat), updates)
+            curvature = lambda v, flat=start - back: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
+            back = back + jax.scipy.sparse.linalg.cg(curvature, jax.grad(problem)(start - back))[0]
+        emitted = optax.tree.cast_like(unravel(back), updates)
         past = jax.tree.map(lambda w: w[:-1], recent)
         return emitted, GeneralizedGradientDescentState(optax.safe_increment(state.count), past)
 

@@ -62,7 +62,7 @@ def scale_by_m3(
         slow_period: steps between two steps of the slow memory.
         steps: of Newton-Schulz.
         average: averages, or the paper's sums.
-        nesterov: with averages, look one step ahead.
+        nesterov: look one step ahead, of averages; sums are read as they are.
         second_moment: False leaves the division out.
         eps: keeps the division finite.
         dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
@@ -140,7 +140,7 @@ def m3(
         consistent_rms: matrices' updates are scaled by sqrt(max(in, out)) times this; None: by sqrt(max(1, out / in)).
         weight_decay: of matrices, times the learning rate.
         weight_decay_mask: as of `optax.add_decayed_weights`.
-        vectors: rule of leaves that are no matrices, with its learning rate; None: `optax.adamw` as in Muon.
+        vectors: rule of leaves that are no matrices, with its learning rate; None: `optax.adamw` as in Muon, nesterov too.
 
     Raises:
         UserError: a hyperparameter is not finite or out of range, or dimension numbers do not fit a parameter.
@@ -160,5 +160,5 @@ def m3(
         fast, second, slow, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average,
         nesterov=nesterov, second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,
     )  # fmt: skip
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    return as_muon(rule, decay, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
+    shrinkage = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    return as_muon(rule, shrinkage, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)

@@ -120,7 +120,7 @@ def nonlinear_momentum(
         consistent_rms: matrices' updates are scaled by sqrt(max(in, out)) times this; None: by sqrt(max(1, out / in)).
         weight_decay: of what sigma is given, times the learning rate.
         weight_decay_mask: as of `optax.add_decayed_weights`.
-        vectors: rule of leaves that are no matrices, with its learning rate; None: `optax.adamw` as in Muon.
+        vectors: rule of leaves that are no matrices, with its learning rate; None: `optax.adamw` as in Muon, nesterov too.
 
     With `on="leaves"` there are no vectors and no scaling by shape.
 
@@ -143,15 +143,15 @@ def nonlinear_momentum(
     memory = scale_by_nonlinear_momentum(
         nonlinearity, decay, average=average, nesterov=nesterov, on=on, dimension_numbers=dimension_numbers
     )
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    shrinkage = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     if on == "leaves":
-        return optax.chain(memory, decay, optax.scale_by_learning_rate(learning_rate))
-    return as_muon(memory, decay, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
+        return optax.chain(memory, shrinkage, optax.scale_by_learning_rate(learning_rate))
+    return as_muon(memory, shrinkage, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
 
 
 def as_muon(
     rule: optax.GradientTransformation,
-    decay: optax.GradientTransformation,
+    shrinkage: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     nesterov: bool,
     consistent_rms: float | None,
@@ -167,7 +167,7 @@ def as_muon(
         kinds = ["vectors" if numbers is None else "matrices" for numbers in resolve(dimension_numbers, params)]
         return jax.tree.unflatten(jax.tree.structure(params), kinds)
 
-    matrices = optax.chain(rule, shape, decay, optax.scale_by_learning_rate(learning_rate))
+    matrices = optax.chain(rule, shape, shrinkage, optax.scale_by_learning_rate(learning_rate))
     return optax.partition({"matrices": matrices, "vectors": vectors}, labels)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nested_jax import optim
+from nested_jax.optim._matrices import name, resolve
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import PyTree
 
@@ -34,6 +36,17 @@ class WithInputs(NamedTuple):
     init: Callable
     update: Callable
     matrices: Callable[[PyTree], PyTree]  # parameters -> dimension numbers, None for other leaves
+
+    def examples(self, parameters: PyTree) -> dict[str, dict[str, jax.Array]]:
+        """What `update` takes beside gradients, made up: inputs of ones, (..., 5, in).
+
+        >>> rule = optimizer(TrainConfig(optimizer="delta-gradient-descent"))
+        >>> jax.tree.map(jnp.shape, rule.examples({"up": jnp.ones((3, 4, 8)), "norm": jnp.ones((3, 4))}))
+        {'inputs': {'up': (3, 5, 4)}}
+        """
+        leaves = zip(jax.tree_util.tree_leaves_with_path(parameters), resolve(self.matrices, parameters), strict=True)
+        ones = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
+        return {"inputs": {name(path): ones(w) for (path, w), numbers in leaves if numbers}}
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation | WithInputs:

@@ -1,5 +1,6 @@
 """The experiments on optimizers, small: what they measure is what they say, and a command that was stopped goes on."""
 
+import doctest
 import importlib
 import json
 import sys
@@ -9,19 +10,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from nested_jax.errors import UserError
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "optimizers"
+FOLDERS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports the experiment's modules, which import one another by their plain names, for one test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
+    """Imports an experiment's modules, which import one another by their plain names, for one test."""
+
+    def load(name, folder="optimizers"):
+        monkeypatch.syspath_prepend(str(FOLDERS / folder))
+        return importlib.import_module(name)
+
+    yield load
+    for path in FOLDERS.glob("*/*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def call(load, monkeypatch, tmp_path):
+    """Runs a command with flags, its results in a folder of the test's; gives what its JSON has, all numbers finite."""
+
+    def call(name, flags):
+        monkeypatch.setattr(load("record"), "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+        load(name).main()
+        return written(tmp_path, name)
+
+    return call
+
+
+def written(folder, name):
+    """A command's results; its table has no empty number, its figure is no blank."""
+    refuse = lambda word: pytest.fail(f"{name}.json has {word}")
+    results = json.loads((folder / f"{name}.json").read_text(), parse_constant=refuse)
+    table = (folder / f"{name}.md").read_text()
+    assert table.startswith("|") or "\n|" in table
+    assert not {"nan", "inf", "None"} & set(table.replace("|", " ").split())
+    assert imread(folder / f"{name}.png").std() > 0.01
+    assert f"{name}.py" in results["command"]
+    return results
 
 
 def test_the_surface_is_descended(load):
@@ -67,8 +98,112 @@ def test_tasks_overlap_as_they_are_told_to(load):
     assert ends["gd, told the old subspaces"] < 1e-3 < 1e-2 < ends["gd"]
 
 
+def test_a_rate_that_falls_begins_anew_with_each_task(load):
+    """Gradient descent against a plain loop: at rate (1 - i / steps) in step i of every task."""
+    orthogonal, settings = load("orthogonal"), load("config")
+    config = settings.Orthogonal(tasks=3, dimension=2, outputs=2, steps=5, batch=4)
+    rate, overlap = 0.4, 0.3
+    begin, stream = jax.random.split(jax.random.key(7))
+    tasks = orthogonal.draw(config, overlap, begin)
+    weights, stages = jnp.zeros_like(tasks.target), []
+    covariances = (tasks.bases * tasks.variances[None, None]) @ jnp.swapaxes(tasks.bases, -2, -1)
+    error = lambda w: jnp.einsum("io,tij,jo->t", w - tasks.target, covariances, w - tasks.target)
+    for basis, key in zip(tasks.bases, jax.random.split(stream, config.tasks), strict=True):
+        for i, pair in enumerate(jax.random.split(key, config.steps)):
+            one, two = jax.random.split(pair)
+            x = jax.random.normal(one, (4, 2)) * jnp.sqrt(tasks.variances)[None] @ basis.T
+            wrong = x @ (weights - tasks.target) - config.noise * jax.random.normal(two, (4, 2))
+            weights -= rate * (1 - i / config.steps) * x.T @ wrong / 4
+        stages.append(error(weights) / error(0 * weights))
+    errors, _ = orthogonal.teach(config, "gd", True, overlap, rate, 7)
+    np.testing.assert_allclose(errors, jnp.stack(stages), rtol=1e-4)
+
+
+def test_surface_writes_its_results(call):
+    flags = (
+        "--frequencies 1 2 --starts 2 --tuning-starts 2 --steps 5 --rates 0.001 0.01 --decays 0.8 --erases 0.1 --raw-erases"
+    )
+    rows = call("surface", flags)["rows"]
+    assert [(row["frequency"], row["optimizer"]) for row in rows] == [
+        (frequency, name)
+        for frequency in (1, 2)
+        for name in ("gd", "momentum", "delta, erase 0.1", "delta by entries, erase 0.1")
+    ]
+
+
+def test_orthogonal_writes_its_results(call, load, monkeypatch):
+    orthogonal = load("orthogonal")
+    names = ("gd", "momentum", "gd, told the old subspaces")
+    monkeypatch.setattr(orthogonal, "RULES", {name: orthogonal.RULES[name] for name in names})
+    flags = "--tasks 2 --dimension 2 --outputs 2 --overlaps 0.3 --steps 2 --rates 0.1 --tuning-seeds 100 --seeds 0"
+    results = call("orthogonal", f"{flags} --cost-width 4 --cost-updates 1 --cost-rounds 1")
+    assert [(row["schedule"], row["optimizer"]) for row in results["rows"]] == [
+        (schedule, name) for schedule in ("constant", "falling") for name in names
+    ]
+    assert [row["state_bytes_per_parameter"] for row in results["cost"]] == [0, 4, 0]
+    assert all(row["seconds"] > 0 for row in results["cost"])
+
+
+def test_vision_writes_its_results_and_makes_no_run_twice(call, load, monkeypatch):
+    pytest.importorskip("sklearn")
+    flags = "--optimizers m3 --steps 2 --batch 4 --warmup 1 --rates 0.01 0.1 --cost-steps 1 --cost-rounds 1"
+    flags += " --model.width 8 --model.layers 1 --model.heads 2 --model.hidden 8 --validation 20 --test 20"
+    first = call("vision", f"{flags} --seeds 0")
+    assert [(row["optimizer"], row["seed"]) for row in first["runs"]] == [("m3", seed) for seed in (100, 100, 0)]
+    assert [row["optimizer"] for row in first["cost"]] == ["m3"] and first["cost"][0]["seconds"] > 0
+    assert all(len(row["losses"]) == 2 for row in first["runs"])
+    vision = load("vision")
+    monkeypatch.setattr(vision, "trainer", lambda *_: pytest.fail("a run was made again"))
+    assert call("vision", f"{flags} --seeds 0") == first
+
+
+def test_text_writes_its_results_and_makes_no_run_twice(call, load, monkeypatch):
+    flags = "--presets tiny-transformer --optimizers muon --steps 5 --batch 1 --window 16 --eval-bytes 200 --rates 0.01"
+    first = call("text", f"{flags} --further --seeds 0")
+    assert [(row["optimizer"], row["seed"]) for row in first["runs"]] == [("muon", 100), ("muon", 0)]
+    assert all(row["heldout_bits_per_byte"] > 0 and row["training"][0][0] == 5 for row in first["runs"])
+    monkeypatch.setattr(load("text"), "run", lambda *_: pytest.fail("a run was made again"))
+    assert call("text", f"{flags} --further --seeds 0") == first
+
+
+def test_the_cost_of_updates_writes_its_results(load, monkeypatch, tmp_path):
+    benchmark = load("optimizers", "benchmarks")
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["optimizers.py", "--width=4", "--slow-period=2", "--steps=1", "--rounds=2"])
+    benchmark.main()
+    results = written(tmp_path, "optimizers")
+    rows = {row["optimizer"]: row for row in results["rows"]}
+    assert list(rows) == list(benchmark.rules(benchmark.settings.OptimizersConfig()))
+    assert all(len(row["seconds"]) == 2 and row["median_seconds"] > 0 for row in rows.values())
+    assert rows[benchmark.BASE]["ratio_to_muon"] == 1
+    for name, memories in {"momentum": 1, "m3, no second moment": 4, "m3": 5}.items():
+        assert 0 <= rows[name]["state_bytes_per_parameter"] - 4 * memories < 4  # beside them there are counts
+
+
+def test_the_best_rate_has_the_runs_that_count(load):
+    """Further rates are tried while the largest is the best, what is no number is the worst, and another best drops runs."""
+    tuning, settings = load("tuning"), load("config")
+    loss = {0.001: 3.0, 0.01: None, 0.1: 2.0, 0.3: 1.0, 1.0: float("nan"), 3.0: 0.0}
+    run = lambda rate, seed, optimizer: {"optimizer": optimizer, "rate": rate, "seed": seed, "loss": loss[rate]}
+    config = settings.Text(rates=(0.1, 0.001, 0.01), seeds=(0, 1))
+    for further, tries in [((), 3), ((0.3,), 4), ((0.3, 1.0), 5), ((0.3, 1.0, 3.0), 5)]:
+        runs = tuning.tuned(run, config, "loss", further, optimizer="m3")
+        best = 0.3 if further else 0.1
+        assert [(row["rate"], row["seed"]) for row in runs] == [
+            *((rate, 100) for rate in list(loss)[:tries]),
+            (best, 0),
+            (best, 1),
+        ]
+        results = {"config": {"tuning_seed": 100, "seeds": [0, 1]}, "runs": [*runs, run(0.001, 100, "other")]}
+        assert tuning.chosen(results, optimizer="m3") == f"{best}{' (edge)' if tries < 5 else ''}"
+
+
+def test_examples_of_the_record(load):
+    assert doctest.testmod(load("record")) == (0, 2)
+
+
 def test_a_command_that_was_stopped_goes_on(load, monkeypatch, tmp_path):
-    """A run that is there is not made again, unless the flags are others or it is to be fresh."""
+    """A run that is there is not made again, unless flags are others that change it, or it is to be fresh."""
     record, settings = load("record"), load("config")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     made = []
@@ -79,5 +214,10 @@ def test_a_command_that_was_stopped_goes_on(load, monkeypatch, tmp_path):
     assert made == [0.5, 1.0]
     assert len(json.loads((tmp_path / "text.json").read_text())["runs"]) == 2
     assert record.resume("text", settings.Text(fresh=True))["runs"] == []
-    with pytest.raises(UserError, match="was made with other flags"):
-        record.resume("text", settings.Text(steps=3))
+    monkeypatch.setattr(sys, "argv", ["text.py", "--seeds", *"01234567"])
+    more = record.resume("text", settings.Text(seeds=tuple(range(8))))
+    assert more["runs"] == results["runs"] and len(more["config"]["seeds"]) == 8
+    assert more["command"] == "python experiments/optimizers/text.py --seeds 0 1 2 3 4 5 6 7"
+    for other in ({"steps": 3}, {"tuning_seed": 7}, {"seeds": (0,)}, {"presets": ("tiny-hope",), "seeds": tuple(range(9))}):
+        with pytest.raises(UserError, match="was made with other flags: give those, longer lists of runs, or --fresh"):
+            record.resume("text", settings.Text(**other))

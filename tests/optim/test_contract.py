@@ -60,6 +60,14 @@ def run(rule, params, gradients, **more):
     return params, state
 
 
+def memory_types(state):
+    """Of the memories in the rules' own states, without those that parts of optax keep there."""
+    own = lambda x: type(x).__module__.startswith("nested_jax.optim")
+    states = filter(own, jax.tree.leaves(state, is_leaf=own))
+    memories = [getattr(x, f) for x in states for f in x._fields if f not in ("inner", "preconditioner")]
+    return {x.dtype for x in jax.tree.leaves(memories) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+
 @every_rule
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
@@ -69,9 +77,7 @@ def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(state) == shapes(jax.eval_shape(rule.init, params))
     assert shapes(moved) == shapes(params)
-    own = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim}
-    optaxs = "preconditioned" in name or name in ("non-linear momentum", "m3", "m3, sums", "continuum")  # has parts of it
-    assert own <= ({jnp.dtype("float32")} | ({jnp.dtype(dtype)} if optaxs else set()))
+    assert memory_types(state) == (set() if name == "delta gradient descent" else {jnp.dtype("float32")})
     pairs = zip(*map(jax.tree.leaves, (moved, params)), strict=True)
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
 
@@ -111,12 +117,13 @@ def _static(make):
     return tuple(set(inspect.signature(function).parameters) - {"learning_rate", *numeric})
 
 
+HAS_MATRICES = pytest.mark.parametrize(
+    "name", [n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters]
+)
 STACKED = {"blocks": {"up": (3, 4, 5), "norm": (3, 4)}, "embedding": (6, 4)}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters]
-)
+@HAS_MATRICES
 def test_layers_that_are_stacked_are_each_their_own(x64, name):
     """By path: (L, in, out) is L matrices, (L, D) is no matrix, an embedding is what the path says."""
     params, gradients = tree(0, jnp.float64, STACKED), [tree(i, jnp.float64, STACKED) for i in range(1, 5)]
@@ -128,6 +135,20 @@ def test_layers_that_are_stacked_are_each_their_own(x64, name):
         own = {"inputs": {"up": more["inputs"]["blocks/up"][i]}} if more else {}
         alone, _ = run(_seeded(name, None, i)(0.1), layer(params), [layer(g) for g in gradients], **own)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), layer(together), alone)
+
+
+@HAS_MATRICES
+def test_axes_may_be_in_any_order(x64, name):
+    """Of a leaf (3, 2, 4, 5) axis 1 stacks matrices from the axes 3 and 0 to axis 2: it moves as those matrices do."""
+    leaf = {"w": (3, 2, 4, 5)}
+    params, gradients = tree(0, jnp.float64, leaf), [tree(i, jnp.float64, leaf) for i in range(1, 5)]
+    as_matrices = lambda tree: {"w": jnp.transpose(tree["w"], (1, 3, 0, 2)).reshape(2, 15, 4)}
+    more = extra(name, {"w": (2, 7, 15)})
+    number = lambda *axes: {"w": optax.contrib.MuonDimensionNumbers(*axes)}
+    moved, _ = run(RULES[name](0.1, dimension_numbers=number((3, 0), 2)), params, gradients, **more)
+    plain = as_matrices(params), list(map(as_matrices, gradients))
+    expected, _ = run(RULES[name](0.1, dimension_numbers=number(-2, -1)), *plain, **more)
+    np.testing.assert_allclose(as_matrices(moved)["w"], expected["w"], rtol=1e-9, atol=1e-12)
 
 
 def test_numbers_by_path_are_optaxs_too(x64):
@@ -206,8 +227,8 @@ def _seeded(name, numbers, layer=None):
 
 @every_rule
 @pytest.mark.parametrize("zeros", [True, False], ids=["zero gradients", "gradients"])
-def test_meta_gradients_are_finite(x64, name, zeros):
-    """Through three updates, with respect to the start, the learning rate and a scale of all gradients."""
+def test_meta_gradients(x64, name, zeros):
+    """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences."""
     rule = optax.with_extra_args_support(optax.inject_hyperparams(RULES[name], static_args=_static(RULES[name]))(0.1))
     more, target = extra(name), tree(3, jnp.float64)
 
@@ -228,30 +249,54 @@ def test_meta_gradients_are_finite(x64, name, zeros):
     slopes = jax.grad(outer, (0, 1, 2))(*arguments)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
     if not zeros:
-        step = 1e-6
-        for i in (1, 2):
-            moved = lambda by, i=i: outer(*[a + by if i == j else a for j, a in enumerate(arguments)])
-            np.testing.assert_allclose(slopes[i], (moved(step) - moved(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
+        step, still = 1e-6, jax.tree.map(jnp.zeros_like, arguments)
+        for i, direction in enumerate((tree(5, jnp.float64), jnp.ones(()), jnp.ones(()))):
+            along = (*still[:i], direction, *still[i + 1 :])
+            moved = lambda by, along=along: outer(*jax.tree.map(lambda a, d: a + by * d, arguments, along))
+            slope = optax.tree.vdot(slopes, along)
+            np.testing.assert_allclose(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
 
 
 @every_rule
-def test_meta_gradients_at_tiny_gradients_are_finite(name):
-    """In float32, with respect to the gradients and their scale."""
-    rule = optax.with_extra_args_support(RULES[name](1.0))
-    params, gradients, more = tree(0), tree(1), extra(name)
+def test_meta_gradients_at_tiny_gradients(name):
+    """In float32, with respect to gradients and their scale, both of which parameters have: against float64.
 
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1))
-    def slopes(gradients, scale):
-        state, total = rule.init(params), 0.0
-        for _ in range(2):
-            updates, state = rule.update(jax.tree.map(lambda g: scale * g, gradients), state, params, **more)
-            total += sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(updates))
-        return total
+    Multiplied by what they are taken with respect to, they are of the size of updates. Below 1e-15 squares are denormal, and
+    derivatives are finite.
+    """
 
-    for exponent in range(-18, -8):
-        found = slopes(gradients, jnp.float32(10.0**exponent))
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), exponent
+    def slopes(dtype, exponents):
+        params, gradients, weights = (tree(i, dtype) for i in range(3))
+        start = jax.tree.map(lambda w: w.astype(dtype), optim.deep_momentum_start(tree(0)))  # of the same random numbers
+        more = jax.tree.map(lambda x: x.astype(dtype), extra(name))
+        rule = optax.with_extra_args_support(RULES[name](1.0, **({"start": start} if name.startswith("deep") else {})))
+
+        @jax.jit
+        @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+        def both(gradients, scale, params):
+            state, total = rule.init(params), 0.0
+            for _ in range(2):
+                updates, state = rule.update(jax.tree.map(lambda g: scale * g, gradients), state, params, **more)
+                total += optax.tree.vdot(updates, weights)
+            return total, jax.tree.map(lambda u: jnp.max(jnp.abs(u)), updates)
+
+        for exponent in exponents:
+            scale = 10.0**exponent
+            found, sizes = both(gradients, jnp.asarray(scale, dtype), jax.tree.map(lambda w, s=scale: s * w, params))
+            times = lambda slope, x: np.multiply(slope, x, dtype=np.float64)
+            yield (
+                jax.tree.leaves(jax.tree.map(times, found, (gradients, scale))),
+                [*jax.tree.leaves(sizes), optax.tree.max(sizes)],
+            )
+
+    for found, _ in slopes(jnp.float32, (-18, -17, -16)):
+        assert all(np.isfinite(leaf).all() for leaf in found)
+    exponents = (-15, -12, -9)
+    single = list(slopes(jnp.float32, exponents))
+    with jax.enable_x64(True):
+        for exponent, (found, _), (expected, sizes) in zip(exponents, single, slopes(jnp.float64, exponents), strict=True):
+            for a, b, size in zip(found, expected, sizes, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(size), err_msg=f"1e{exponent}")
 
 
 @every_rule

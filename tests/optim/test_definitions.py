@@ -51,6 +51,20 @@ def test_delta_gradient_descent_is_the_exact_minimiser(x64, examples, size):
         np.testing.assert_allclose(got, W - eta * (W @ x.T) @ x - eta * delta.T @ x, rtol=1e-10)
 
 
+def test_delta_gradient_descent_under_a_schedule(x64):
+    """The rate inside the proximal problem and the one outside are both those of the step."""
+    W, rates = normal(0, 3, 4), (0.3, 2.0, 0.05, 0.7)
+    rule = optim.delta_gradient_descent(lambda count: jnp.array(rates)[count])
+    params, state = {"w": W.T}, rule.init({"w": W.T})
+    for t, rate in enumerate(rates):
+        x, delta = normal(2 * t + 1, 6, 4), normal(2 * t + 2, 6, 3)
+        updates, state = rule.update({"w": x.T @ delta / 6}, state, params, inputs={"w": x})
+        params = optax.apply_updates(params, updates)
+        error = lambda V, x=x, delta=delta: jnp.mean(jnp.sum((x @ V.T + delta) ** 2, axis=-1)) / 2
+        W = minimiser(lambda V, W=W, rate=rate, error=error: error(V) + jnp.sum((V - W) ** 2) / (2 * rate), W)
+        np.testing.assert_allclose(params["w"].T, W, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
 def test_adams_memory_minimises_its_objective(x64, penalty):
     """NL Eq. 101: of sum (m g_s - P)^2 + penalty m^2, P^2 the sum of squares."""
@@ -62,6 +76,30 @@ def test_adams_memory_minimises_its_objective(x64, penalty):
     P = jnp.sqrt(jnp.sum(gradients**2, axis=0))
     objective = lambda m: jnp.sum((m[None] * gradients - P[None]) ** 2) + penalty * jnp.sum(m**2)
     np.testing.assert_allclose(got, minimiser(objective, np.zeros(5)), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.4, 2.5)], ids=str)
+def test_adams_memory_of_sums_has_its_weights(x64, weights):
+    """first sum g sqrt(second sum g^2) / (second sum g^2), with its derivatives; nothing is divided by 1 - 1."""
+    gradients = normal(0, 4, 3).at[:, 1].set(0.0)
+
+    def emitted(gradients, first, second):
+        rule = optim.scale_by_adam_memory(first, second, eps=0.0, average=False)
+        state = rule.init(gradients[0])
+        for g in gradients:
+            out, state = rule.update(g, state)
+        return out
+
+    def expected(gradients, first, second):
+        kept = gradients[:, jnp.array([0, 2])]
+        found = first * kept.sum(0) / jnp.sqrt(second * jnp.sum(kept**2, 0))
+        return jnp.zeros(3).at[jnp.array([0, 2])].set(found)
+
+    arguments = gradients, *map(jnp.asarray, weights)
+    with jax.debug_nans(True):
+        np.testing.assert_allclose(emitted(gradients, *weights), expected(*arguments), rtol=1e-12)
+    for own, theirs in zip(*(jax.jacobian(f, (0, 1, 2))(*arguments) for f in (emitted, expected)), strict=True):
+        np.testing.assert_allclose(own, theirs, rtol=1e-10, atol=1e-14)
 
 
 def test_adams_memory_of_averages(x64):
@@ -190,9 +228,9 @@ def test_deep_momentum_remembers_and_its_start_learns(x64):
 
 @pytest.mark.parametrize("average", [True, False])
 def test_m3_is_algorithm_1(x64, average):
-    """Steps of both memories, as sums as the paper has them, and as averages; the slow one every third."""
+    """Steps of both memories, as sums as the paper has them, never read ahead, and as averages; the slow one every third."""
     gradients, (fast, second, slow, weight, eps) = normal(0, 7, 4, 3), (0.9, 0.99, 0.8, 0.4, 1e-8)
-    options = dict(slow_weight=weight, slow_period=3, average=average, nesterov=False, eps=eps)
+    options = dict(slow_weight=weight, slow_period=3, average=average, nesterov=not average, eps=eps)
     rule = optim.scale_by_m3(fast, second, slow, **options)
     state = rule.init(gradients[0])
     m1 = m2 = h = pending = o2 = jnp.zeros((4, 3))
@@ -220,10 +258,25 @@ def test_m3_leaves_what_had_no_gradient(x64):
 
 
 def test_deep_momentum_of_unit_size(x64):
-    """Updates of a root mean square of 1, for a gradient of any size."""
+    """Updates over their root mean square, for a gradient of any size."""
     g = 1e-3 * normal(0, 5, 3)
-    rule = optim.scale_by_deep_momentum(scale="rms")
-    np.testing.assert_allclose(jnp.mean(rule.update(g, rule.init(g))[0] ** 2), 1.0, rtol=1e-12)
+    rules = (optim.scale_by_deep_momentum(scale=scale) for scale in ("gradient", "rms"))
+    plain, unit = (rule.update(g, rule.init(g))[0] for rule in rules)
+    np.testing.assert_allclose(unit, plain / jnp.sqrt(jnp.mean(plain**2)), rtol=1e-12)
+
+
+def test_deep_momentum_starts_as_it_is_told_to(x64):
+    """Of its width and seed, another for every matrix; it gives every gradient back as it came."""
+    params = {"a": normal(0, 5, 3), "b": normal(1, 5, 3), "c": normal(2, 4)}
+    start = optim.deep_momentum_start(params, 7, seed=3)
+    rule = optim.scale_by_deep_momentum(rate=0.0, hidden=7, seed=3)
+    state = rule.init(params)
+    for (path, own), given in zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(state.start), strict=True):
+        np.testing.assert_array_equal(own, given, err_msg=str(path))
+    assert start["a"].up.shape == (5, 7) and start["a"].down.shape == (7, 5) and start["c"] is None
+    assert (start["a"].up != start["b"].up).all()
+    assert (start["a"].up != optim.deep_momentum_start(params, 7)["a"].up).all()
+    np.testing.assert_allclose(rule.update(params, state)[0]["a"], params["a"], rtol=1e-12)
 
 
 def test_m3_makes_its_slow_memory_orthogonal_at_its_own_frequency():
@@ -264,14 +317,18 @@ def test_generalized_gradient_descent_solves_its_problem(x64):
 
 
 def test_feature_momentum_writes_values_of_features(x64):
-    """NL Eq. 51: m <- decay m + P(g) phi(g)."""
+    """NL Eq. 51: m <- decay m + P(g) phi(g); by default P = 1 and phi the arcsinh."""
     gradients = normal(0, 4, 3)
-    rule = optim.scale_by_feature_momentum(jnp.tanh, 0.7, preconditioner=lambda g: 1 / (1 + g**2))
-    memory, state = np.zeros(3), rule.init(gradients[0])
-    for g in np.asarray(gradients):
-        got, state = rule.update(jnp.asarray(g), state)
-        memory = 0.7 * memory + np.tanh(g) / (1 + g**2)
-    np.testing.assert_allclose(got, memory, rtol=1e-12)
+    for options, written in [
+        ({"feature_map": jnp.tanh, "preconditioner": lambda g: 1 / (1 + g**2)}, lambda g: np.tanh(g) / (1 + g**2)),
+        ({}, np.arcsinh),
+    ]:
+        rule = optim.scale_by_feature_momentum(**options, decay=0.7)
+        memory, state = np.zeros(3), rule.init(gradients[0])
+        for g in np.asarray(gradients):
+            got, state = rule.update(jnp.asarray(g), state)
+            memory = 0.7 * memory + written(g)
+        np.testing.assert_allclose(got, memory, rtol=1e-12)
 
 
 def test_continuum_moves_each_group_at_its_own_frequency(x64):

@@ -57,6 +57,10 @@ EQUAL = {
         optim.preconditioned_momentum(RATE),
         optax.chain(optax.scale_by_rms(), optax.trace(0.9), optax.scale_by_learning_rate(RATE)),
     ),
+    "preconditioned momentum, nesterov": lambda: (
+        optim.preconditioned_momentum(RATE, decay=0.8, nesterov=True),
+        optax.chain(optax.scale_by_rms(), optax.trace(0.8, nesterov=True), optax.scale_by_learning_rate(RATE)),
+    ),
     "feature momentum with the identity": lambda: (optim.feature_momentum(RATE, lambda g: g), optim.momentum(RATE)),
     "delta momentum without erasure": lambda: (optim.delta_momentum(RATE, erase=0.0), optim.momentum(RATE)),
     "non-linear momentum is muon": lambda: (optim.nonlinear_momentum(RATE), optax.contrib.muon(RATE)),
@@ -88,6 +92,10 @@ EQUAL = {
         optim.momentum(RATE),
     ),
     "adam memory": lambda: (optim.adam_memory(RATE), optax.adam(RATE)),
+    "adam memory, with options": lambda: (
+        optim.adam_memory(RATE, 0.8, 0.99, eps=0.1),
+        optax.adam(RATE, 0.8, 0.99, eps=0.1),
+    ),
     "adagrad memory": lambda: (optim.adagrad_memory(RATE), optax.adagrad(RATE, initial_accumulator_value=0.0, eps=0.0)),
     "m3 without its slow memory": lambda: (optim.m3(RATE, slow_weight=0.0, second_moment=False), optax.contrib.muon(RATE)),
     "continuum, period 1": lambda: (optim.scale_by_continuum(optax.adam(RATE), 1), optax.adam(RATE)),
@@ -95,6 +103,7 @@ EQUAL = {
         optim.scale_by_continuum(optax.adam(RATE), 7),
         optax.MultiSteps(optax.adam(RATE), 7, use_grad_mean=False, accumulator_dtype=jnp.float64),
     ),
+    "continuum, of what it is without an inner rule": lambda: (optim.continuum(RATE, 1), optax.adam(RATE)),
     "continuum, alias": lambda: (
         optim.continuum(RATE, 1, inner=optax.trace(0.9)),
         optim.momentum(RATE),
