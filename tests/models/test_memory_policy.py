@@ -16,7 +16,7 @@ from nested_jax.models.block import sequence_layer
 from nested_jax.train.config import TrainConfig, difference
 
 MODEL = ModelConfig(
-    vocabulary=16, width=8, layers=2, heads=2, memory_hidden=4, chunk=4,
+    vocabulary=16, width=8, layers=2, heads=2, memory_hidden=4, chunk=4, mixer="gated-delta",
     cms=CMSConfig(hidden=(8, 8), periods=(8, 4)),
 )  # fmt: skip
 
@@ -38,13 +38,13 @@ def text(length, rows=2):
     return jnp.asarray(np.random.default_rng(0).integers(0, 16, (rows, length + 1)))
 
 
-@pytest.mark.parametrize("policy", ["full", "sqrt", "log", 2, 100])
-def test_gradients_do_not_depend_on_the_policy(x64, policy):
-    """A Hope all of whose blocks learn in context, on seven slowest periods and a rest, against keeping everything."""
-    value = lambda policy: (made := differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(61)))[0](made[1])
-    got, expected = value(policy), value("none")
+def test_gradients_do_not_depend_on_the_policy(x64):
+    """A model all of whose blocks learn in context, on five slowest periods, against keeping everything."""
+    value = lambda policy: (made := differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(40)))[0](made[1])
+    expected = value("none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
+    for policy in ("full", "sqrt", 100):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), value(policy), expected)
 
 
 def test_memory_of_a_model_that_learns_in_context():
@@ -55,11 +55,11 @@ def test_memory_of_a_model_that_learns_in_context():
         .temp_size_in_bytes
         for policy in ("none", "full", "sqrt")
     }
-    assert used["none"] > 4 * used["full"], used
+    assert used["none"] > 3 * used["full"], used
     assert used["full"] > 2 * used["sqrt"], used
 
 
-@pytest.mark.parametrize("mixer", ["self-modifying", "titans", "gated-delta", "oja", "omega", "lp", "huber"])
+@pytest.mark.parametrize("mixer", ["self-modifying", "titans", "gated-delta", "omega"])
 def test_every_layer_takes_it(mixer):
     """Temporary memory of a layer's gradient over 256 chunks."""
     config = dataclasses.replace(MODEL, mixer=mixer, cms=CMSConfig(hidden=(8,)))
