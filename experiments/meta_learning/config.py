@@ -55,7 +55,7 @@ class DeepMomentum:
     """Largest over smallest variance of the inputs, in directions that are rotated at random."""
     noise: float = 0.1
     """Standard deviation of noise on targets."""
-    examples: int = 16
+    examples: int = 32
     """Examples of a step, fresh ones."""
     steps: int = 30
     """T: steps of a task in meta-training and in tuning."""
@@ -63,23 +63,23 @@ class DeepMomentum:
     """Steps of a held-out task."""
     hidden: int = 64
     """F: hidden units of the deep momentum's memory."""
-    iterations: int = 1000
+    iterations: int = 400
     """Updates of what is meta-learned."""
     batch: int = 8
     """Tasks of an update."""
     meta_rate: float = 0.01
     """Adam's largest learning rate; it falls to zero along a cosine."""
-    tuning_tasks: int = 32
+    tuning_tasks: int = 16
     """Tasks on which rates and decays are chosen; meta-learning begins with what was chosen."""
-    test_tasks: int = 128
+    test_tasks: int = 64
     """Held-out tasks, of each seed."""
-    rates: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.08, 0.13, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0)
+    rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2)
     """Learning rates of momentum that are tried."""
     decays: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
     """Decays of momentum that are tried."""
-    deep_rates: tuple[float, ...] = (0.03, 0.08, 0.2, 0.4, 0.8, 1.3)
+    deep_rates: tuple[float, ...] = (0.1, 0.3, 0.7, 1.3, 2.0, 3.2)
     """Learning rates of deep momentum that are tried."""
-    deep_decays: tuple[float, ...] = (0.5, 0.9, 0.99)
+    deep_decays: tuple[float, ...] = (0.0, 0.5, 0.9)
     """Decays of its memory that are tried."""
     memory_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Learning rates of its memory that are tried."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,8 +65,8 @@ def error(params: list[tuple[jax.Array, jax.Array]], points: Points) -> jax.Arra
     *hidden, (kernel, bias) = params
     h = points.x[:, None]
     for inner in hidden:
-        h = jax.nn.relu(h @ inner[0] + inner[1])
-    return jnp.mean(((h @ kernel + bias)[:, 0] - points.y) ** 2)
+        h = jax.nn.relu(h @ inner[0] + inner[1][None])
+    return jnp.mean(((h @ kernel + bias[None])[:, 0] - points.y) ** 2)
 
 
 def rule(log_rates) -> optax.GradientTransformation:
@@ -124,9 +125,15 @@ def descend(config: settings.Sine, start, log_rates, shots: Points, queries: Poi
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def test(config: settings.Sine, shots: int, seeds: jax.Array, starts, log_rates):
-    """Of each seed, mean errors on its test tasks after 0, 1, ... steps at its rates."""
-    return jax.vmap(functools.partial(mean_errors, config, shots, False))(seeds, starts, log_rates)
+def test(config: settings.Sine, shots: int, seeds: jax.Array, starts, log_rates) -> dict[str, jax.Array]:
+    """Of each seed, after 0, 1, ... steps on its test tasks, at its rates: mean and median error, the share above 100."""
+
+    def one(seed, start, log_rates):
+        each = errors_of(config, shots, False, seed, start, log_rates)
+        lost = jnp.mean(~(each <= 100), 0)
+        return {"errors": each.mean(0), "medians": jnp.median(jnp.nan_to_num(each, nan=jnp.inf), 0), "lost": lost}
+
+    return jax.vmap(one)(seeds, starts, log_rates)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -135,7 +142,8 @@ def test_tuned(config: settings.Sine, shots: int, seeds: jax.Array, starts):
 
     def one(seed, start):
         rates = jnp.array(config.rates)
-        grid = lambda tuning: jax.lax.map(lambda r: mean_errors(config, shots, tuning, seed, start, jnp.log(r)), rates)
+        mean = lambda tuning, rate: errors_of(config, shots, tuning, seed, start, jnp.log(rate)).mean(0)
+        grid = lambda tuning: jax.lax.map(functools.partial(mean, tuning), rates)
         tried = grid(True)
         best = jnp.argmin(jnp.where(jnp.isfinite(tried), tried, jnp.inf), 0)
         return jnp.take_along_axis(grid(False), best[None], 0)[0], rates[best]
@@ -143,10 +151,11 @@ def test_tuned(config: settings.Sine, shots: int, seeds: jax.Array, starts):
     return jax.vmap(one)(seeds, starts)
 
 
-def mean_errors(config: settings.Sine, shots: int, tuning: bool, seed, start, log_rates) -> jax.Array:
+def errors_of(config: settings.Sine, shots: int, tuning: bool, seed, start, log_rates) -> jax.Array:
+    """Errors on held-out tasks of a seed after 0, 1, ... steps on their first so many shots."""
     points, queries = held_out(config, seed, tuning)
     points = jax.tree.map(lambda p: p[:, :shots], points)
-    return jax.vmap(lambda *task: descend(config, start, log_rates, *task))(points, queries).mean(0)
+    return jax.vmap(lambda *task: descend(config, start, log_rates, *task))(points, queries)
 
 
 def measure(config: settings.Sine) -> dict:
@@ -159,13 +168,13 @@ def measure(config: settings.Sine) -> dict:
         several = start in (RANDOM, PRETRAINED, MAML[0], PUBLISHED)
         for shots in config.shots if several else (trained_shots,):
             row = {"start": start, "trained_shots": trained_shots, "shots": shots, "rate": rate.tolist()}
-            row["errors"] = test(config, shots, seeds, starts, log_rates).tolist()
+            row |= {key: x.tolist() for key, x in test(config, shots, seeds, starts, log_rates).items()}
             if several:
                 tuned, rates = test_tuned(config, shots, seeds, starts)
                 row |= {"tuned_errors": tuned.tolist(), "tuned_rates": rates.tolist()}
             row["training"] = None if losses is None else losses.tolist()
             means = np.mean(row["errors"], 0).round(3).tolist()
-            print({key: row[key] for key in ("start", "trained_shots", "shots", "rate")} | {"errors": means}, flush=True)
+            print(time.strftime("%H:%M:%S"), start, trained_shots, shots, means, flush=True)
             results["rows"].append(row)
 
     fixed = jnp.full(len(seeds), jnp.log(config.rate))
