@@ -33,10 +33,11 @@ LEARNED = {
     "deep momentum, meta-learned rates and decay": DEEP,
     "deep momentum, all and its start meta-learned": DEEP,
     "learned start, never written to, all meta-learned": DEEP,
+    "momentum of deep momentum, all and its start meta-learned": DEEP,
 }
 STYLES = [("tab:gray", "-"), ("tab:orange", "-"), ("tab:gray", "--"), ("tab:orange", "--"), ("black", "-")]
-STYLES += [("tab:blue", "-"), ("tab:red", "-"), ("tab:green", "-"), ("tab:purple", "--")]
-MATRIX, START, FROZEN = (list(LEARNED)[i] for i in (1, 3, 4))
+STYLES += [("tab:blue", "-"), ("tab:red", "-"), ("tab:green", "-"), ("tab:purple", "--"), ("tab:cyan", "-")]
+MATRIX, START, FROZEN, BOTH = (list(LEARNED)[i] for i in (1, 3, 4, 5))
 
 
 class Task(NamedTuple):
@@ -86,6 +87,9 @@ def rule(name: str) -> Callable[[dict], optax.GradientTransformation]:
         if LEARNED.get(name, name) == MOMENTUM:
             return optim.momentum(rate, decay)
         memory_rate = 0.0 if name == FROZEN else jnp.exp(meta["log_memory_rate"])
+        if name == BOTH:
+            deep = optim.scale_by_deep_momentum(decay, memory_rate, start=meta["start"])
+            return optim.preconditioned_momentum(rate, deep, jax.nn.sigmoid(meta["outer_decay"]))
         return optim.deep_momentum(rate, decay, memory_rate, start=meta["start"])
 
     return make
@@ -166,8 +170,11 @@ def learn(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds
     found = hypergradient(outer, level(config, name), checkpoint="none")
 
     def one(seed, meta):
+        meta = meta | {"decay": jnp.maximum(meta["decay"], -2.0)}  # of 0 a sigmoid has no slope
         if name == MATRIX:
-            meta = meta | {"matrix": jnp.eye(config.inputs)}
+            meta |= {"matrix": jnp.eye(config.inputs)}
+        if name == BOTH:  # a decay of 0.5 doubles steps
+            meta |= {"outer_decay": jnp.zeros(()), "log_rate": meta["log_rate"] - jnp.log(2.0)}
         schedule = optax.cosine_decay_schedule(config.meta_rate, config.iterations)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
@@ -179,7 +186,7 @@ def learn(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds
             )
             got = jax.vmap(found, (None, 0, 0))(meta, each(tasks, keys), tasks)
             gradient = jax.tree.map(lambda g: jnp.nan_to_num(g).mean(0), got.gradient)
-            if name != START and name != FROZEN and "start" in gradient:
+            if name not in (START, FROZEN, BOTH) and "start" in gradient:
                 gradient["start"] = jax.tree.map(jnp.zeros_like, gradient["start"])
             updates, state = adam.update(gradient, state)
             return (optax.apply_updates(meta, updates), state), got.value.mean()
@@ -209,9 +216,14 @@ def measure(config: settings.DeepMomentum) -> dict:
     def add(geometries, title, name, metas, losses=None):
         errors, lost = test(config, name, number(geometries), seeds, metas)
         row = {"geometries": geometries, "optimizer": title, "errors": errors.tolist(), "lost": lost.tolist()}
-        row |= {"rate": jnp.exp(metas["log_rate"]).tolist(), "decay": jax.nn.sigmoid(metas["decay"]).tolist()}
-        if "log_memory_rate" in metas and name != FROZEN:
-            row["memory_rate"] = jnp.exp(metas["log_memory_rate"]).tolist()
+        row["rate"] = jnp.exp(metas["log_rate"]).tolist()
+        decay = jax.nn.sigmoid(metas["decay"]).tolist()
+        if "log_memory_rate" not in metas:
+            row["decay"] = decay
+        elif name != FROZEN:
+            row |= {"memory_rate": jnp.exp(metas["log_memory_rate"]).tolist(), "memory_decay": decay}
+        if name == BOTH:
+            row["decay"] = jax.nn.sigmoid(metas["outer_decay"]).tolist()
         row["training"] = None if losses is None else losses.tolist()
         results["rows"].append(row)
         save("deep_momentum", results)
@@ -248,13 +260,15 @@ def table(results: dict) -> str:
     lines = []
     for geometries in config["geometries"]:
         lines += [f"{family(geometries)}: relative error in thousandths after so many steps:", ""]
-        lines += ["| optimizer | " + " | ".join(map(str, counts)) + " | lost | rate | decay | memory's rate |"]
-        lines += ["|---|" + "---:|" * (len(counts) + 4)]
+        lines += ["| optimizer | " + " | ".join(map(str, counts)) + " | lost | rate | decay | memory's rate | and decay |"]
+        lines += ["|---|" + "---:|" * (len(counts) + 5)]
         for row in (row for row in results["rows"] if row["geometries"] == geometries):
             errors, mean = np.array(row["errors"]), lambda key, row=row: f"{np.mean(row[key]):.3g}" if key in row else ""
             cells = [cell(errors[:, n]) for n in counts] + [f"{np.mean(row['lost']):.0%}"]
             lines.append(
-                f"| {row['optimizer']} | " + " | ".join(cells + [*map(mean, ("rate", "decay", "memory_rate"))]) + " |"
+                f"| {row['optimizer']} | "
+                + " | ".join(cells + [*map(mean, ("rate", "decay", "memory_rate", "memory_decay"))])
+                + " |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -274,11 +288,8 @@ def figure(results: dict, path: Path) -> None:
                 range(len(mean)), np.exp(mean - spread), np.exp(mean + spread), color=color, alpha=0.15, linewidth=0
             )
         ax.axvline(config["steps"], color="black", linewidth=0.8, linestyle=":")
-        ax.set(
-            title=family(geometries), xlabel="step", xscale="symlog", yscale="log", xlim=(0, config["long"]), ylim=(None, 3)
-        )
-        ax.set_xscale("symlog", linthresh=config["steps"], linscale=1.5)
-    np.atleast_1d(axes)[0].set_ylabel("excess error relative to zero weights")
+        ax.set(title=family(geometries), xlabel="step", xscale="log", yscale="log", xlim=(1, config["long"]), ylim=(None, 3))
+        np.atleast_1d(axes)[0].set_ylabel("excess error relative to zero weights")
     fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -208,25 +208,29 @@ def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
     return found + [(f"{PRETRAINED}, rate {results['config']['rate']:g}", row, "errors") for row in at_rate]
 
 
-def cell(values, digits: int = 3) -> str:
+def cell(values: np.ndarray) -> str:
     """Mean and standard deviation over seeds."""
     spread = np.std(values, ddof=1) if len(values) > 1 else 0
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    return f"{np.mean(values):.3f} ± {spread:.3f}" if np.max(values) < 100 else "> 100"  # also of what is no number
 
 
 def table(results: dict) -> str:
     config = results["config"]
-    counts = [n for n in (0, 1, 5, 10) if n <= config["steps"]]
+    counts, last = [n for n in (0, 1, 5, 10) if n <= config["steps"]], config["steps"]
     lines = []
     for shots in config["shots"]:
         lines += [f"{shots}-shot, mean squared error after so many steps:", ""]
-        lines += ["| start | " + " | ".join(map(str, counts)) + " | inner rate |", "|---|" + "---:|" * (len(counts) + 1)]
+        lines += ["| start | " + " | ".join(map(str, counts)) + f" | {last}, median task | {last}, above 100 | inner rate |"]
+        lines += ["|---|" + "---:|" * (len(counts) + 3)]
         for name, row, kind in chosen(results, shots):
-            errors = np.array(row[kind])
-            rate = f"{np.mean(row['rate']):.3g}"
+            cells = [cell(np.array(row[kind])[:, n]) for n in counts]
             if kind == "tuned_errors":
-                rate = ", ".join(f"{r:.3g}" for r in np.median(np.array(row["tuned_rates"])[:, counts[1:]], 0))
-            lines.append(f"| {name} | " + " | ".join(cell(errors[:, n]) for n in counts) + f" | {rate} |")
+                rates = np.median(np.array(row["tuned_rates"])[:, counts[1:]], 0)
+                cells += ["", "", ", ".join(f"{r:.3g}" for r in rates)]
+            else:
+                cells += [cell(np.array(row["medians"])[:, last]), f"{np.mean(np.array(row['lost'])[:, last]):.1%}"]
+                cells += [f"{np.mean(row['rate']):.3g}"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

@@ -110,6 +110,9 @@ def test_regressions_share_as_many_covariances_as_they_are_told_to(load):
         assert len(np.unique(covariances[:, 0, 1].round(5))) == several
         assert len(np.unique(np.asarray(tasks.target)[:, 0, 0])) == 12
         np.testing.assert_allclose(np.linalg.eigvalsh(covariances[0])[[0, -1]], [0.1, 1.0], rtol=1e-4)
+    many = jax.random.split(jax.random.key(1), 400)
+    many = jax.vmap(lambda key: deep.draw(config, jnp.array(1), jax.random.key(5), key))(many)
+    np.testing.assert_allclose(((many.root.mT @ many.target) ** 2).mean((0, 2)), 1, atol=0.2)
     task = jax.tree.map(lambda x: x[0], tasks)
     assert deep.excess(jnp.zeros((4, 3)), task) == 1 and deep.excess(task.target, task) == 0
     x, y = deep.examples(
@@ -132,7 +135,7 @@ def test_tasks_of_training_tuning_and_test_are_others(load):
     assert all((root == roots[0]).all() for root in roots[:4]) and not (roots[4] == roots[0]).any()
 
 
-def test_a_start_is_learned_for_the_tasks_of_a_family(load, tmp_path):
+def test_a_start_is_learned_for_the_tasks_of_a_family(load, monkeypatch):
     """What is meta-learned is what is said to be, from what was tuned; a learned start beats the default one."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(
@@ -141,16 +144,23 @@ def test_a_start_is_learned_for_the_tasks_of_a_family(load, tmp_path):
         deep_rates=(0.3, 1.0), deep_decays=(0.5,), memory_rates=(0.1,), seeds=(0, 1),
     )  # fmt: skip
     seeds, one = jnp.array(config.seeds), jnp.array(1)
+    used, tasks_of = [], deep.tasks_of
+    monkeypatch.setattr(deep, "tasks_of", lambda *choices: used.append(choices[3]) or tasks_of(*choices))
     tuned = deep.tune(config, deep.DEEP, config.steps, one, seeds)
+    assert used == [deep.TUNING]
     assert set(np.asarray(jnp.exp(tuned["log_rate"])).round(3).tolist()) <= {0.3, 1.0}
     rates, _ = deep.learn(config, "deep momentum, meta-learned rates and decay", one, seeds, tuned)
     assert (rates["start"].up == tuned["start"].up).all() and (rates["start"].down == 0).all()
     assert (rates["log_rate"] != tuned["log_rate"]).all()
     learned, losses = deep.learn(config, deep.START, one, seeds, tuned)
     assert (learned["start"].down != 0).any() and losses.shape == (2, 60)
+    assert set(used[1:]) == {deep.TRAINING}
+    used.clear()
     ends = [deep.test(config, deep.DEEP, one, seeds, metas)[0][:, config.steps] for metas in (tuned, rates, learned)]
-    assert (ends[2] < ends[1]).all() and (ends[2] < ends[0]).all()
+    assert (ends[2] < ends[1]).all() and (ends[2] < ends[0]).all() and set(used) == {deep.TEST}
 
+    both, _ = deep.learn(config, deep.BOTH, one, seeds, tuned)
+    assert (both["start"].down != 0).any() and (both["outer_decay"] != 0).all()
     frozen, _ = deep.learn(config, deep.FROZEN, one, seeds, tuned)
     assert (frozen["log_memory_rate"] == tuned["log_memory_rate"]).all()
 
@@ -184,6 +194,6 @@ def test_what_was_measured_is_shown(load, tmp_path):
     rows = [row | {"geometries": n, "optimizer": title} for n in (1, 4, 0) for title in titles]
     results = {"config": {"steps": 2, "long": 4, "geometries": [1, 4, 0]}, "rows": rows}
     table = deep.table(results)
-    assert table.count("| 300 ± 71 | 100 ± 0 | 25% | 1.5 | 0.5 |  |") == 3 * 9 and "one of 4 covariances" in table
+    assert table.count("| 300 ± 71 | 100 ± 0 | 25% | 1.5 | 0.5 |  |  |") == 3 * 10 and "one of 4 covariances" in table
     deep.figure(results, tmp_path / "deep.png")
     assert (tmp_path / "deep.png").stat().st_size > 10_000
