@@ -236,16 +236,16 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict, path: Path) -> None:
-    """Errors over steps for every number of shots, and the meta-training loss."""
+    """Errors over steps for every number of shots, and the meta-training loss: means and ranges over seeds."""
     config = results["config"]
     fig, axes = plt.subplots(1, len(config["shots"]) + 1, figsize=(15, 4.2), layout="constrained")
     names = [f"{RANDOM}, rate tuned", f"{PRETRAINED}, rate tuned", *MAML]
     colors = dict(zip(names, ("tab:gray", "tab:brown", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 
     def band(ax, x, values, name):
-        mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1 if len(values) > 1 else 0)
-        ax.plot(x, mean, color=colors[name], label=name, marker="." if len(x) < 20 else None)
-        ax.fill_between(x, mean - spread, mean + spread, color=colors[name], alpha=0.2, linewidth=0)
+        values = np.array(values)
+        ax.plot(x, values.mean(0), color=colors[name], label=name, marker="." if len(x) < 20 else None)
+        ax.fill_between(x, values.min(0), values.max(0), color=colors[name], alpha=0.2, linewidth=0)
 
     for ax, shots in zip(axes, config["shots"], strict=False):
         for name, row, kind in chosen(results, shots):
