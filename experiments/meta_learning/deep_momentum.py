@@ -1,0 +1,306 @@
+"""python experiments/meta_learning/deep_momentum.py: what other tasks taught; writes results/deep_momentum.*."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from record import RESULTS, begin, finish, save
+
+from nested_jax import optim
+from nested_jax.meta import descent, hypergradient
+from nested_jax.optim import deep_momentum_start
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+TRAINING, TUNING, TEST = 1, 2, 3  # of a seed's tasks
+MOMENTUM, DEEP = "momentum", "deep momentum"
+# Of each, where its rates come from and what else is meta-learned.
+LEARNED = {
+    "momentum, meta-learned rate and decay": MOMENTUM,
+    "momentum of matrix @ gradient, all meta-learned": MOMENTUM,
+    "deep momentum, meta-learned rates and decay": DEEP,
+    "deep momentum, all and its start meta-learned": DEEP,
+    "learned start, never written to, all meta-learned": DEEP,
+    "momentum of deep momentum, all and its start meta-learned": DEEP,
+}
+STYLES = [("tab:gray", "-"), ("tab:orange", "-"), ("tab:gray", "--"), ("tab:orange", "--"), ("black", "-")]
+STYLES += [("tab:blue", "-"), ("tab:red", "-"), ("tab:green", "-"), ("tab:purple", "--"), ("tab:cyan", "-")]
+MATRIX, START, FROZEN, BOTH = (list(LEARNED)[i] for i in (1, 3, 4, 5))
+
+
+class Task(NamedTuple):
+    """A regression y = x target + noise, x = root z, whose directions are rotated and of many sizes, and all matter."""
+
+    root: jax.Array  # (N, N)
+    target: jax.Array  # (N, M)
+
+
+def family(geometries: int) -> str:
+    return {0: "each task its own covariance", 1: "one covariance"}.get(geometries, f"one of {geometries} covariances")
+
+
+def draw(config: settings.DeepMomentum, geometries: jax.Array, of_roots: jax.Array, key: jax.Array) -> Task:
+    """A task of a family, whose inputs have one of so many covariances."""
+    of_root, of_target = jax.random.split(key)
+    index = jax.random.randint(of_root, (), 0, geometries)
+    shape = (config.inputs, config.inputs)
+    rotation, _ = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(of_roots, index), shape))
+    deviations = config.condition ** (-jnp.linspace(0, 0.5, config.inputs))
+    target = jax.random.normal(of_target, (config.inputs, config.outputs)) / deviations[:, None]
+    return Task(rotation * deviations[None], rotation @ target)
+
+
+def examples(config: settings.DeepMomentum, task: Task, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A batch of inputs (B, N) and targets (B, M)."""
+    of_x, of_noise = jax.random.split(key)
+    x = jax.random.normal(of_x, (config.examples, config.inputs)) @ task.root.T
+    noise = jax.random.normal(of_noise, (config.examples, config.outputs))
+    return x, x @ task.target + config.noise * noise
+
+
+def excess(weights: jax.Array, task: Task) -> jax.Array:
+    """Expected squared error, noise apart, relative to that of zero weights."""
+    squares = lambda w: jnp.sum((task.root.T @ w) ** 2)
+    return squares(weights - task.target) / squares(task.target)
+
+
+def rule(name: str) -> Callable[[dict], optax.GradientTransformation]:
+    """What is learned -> optimizer."""
+
+    def make(meta):
+        rate, decay = jnp.exp(meta["log_rate"]), jax.nn.sigmoid(meta["decay"])
+        if "matrix" in meta:
+            turn = optax.stateless(lambda g, _: meta["matrix"] @ g)
+            return optim.preconditioned_momentum(rate, turn, decay)
+        if LEARNED.get(name, name) == MOMENTUM:
+            return optim.momentum(rate, decay)
+        memory_rate = 0.0 if name == FROZEN else jnp.exp(meta["log_memory_rate"])
+        if name == BOTH:
+            deep = optim.scale_by_deep_momentum(decay, memory_rate, start=meta["start"])
+            return optim.preconditioned_momentum(rate, deep, jax.nn.sigmoid(meta["outer_decay"]))
+        return optim.deep_momentum(rate, decay, memory_rate, start=meta["start"])
+
+    return make
+
+
+def level(config: settings.DeepMomentum, name: str):
+    """Descent on the batches of a task from zero weights, by an optimizer that is learned."""
+    loss = lambda weights, batch, meta: jnp.sum((batch[0] @ weights - batch[1]) ** 2) / (2 * config.examples)
+    return descent(loss, rule(name), start=lambda meta: jnp.zeros((config.inputs, config.outputs)))
+
+
+def descend(config: settings.DeepMomentum, name: str, steps: int, meta: dict, task: Task, key: jax.Array) -> jax.Array:
+    """Excess error after 0, 1, ... steps."""
+    learner, slower = level(config, name), (meta,)
+
+    def step(state, i):
+        batch = examples(config, task, jax.random.fold_in(key, i))
+        state, _ = learner.step(state, jax.tree.map(lambda x: x[None], batch), slower)
+        return state, excess(state.params, task)
+
+    errors = jax.lax.scan(step, learner.init(slower), jnp.arange(steps))[1]
+    return jnp.concatenate([jnp.ones(1), errors])
+
+
+def tasks_of(config: settings.DeepMomentum, geometries: jax.Array, seed: jax.Array, which: int, count: int, i: int = 0):
+    """Tasks of a seed and the keys of their batches: those of training, of update i, of tuning, and of the test."""
+    key = jax.random.key(seed)
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count)
+    draw_one = functools.partial(draw, config, geometries, jax.random.fold_in(key, 0))
+    return jax.vmap(draw_one)(keys), jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+
+
+def log_mean(errors: jax.Array) -> jax.Array:
+    """Mean logarithm over tasks, an error that is too large or no number counting as 1e6."""
+    return jnp.log(jnp.clip(jnp.nan_to_num(errors, nan=1e6, posinf=1e6), 1e-12, 1e6)).mean(0)
+
+
+def logit(decay: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(decay, 1e-3)) - jnp.log1p(-decay)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def tune(config: settings.DeepMomentum, name: str, steps: int, geometries: jax.Array, seeds: jax.Array) -> dict:
+    """Of each seed, the rates and decays of the grid with the least mean logarithm of the error after the steps."""
+    rates, decays = (config.rates, config.decays) if name == MOMENTUM else (config.deep_rates, config.deep_decays)
+    memory_rates = (1.0,) if name == MOMENTUM else config.memory_rates
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.array, (rates, decays, memory_rates)), indexing="ij"), -1).reshape(-1, 3)
+
+    def one(seed):
+        tasks, keys = tasks_of(config, geometries, seed, TUNING, config.tuning_tasks)
+        start = first_start(config, seed)
+
+        def meta_of(choice):
+            meta = {"log_rate": jnp.log(choice[0]), "decay": logit(choice[1])}
+            return meta | ({} if name == MOMENTUM else {"log_memory_rate": jnp.log(choice[2]), "start": start})
+
+        def ends(task, key):
+            return jax.vmap(lambda choice: descend(config, name, steps, meta_of(choice), task, key)[-1])(grid)
+
+        return meta_of(grid[jnp.argmin(log_mean(jax.vmap(ends)(tasks, keys)))])
+
+    return jax.vmap(one)(seeds)
+
+
+def first_start(config: settings.DeepMomentum, seed: jax.Array):
+    """The default start of a deep momentum, whose input layer each seed draws anew."""
+    start = deep_momentum_start(jnp.zeros((config.inputs, config.outputs)), config.hidden)
+    return start._replace(up=jax.random.normal(jax.random.fold_in(jax.random.key(seed), 4), start.up.shape))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def learn(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds: jax.Array, tuned: dict):
+    """Of each seed, what is meta-learned, from what was tuned on, and the outer losses."""
+
+    def outer(meta, state, emitted, task):
+        return jnp.log(excess(state.params, task) + 1e-6)
+
+    found = hypergradient(outer, level(config, name), checkpoint="none")
+
+    def one(seed, meta):
+        meta = meta | {"decay": jnp.maximum(meta["decay"], -2.0)}  # of 0 a sigmoid has no slope
+        if name == MATRIX:
+            meta |= {"matrix": jnp.eye(config.inputs)}
+        if name == BOTH:  # a decay of 0.5 doubles steps
+            meta |= {"outer_decay": jnp.zeros(()), "log_rate": meta["log_rate"] - jnp.log(2.0)}
+        schedule = optax.cosine_decay_schedule(config.meta_rate, config.iterations)
+        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+        def step(carry, i):
+            meta, state = carry
+            tasks, keys = tasks_of(config, geometries, seed, TRAINING, config.batch, i)
+            each = jax.vmap(
+                lambda task, key: jax.vmap(lambda k: examples(config, task, k))(jax.random.split(key, config.steps))
+            )
+            got = jax.vmap(found, (None, 0, 0))(meta, each(tasks, keys), tasks)
+            gradient = jax.tree.map(lambda g: jnp.nan_to_num(g).mean(0), got.gradient)
+            if name not in (START, FROZEN, BOTH) and "start" in gradient:
+                gradient["start"] = jax.tree.map(jnp.zeros_like, gradient["start"])
+            updates, state = adam.update(gradient, state)
+            return (optax.apply_updates(meta, updates), state), got.value.mean()
+
+        (meta, _), losses = jax.lax.scan(step, (meta, adam.init(meta)), jnp.arange(config.iterations))
+        return meta, losses
+
+    return jax.vmap(one)(seeds, tuned)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def test(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds: jax.Array, metas: dict):
+    """Of each seed, the geometric mean of the error over held-out tasks after 0, 1, ... steps, and how many end above 1."""
+
+    def one(seed, meta):
+        tasks, keys = tasks_of(config, geometries, seed, TEST, config.test_tasks)
+        errors = jax.vmap(functools.partial(descend, config, name, config.long, meta))(tasks, keys)
+        return jnp.exp(log_mean(errors)), jnp.mean(~(errors[:, -1] <= 1))
+
+    return jax.vmap(one)(seeds, metas)
+
+
+def measure(config: settings.DeepMomentum) -> dict:
+    results, seeds = begin(config) | {"rows": []}, jnp.array(config.seeds)
+    number = lambda geometries: jnp.array(geometries or jnp.iinfo(jnp.int32).max)  # so many that each is one's own
+
+    def add(geometries, title, name, metas, losses=None):
+        errors, lost = test(config, name, number(geometries), seeds, metas)
+        row = {"geometries": geometries, "optimizer": title, "errors": errors.tolist(), "lost": lost.tolist()}
+        row["rate"] = jnp.exp(metas["log_rate"]).tolist()
+        decay = jax.nn.sigmoid(metas["decay"]).tolist()
+        if "log_memory_rate" not in metas:
+            row["decay"] = decay
+        elif name != FROZEN:
+            row |= {"memory_rate": jnp.exp(metas["log_memory_rate"]).tolist(), "memory_decay": decay}
+        if name == BOTH:
+            row["decay"] = jax.nn.sigmoid(metas["outer_decay"]).tolist()
+        row["training"] = None if losses is None else losses.tolist()
+        results["rows"].append(row)
+        save("deep_momentum", results)
+        at = lambda n: f"{np.mean(errors[:, n]):.4f}"
+        print(
+            time.strftime("%H:%M:%S"),
+            geometries,
+            title,
+            f"{config.steps}: {at(config.steps)}, {config.long}: {at(config.long)}",
+            flush=True,
+        )
+
+    for geometries in config.geometries:
+        tuned = {}
+        for steps in (config.steps, config.long):
+            for name in (MOMENTUM, DEEP):
+                metas = tune(config, name, steps, number(geometries), seeds)
+                tuned.setdefault(name, metas)
+                add(geometries, f"{name}, tuned for {steps} steps", name, metas)
+        for name, base in LEARNED.items():
+            add(geometries, name, name, *learn(config, name, number(geometries), seeds, tuned[base]))
+    return results
+
+
+def cell(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds, in thousandths."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{1000 * np.mean(values):.3g} ± {1000 * spread:.2g}"
+
+
+def table(results: dict) -> str:
+    config = results["config"]
+    counts = (config["steps"], config["long"])
+    lines = []
+    for geometries in config["geometries"]:
+        lines += [f"{family(geometries)}: relative error in thousandths after so many steps:", ""]
+        lines += ["| optimizer | " + " | ".join(map(str, counts)) + " | lost | rate | decay | memory's rate | and decay |"]
+        lines += ["|---|" + "---:|" * (len(counts) + 5)]
+        for row in (row for row in results["rows"] if row["geometries"] == geometries):
+            errors, mean = np.array(row["errors"]), lambda key, row=row: f"{np.mean(row[key]):.3g}" if key in row else ""
+            cells = [cell(errors[:, n]) for n in counts] + [f"{np.mean(row['lost']):.0%}"]
+            lines.append(
+                f"| {row['optimizer']} | "
+                + " | ".join(cells + [*map(mean, ("rate", "decay", "memory_rate", "memory_decay"))])
+                + " |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figure(results: dict, path: Path) -> None:
+    """Errors over steps in every family of tasks."""
+    config = results["config"]
+    fig, axes = plt.subplots(1, len(config["geometries"]), figsize=(14, 4.8), layout="constrained", sharey=True)
+    for ax, geometries in zip(np.atleast_1d(axes), config["geometries"], strict=True):
+        rows = [row for row in results["rows"] if row["geometries"] == geometries]
+        for row, (color, line) in zip(rows, STYLES, strict=True):
+            logs = np.log(np.array(row["errors"]))
+            mean, spread = logs.mean(0), logs.std(0, ddof=1 if len(logs) > 1 else 0)
+            ax.plot(np.exp(mean), line, color=color, label=row["optimizer"], linewidth=1.3)
+            ax.fill_between(
+                range(len(mean)), np.exp(mean - spread), np.exp(mean + spread), color=color, alpha=0.15, linewidth=0
+            )
+        ax.axvline(config["steps"], color="black", linewidth=0.8, linestyle=":")
+        ax.set(title=family(geometries), xlabel="step", xscale="log", yscale="log", xlim=(1, config["long"]), ylim=(None, 3))
+        np.atleast_1d(axes)[0].set_ylabel("excess error relative to zero weights")
+    fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    config = tyro.cli(settings.DeepMomentum)
+    results = measure(config)
+    finish("deep_momentum", results, table(results))
+    figure(results, RESULTS / "deep_momentum.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""python experiments/meta_learning/sine.py: sines from few points; writes results/sine.{json, md, png}."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from record import RESULTS, begin, finish, save
+
+from nested_jax.meta import maml
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PRETRAINED, RANDOM = "pretrained on all tasks", "random"
+MAML = ("MAML", "MAML, first order", "MAML, learned rate", "MAML, learned rates")
+PUBLISHED = "MAML, published code's first start"
+CHUNKS = 50  # means of the meta-training loss that are kept
+
+
+class Points(NamedTuple):
+    """Inputs and what the sine is there."""
+
+    x: jax.Array
+    y: jax.Array
+
+
+def draw(config: settings.Sine, shots: int, queries: int, key: jax.Array) -> tuple[Points, Points]:
+    """The shots of a task and other points of it: amplitude sin(x - phase)."""
+    keys = jax.random.split(key, 3)
+    uniform = lambda key, shape, ends: jax.random.uniform(key, shape, minval=ends[0], maxval=ends[1])
+    amplitude, phase = uniform(keys[0], (), config.amplitude), uniform(keys[1], (), config.phase)
+    x = uniform(keys[2], (shots + queries,), config.inputs)
+    points = Points(x, amplitude * jnp.sin(x - phase))
+    return jax.tree.map(lambda p: p[:shots], points), jax.tree.map(lambda p: p[shots:], points)
+
+
+def init(config: settings.Sine, key: jax.Array, published: bool = False) -> list[tuple[jax.Array, jax.Array]]:
+    """Kernels and biases, uniform within 1 / sqrt(inputs) of a layer.
+
+    Published: as in the code of the paper, normal within two standard deviations of 0.01, and zero.
+    """
+    widths, layers = (1, *config.hidden, 1), []
+    for i, shape in enumerate(zip(widths, widths[1:], strict=False)):
+        of_kernel, of_bias = jax.random.split(jax.random.fold_in(key, i))
+        if published:
+            layers.append((0.01 * jax.random.truncated_normal(of_kernel, -2, 2, shape), jnp.zeros(shape[1])))
+        else:
+            uniform = functools.partial(jax.random.uniform, minval=-(shape[0] ** -0.5), maxval=shape[0] ** -0.5)
+            layers.append((uniform(of_kernel, shape), uniform(of_bias, shape[1:])))
+    return layers
+
+
+def error(params: list[tuple[jax.Array, jax.Array]], points: Points) -> jax.Array:
+    """Mean squared error."""
+    *hidden, (kernel, bias) = params
+    h = points.x[:, None]
+    for inner in hidden:
+        h = jax.nn.relu(h @ inner[0] + inner[1][None])
+    return jnp.mean(((h @ kernel + bias[None])[:, 0] - points.y) ** 2)
+
+
+def rule(log_rates) -> optax.GradientTransformation:
+    """Gradient descent at exp(log_rates): one for all parameters, or one for each."""
+    step = lambda r, g: -jnp.exp(r) * g
+    return optax.stateless(lambda g, _: jax.tree.map(step, jax.tree.broadcast(log_rates, g), g))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
+    """Of each seed, a start, the logarithms of its rates, and means of the loss over parts of the training.
+
+    Pretraining is MAML whose adaptation takes no step.
+    """
+    adapt = maml(error, rule, 0 if method == PRETRAINED else 1, first_order="first order" in method)
+
+    def outer(meta, tasks):
+        start, log_rates = meta
+        log_rates = log_rates if "learned" in method else jax.lax.stop_gradient(log_rates)
+        return jnp.mean(jax.vmap(lambda task: error(adapt(start, task[0], log_rates), task[1]))(tasks))
+
+    def one(seed):
+        key = jax.random.key(seed)
+        start, log_rates = init(config, jax.random.fold_in(key, 0), method == PUBLISHED), jnp.log(config.rate)
+        if method == "MAML, learned rates":
+            log_rates = jax.tree.map(lambda p: jnp.full_like(p, log_rates), start)
+        adam = optax.adam(config.meta_rate)
+
+        def step(carry, i):
+            meta, state = carry
+            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), config.batch)
+            tasks = jax.vmap(functools.partial(draw, config, shots, shots))(keys)
+            loss, gradient = jax.value_and_grad(outer)(meta, tasks)
+            updates, state = adam.update(gradient, state)
+            return (optax.apply_updates(meta, updates), state), loss
+
+        meta = (start, log_rates)
+        (meta, _), losses = jax.lax.scan(step, (meta, adam.init(meta)), jnp.arange(config.iterations))
+        return *meta, losses[: len(losses) // CHUNKS * CHUNKS].reshape(CHUNKS, -1).mean(1)
+
+    return jax.vmap(one)(seeds)
+
+
+def held_out(config: settings.Sine, seed: jax.Array, tuning: bool) -> tuple[Points, Points]:
+    """Tasks of a seed that are not trained on: most shots, of which K-shot learning has the first K, and queries."""
+    keys = jax.random.fold_in(jax.random.key(seed), 2 if tuning else 3)
+    keys = jax.random.split(keys, config.tuning_tasks if tuning else config.test_tasks)
+    return jax.vmap(functools.partial(draw, config, max(config.shots), config.queries))(keys)
+
+
+def descend(config: settings.Sine, start, log_rates, shots: Points, queries: Points) -> jax.Array:
+    """Error on the queries after 0, 1, ... steps on the shots."""
+    adapt = maml(error, rule, 1)  # gradient descent has no state: ten steps are ten times one
+    step = lambda params, _: (adapt(params, shots, log_rates), error(params, queries))
+    return jax.lax.scan(step, start, None, length=config.steps + 1)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def test(config: settings.Sine, shots: int, seeds: jax.Array, starts, log_rates) -> dict[str, jax.Array]:
+    """Of each seed, after 0, 1, ... steps on its test tasks, at its rates: mean and median error, the share above 100."""
+
+    def one(seed, start, log_rates):
+        each = errors_of(config, shots, False, seed, start, log_rates)
+        lost = jnp.mean(~(each <= 100), 0)
+        return {"errors": each.mean(0), "medians": jnp.median(jnp.nan_to_num(each, nan=jnp.inf), 0), "lost": lost}
+
+    return jax.vmap(one)(seeds, starts, log_rates)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def test_tuned(config: settings.Sine, shots: int, seeds: jax.Array, starts):
+    """The same at the rate of the grid that is best, on the tuning tasks, for each number of steps; and these rates."""
+
+    def one(seed, start):
+        rates = jnp.array(config.rates)
+        mean = lambda tuning, rate: errors_of(config, shots, tuning, seed, start, jnp.log(rate)).mean(0)
+        grid = lambda tuning: jax.lax.map(functools.partial(mean, tuning), rates)
+        tried = grid(True)
+        best = jnp.argmin(jnp.where(jnp.isfinite(tried), tried, jnp.inf), 0)
+        return jnp.take_along_axis(grid(False), best[None], 0)[0], rates[best]
+
+    return jax.vmap(one)(seeds, starts)
+
+
+def errors_of(config: settings.Sine, shots: int, tuning: bool, seed, start, log_rates) -> jax.Array:
+    """Errors on held-out tasks of a seed after 0, 1, ... steps on their first so many shots."""
+    points, queries = held_out(config, seed, tuning)
+    points = jax.tree.map(lambda p: p[:, :shots], points)
+    return jax.vmap(lambda *task: descend(config, start, log_rates, *task))(points, queries)
+
+
+def measure(config: settings.Sine) -> dict:
+    results, seeds = begin(config) | {"rows": []}, jnp.array(config.seeds)
+    at_first = jax.vmap(lambda seed: init(config, jax.random.fold_in(jax.random.key(seed), 0)))(seeds)
+
+    def add(start: str, trained_shots: int, starts, log_rates, losses):
+        rate = jax.tree.map(lambda r: jnp.median(jnp.exp(r.reshape(len(seeds), -1)), 1), log_rates)
+        rate = np.median(jnp.stack(jax.tree.leaves(rate)), 0)
+        several = start in (RANDOM, PRETRAINED, MAML[0], PUBLISHED)
+        for shots in config.shots if several else (trained_shots,):
+            row = {"start": start, "trained_shots": trained_shots, "shots": shots, "rate": rate.tolist()}
+            row |= {key: x.tolist() for key, x in test(config, shots, seeds, starts, log_rates).items()}
+            if several:
+                tuned, rates = test_tuned(config, shots, seeds, starts)
+                row |= {"tuned_errors": tuned.tolist(), "tuned_rates": rates.tolist()}
+            row["training"] = None if losses is None else losses.tolist()
+            means = np.mean(row["errors"], 0).round(3).tolist()
+            print(time.strftime("%H:%M:%S"), start, trained_shots, shots, means, flush=True)
+            results["rows"].append(row)
+
+    fixed = jnp.full(len(seeds), jnp.log(config.rate))
+    add(RANDOM, 0, at_first, fixed, None)
+    most = max(config.shots)
+    for method in (PRETRAINED, PUBLISHED):
+        add(method, most, *train(config, method, most, seeds))
+    for shots in config.shots:
+        for method in MAML:
+            add(method, shots, *train(config, method, shots, seeds))
+            save("sine", results)
+    return results
+
+
+def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
+    """What is compared at so many shots: name, row, and which of its errors."""
+    rows = [row for row in results["rows"] if row["shots"] == shots]
+    most = max(results["config"]["shots"])
+    found = []
+    for row in rows:
+        if row["start"] in (RANDOM, PRETRAINED):
+            found += [(f"{row['start']}, rate tuned", row, "tuned_errors")]
+        elif row["trained_shots"] == shots and row["start"] != PUBLISHED:
+            found += [(row["start"], row, "errors")]
+            if row["start"] == MAML[0]:
+                found += [(f"{row['start']}, rate tuned", row, "tuned_errors")]
+    others = [row for row in rows if row["start"] in (MAML[0], PUBLISHED) and row["trained_shots"] == most]
+    others = [row for row in others if row["start"] == PUBLISHED or shots != most]
+    found += [(f"{row['start']}, meta-learned with {most} shots", row, "errors") for row in others]
+    at_rate = [row for row in rows if row["start"] == PRETRAINED]
+    return found + [(f"{PRETRAINED}, rate {results['config']['rate']:g}", row, "errors") for row in at_rate]
+
+
+def cell(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{np.mean(values):.3f} ± {spread:.3f}" if np.max(values) < 100 else "> 100"  # also of what is no number
+
+
+def table(results: dict) -> str:
+    config = results["config"]
+    counts, last = [n for n in (0, 1, 5, 10) if n <= config["steps"]], config["steps"]
+    lines = []
+    for shots in config["shots"]:
+        lines += [f"{shots}-shot, mean squared error after so many steps:", ""]
+        lines += ["| start | " + " | ".join(map(str, counts)) + f" | {last}, median task | {last}, above 100 | inner rate |"]
+        lines += ["|---|" + "---:|" * (len(counts) + 3)]
+        for name, row, kind in chosen(results, shots):
+            cells = [cell(np.array(row[kind])[:, n]) for n in counts]
+            if kind == "tuned_errors":
+                rates = np.median(np.array(row["tuned_rates"])[:, counts[1:]], 0)
+                cells += ["", "", ", ".join(f"{r:.3g}" for r in rates)]
+            else:
+                cells += [cell(np.array(row["medians"])[:, last]), f"{np.mean(np.array(row['lost'])[:, last]):.1%}"]
+                cells += [f"{np.mean(row['rate']):.3g}"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figure(results: dict, path: Path) -> None:
+    """Errors over steps for every number of shots, and the meta-training loss: means and ranges over seeds."""
+    config = results["config"]
+    fig, axes = plt.subplots(1, len(config["shots"]) + 1, figsize=(15, 4.2), layout="constrained")
+    names = [f"{RANDOM}, rate tuned", f"{PRETRAINED}, rate tuned", *MAML]
+    colors = dict(zip(names, ("tab:gray", "tab:brown", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+
+    def band(ax, x, values, name):
+        values = np.array(values)
+        ax.plot(x, values.mean(0), color=colors[name], label=name, marker="." if len(x) < 20 else None)
+        ax.fill_between(x, values.min(0), values.max(0), color=colors[name], alpha=0.2, linewidth=0)
+
+    for ax, shots in zip(axes, config["shots"], strict=False):
+        for name, row, kind in chosen(results, shots):
+            if name in colors:
+                band(ax, range(config["steps"] + 1), row[kind], name)
+        ax.set(title=f"{shots}-shot", xlabel="gradient steps on the shots", yscale="log", ylim=(0.02, 15))
+        ax.set_ylabel("mean squared error on other points")
+    most = max(config["shots"])
+    for row in results["rows"]:
+        if row["start"] in MAML and row["trained_shots"] == row["shots"] == most:
+            x = (np.arange(CHUNKS) + 0.5) * config["iterations"] / CHUNKS / 1000
+            band(axes[-1], x, np.array(row["training"]), row["start"])
+    axes[-1].set(title=f"meta-training, {most}-shot", xlabel="meta-iterations, thousands", yscale="log")
+    axes[-1].set_ylabel("mean squared error after 1 step")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    config = tyro.cli(settings.Sine)
+    results = measure(config)
+    finish("sine", results, table(results))
+    figure(results, RESULTS / "sine.png")
+
+
+if __name__ == "__main__":
+    main()
