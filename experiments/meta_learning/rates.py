@@ -1,0 +1,404 @@
+"""python experiments/meta_learning/rates.py: learned rates of a CMS's levels on streams that change at two time scales.
+
+Writes results/rates.{json, md, png}, with --variant nested and --clip 1 results/rates_nested_clipped.*.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from record import RESULTS, begin, finish, save
+
+from nested_jax import Level, cms, run
+from nested_jax.cms import CMSConfig, Segment
+from nested_jax.meta import hypergradient
+from nested_jax.typing import Array, Float, Int, PyTree
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NEVER = 2**30  # tokens
+CONDITIONS = {  # tokens between two draws of the components that change; none: only the fixed part is there
+    "16 and 256": (16, 256),
+    "16 and 16": (16, 16),
+    "64 and 64": (64, 64),
+    "256 and 256": (256, 256),
+    "once a stream": (NEVER, NEVER),
+    "fixed part alone": (),
+}
+SHARES = {"all levels, one rate": (1, 1, 1), "slow alone": (1, 0, 0), "middle alone": (0, 1, 0), "fast alone": (0, 0, 1)}
+LEVELS = ("slow", "middle", "fast")
+OVER = 2.0  # bits a token, far above chance: weights have overflowed, or are about to
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a three-level CMS, meta-learned on streams whose classes are those of a map that changes as they go on."""
+
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
+    """What changes how often."""
+    variant: str = "independent"
+    """Of the CMS. independent: levels side by side, alike but for their periods. Others: sequential, nested."""
+    width: int = 4
+    """Entries of x."""
+    classes: int = 2
+    """Classes of y."""
+    hidden: int = 16
+    """Hidden units of a level."""
+    periods: tuple[int, int, int] = (64, 16, 4)
+    """Tokens between two updates of the levels, slow to fast."""
+    clip: float = 0.0
+    """Largest norm of the summed gradient of a level's step; 0 for none."""
+    tokens: int = 512
+    """Tokens of a stream."""
+    amounts: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Standard deviation of the fixed part of the map and of the two that are redrawn."""
+    fits: int = 500
+    """Updates in which the start, all slow weights, is fitted to single pairs: it knows the fixed part."""
+    starts: tuple[tuple[float, float, float], ...] = ((0.02, 0.02, 0.02), (0.3, 0.05, 0.01), (0.01, 0.05, 0.3))
+    """Rates, slow to fast, from which they are learned."""
+    steps: int = 150
+    """Meta-updates."""
+    batch: int = 4
+    """Streams of a meta-update, fresh ones."""
+    meta_rate: float = 0.1
+    """Adam's rate for the logarithms of the rates, falling to zero along a cosine."""
+    meta_clip: float = 0.1
+    """Largest norm of a meta-gradient: near rates at which the CMS overflows it has no bound. Where it is no number, all
+    rates are lowered."""
+    grid: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+    """Rates tried where levels share one."""
+    held_out: int = 48
+    """Streams on which that rate is chosen, and as many others that count."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds that count, of the fixed part, the start and the streams."""
+
+    @property
+    def cms(self) -> CMSConfig:
+        return CMSConfig(hidden=(self.hidden,) * 3, periods=self.periods, variant=self.variant, clip=self.clip)
+
+
+class World(NamedTuple):
+    """What streams are of: the fixed part, the standard deviation of the three, after how many tokens two are redrawn."""
+
+    fixed: Float[Array, "V D"]
+    amounts: Float[Array, " 3"]
+    scales: Int[Array, " 2"]
+
+
+def draw_world(config: Rates, condition: str, key: Array) -> World:
+    scales = CONDITIONS[condition] or (NEVER, NEVER)
+    amounts = jnp.array(config.amounts) * jnp.array([1.0] + 2 * [float(bool(CONDITIONS[condition]))])
+    return World(jax.random.normal(key, (config.classes, config.width)), amounts, jnp.array(scales))
+
+
+def maps(config: Rates, world: World, key: Array) -> Float[Array, "3 T V D"]:
+    """The parts of a stream's map at every token: the fixed one, and two that are redrawn at their periods.
+
+    A stream begins anywhere in a period.
+    """
+    begins, draws = jax.random.split(key)
+    phase = jax.random.randint(begins, (2,), 0, world.scales)
+    count = (jnp.arange(config.tokens)[None] + phase[:, None]) // world.scales[:, None]
+    drawn = jax.random.normal(draws, (2, config.tokens, *world.fixed.shape))
+    redrawn = jax.vmap(lambda part, count: part[count])(drawn, count - count[:, :1])
+    fixed = jnp.broadcast_to(world.fixed, (1, config.tokens, *world.fixed.shape))
+    return world.amounts[:, None, None, None] * jnp.concatenate([fixed, redrawn])
+
+
+def stream(config: Rates, world: World, key: Array) -> tuple[Float[Array, "T D"], Int[Array, " T"]]:
+    """x, normal, and its class, the largest entry of the map of x."""
+    inputs, changes = jax.random.split(key)
+    x = jax.random.normal(inputs, (config.tokens, config.width))
+    return x, jnp.einsum("tvd,td->tv", maps(config, world, changes).sum(0), x).argmax(-1)
+
+
+def segments(config: Rates, world: World, streams: int, key: Array) -> Segment:
+    """Streams side by side, as the CMS's context."""
+    x, y = jax.vmap(lambda key: stream(config, world, key), out_axes=1)(jax.random.split(key, streams))
+    return Segment(x, y, jnp.ones(config.tokens, bool), None)
+
+
+def fit_start(config: Rates, world: World, key: Array) -> dict[str, PyTree]:
+    """Slow weights {cms, head} fitted to pairs each of a map of its own, with Adam: what is known before a stream begins."""
+    first, last, draws = jax.random.split(key, 3)
+    weights = {"cms": cms.init_weights(first, config.cms, config.width)}
+    weights["head"] = config.width**-0.5 * jax.random.normal(last, (config.width, config.classes))
+    rule = optax.adam(optax.cosine_decay_schedule(0.02, config.fits))
+
+    def step(carry, key):
+        weights, state = carry
+        inputs, redrawn = jax.random.split(key)
+        x = jax.random.normal(inputs, (256, config.width))
+        parts = jax.random.normal(redrawn, (2, 256, *world.fixed.shape))
+        whole = world.amounts[0] * world.fixed[None] + jnp.einsum("p,ptvd->tvd", world.amounts[1:], parts)
+        y = jnp.einsum("tvd,td->tv", whole, x).argmax(-1)
+
+        def loss(weights):
+            logits = cms.apply(config.cms, weights["cms"], (), x[None])[0] @ weights["head"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        updates, state = rule.update(jax.grad(loss)(weights), state)
+        return (optax.apply_updates(weights, updates), state), None
+
+    return jax.lax.scan(step, (weights, rule.init(weights)), jax.random.split(draws, config.fits))[0][0]
+
+
+def learner(config: Rates, weights: PyTree, streams: int) -> Level:
+    """The CMS of one block between x and a head, as a level whose slower level's state is the rates, slow to fast."""
+
+    def level(rates) -> Level:
+        block = jax.tree.map(lambda w: w[None], weights["cms"])
+        for i in range(3):
+            block[f"level{i + 1}"] |= {"rate": rates[i][None]}
+
+        def forward(matrices, mixers, position, x, reset):
+            fast = [jax.tree.map(lambda w: w[0], level) for level in matrices]
+            return cms.apply(config.cms, weights["cms"], fast, x) @ weights["head"], mixers
+
+        return cms.in_context(config.cms, block, forward, lambda: (), streams, [cms.inner_rule(config.cms)] * 3)
+
+    init = lambda slower: level(slower[0]).init(())
+    step = lambda state, context, slower: level(slower[0]).step(state, context, ())
+    return Level(init, step, config.periods[0], "CMS")
+
+
+def logits(emitted: cms.Emitted, config: Rates) -> Float[Array, "T B V"]:
+    return emitted.outputs.reshape(config.tokens, -1, config.classes)
+
+
+def predictions(config: Rates, weights: PyTree, rates: Float[Array, " 3"], context: Segment) -> Float[Array, "T B V"]:
+    """Logits of every token's class, of weights that have learned from the segments before it."""
+    _, emitted = run(learner(config, weights, context.inputs.shape[1]), None, context, slower=(rates,))
+    return logits(emitted, config)
+
+
+def entropy(config: Rates, emitted: cms.Emitted, targets: Int[Array, "T B"]) -> Array:
+    """Mean cross-entropy of a stream's classes, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits(emitted, config), targets).mean()
+
+
+def slope(config: Rates, weights: PyTree, streams: int):
+    """(logarithms of the rates, context) -> `Hypergradient` through everything that is learned in the streams."""
+    inner = learner(config, weights, streams)
+    level = Level(
+        lambda slower: inner.init((jnp.exp(slower[0]),)),
+        lambda state, context, slower: inner.step(state, context, (jnp.exp(slower[0]),)),
+        inner.period,
+    )
+    outer = lambda meta, state, emitted, targets: entropy(config, emitted, targets)
+    found = hypergradient(outer, level)
+    return lambda meta, context: found(meta, context, context.targets)
+
+
+def keys_of(seed: Array) -> Array:
+    """Of a seed: keys of the fixed part, the start, the streams that are learned from, those of the choice, and held-out."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(2), seed), 5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prepare(config: Rates, worlds: World, seeds: Array) -> tuple[PyTree, Segment, Segment, Segment]:
+    """Of every seed: the start, and the streams: of each meta-update, of the choice, held-out."""
+
+    def one(world, seed):
+        _, start, learn, tune, count = keys_of(seed)
+        meta = jax.vmap(lambda key: segments(config, world, config.batch, key))(jax.random.split(learn, config.steps))
+        tuning, held_out = (segments(config, world, config.held_out, key) for key in (tune, count))
+        return fit_start(config, world, start), meta, tuning, held_out
+
+    return jax.vmap(one)(worlds, seeds)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def meta_learn(config: Rates, weights: PyTree, streams: Segment) -> Float[Array, "seeds starts steps 3"]:
+    """The rates after each meta-update, from every start of them."""
+
+    def one(start, weights, streams):
+        adam = optax.adam(optax.cosine_decay_schedule(config.meta_rate, config.steps), b2=0.95)  # forgets an overflow soon
+        adam = optax.chain(optax.clip_by_global_norm(config.meta_clip), adam)
+        found = slope(config, weights, config.batch)
+
+        def step(carry, context):
+            meta, state = carry
+            gradient = found(meta, context).gradient
+            gradient = jnp.where(jnp.isfinite(gradient).all(), gradient, 1.0)
+            updates, state = adam.update(gradient, state)
+            meta = optax.apply_updates(meta, updates)
+            return (meta, state), jnp.exp(meta)
+
+        return jax.lax.scan(step, (jnp.log(start), adam.init(start)), streams)[1]
+
+    return jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, 0))(jnp.array(config.starts), weights, streams)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(config: Rates, weights: PyTree, rates: Float[Array, "seeds 3"], streams: Segment) -> dict[str, Array]:
+    """Bits a token and share of wrong classes of every seed."""
+
+    def one(weights, rates, streams):
+        guess = predictions(config, weights, rates, streams)
+        bits = optax.softmax_cross_entropy_with_integer_labels(guess, streams.targets).mean() / jnp.log(2)
+        return {"bits": bits, "wrong": (guess.argmax(-1) != streams.targets).mean()}
+
+    return jax.vmap(one)(weights, rates, streams)
+
+
+def measure(config: Rates, name: str) -> dict:
+    results = begin(config) | {"rows": [], "seconds": 0.0}
+    began = time.perf_counter()
+    seeds, prepared, learned = jnp.array(config.seeds), {}, {}
+    for condition in config.conditions:
+        worlds = jax.vmap(lambda seed, condition=condition: draw_world(config, condition, keys_of(seed)[0]))(seeds)
+        weights, meta, tuning, held_out = prepare(config, worlds, seeds)
+        path = np.asarray(meta_learn(config, weights, meta))
+        prepared[condition], learned[condition] = (weights, held_out), path[:, :, -1]
+        row = {"condition": condition, "rates": path[:, :, -1].tolist()}
+        if not results["rows"]:
+            row["path"] = path.tolist()  # what the figure shows
+
+        shared = lambda share, rate: np.tile(rate * np.array(share, np.float32), (len(seeds), 1))
+        bits = lambda rates: float(evaluate(config, weights, rates, tuning)["bits"].mean())  # noqa: B023
+        row["tried"] = {which: [bits(shared(share, rate)) for rate in config.grid] for which, share in SHARES.items()}
+        row["chosen"] = {which: config.grid[int(np.nanargmin(tried))] for which, tried in row["tried"].items()}
+        counted = {"frozen": shared((1, 1, 1), 0.0)}
+        counted |= {which: shared(share, row["chosen"][which]) for which, share in SHARES.items()}
+        error = {which: evaluate(config, weights, rates, held_out) for which, rates in counted.items()}
+        own = [evaluate(config, weights, path[:, i, -1], held_out) for i in range(len(config.starts))]
+        for what in ("bits", "wrong"):
+            row[what] = {which: values[what].tolist() for which, values in error.items()}
+            row[what]["learned"] = np.stack([values[what] for values in own], 1).tolist()  # seeds, starts
+        results["rows"].append(row)
+        results["seconds"] = time.perf_counter() - began
+        save(name, results)
+        print(condition, f"{results['seconds']:.0f} s", np.median(row["rates"], (0, 1)).round(4), flush=True)
+    # Rates that were learned in one condition (the mean of logarithms over starts), on streams of another.
+    results["transfer"] = {}
+    for to, (weights, held_out) in prepared.items():
+        bits = lambda rates: evaluate(config, weights, np.exp(np.log(rates).mean(1)), held_out)["bits"]  # noqa: B023
+        results["transfer"][to] = {condition: bits(rates).tolist() for condition, rates in learned.items()}
+    results["seconds"] = time.perf_counter() - began
+    return results
+
+
+def table(results: dict) -> str:
+    config = results["config"]
+
+    def spread(x, sign=""):
+        over = int((~(np.abs(x) < OVER)).sum())
+        return f"{over} of {len(x)} overflow" if over else f"{np.mean(x):{sign}.3f} ± {np.std(x, ddof=1):.3f}"
+
+    def geometric(rates):
+        logs = np.log(rates)
+        return f"{np.exp(logs.mean()):.3g} ×/÷ {np.exp(logs.std(ddof=1)):.2f}"
+
+    lines = ["| condition | " + " | ".join(f"{n} rate, period {p}" for n, p in zip(LEVELS, config["periods"], strict=True))]
+    lines[0] += " | sum | apart by start of rates | best one rate | slow alone | middle alone | fast alone |"
+    lines.append("|---|" + "---:|" * 9)
+    for row in results["rows"]:
+        rates = np.array(row["rates"])  # seeds, starts, levels
+        over = np.exp(np.log(rates).mean(1))
+        apart = np.exp(np.ptp(np.log(rates), axis=1)).mean(0)
+        cells = [
+            row["condition"],
+            *(geometric(over[:, i]) for i in range(3)),
+            geometric(over.sum(1)),
+            ", ".join(f"×{a:.2f}" for a in apart),
+        ]
+        edge = lambda name, row=row: " (edge)" if row["chosen"][name] in (config["grid"][0], config["grid"][-1]) else ""
+        cells += [f"{row['chosen'][name]:g}{edge(name)}" for name in SHARES]
+        lines.append("| " + " | ".join(cells) + " |")
+    for what, unit in (("bits", "held-out bits a token"), ("wrong", "share of wrong classes, held-out")):
+        names = ("frozen", *SHARES)
+        lines += [
+            "",
+            f"| {unit} | learned rates | " + " | ".join(names) + " | less than one rate, same seed | less than fast alone |",
+        ]
+        lines.append("|---|" + "---:|" * (len(names) + 3))
+        for row in results["rows"]:
+            own = np.array(row[what]["learned"]).mean(1)
+            cells = [row["condition"], spread(own), *(spread(row[what][name]) for name in names)]
+            cells += [spread(np.array(row[what][other]) - own, "+") for other in ("all levels, one rate", "fast alone")]
+            lines.append("| " + " | ".join(cells) + " |")
+    names = list(results["transfer"])
+    lines += ["", "| bits more than with its own rates, same seed | " + " | ".join(f"rates of {n}" for n in names) + " |"]
+    lines.append("|---|" + "---:|" * len(names))
+    for to in names:
+        row = {name: np.array(bits) for name, bits in results["transfer"][to].items()}
+        lines.append(f"| {to} | " + " | ".join(spread(row[n] - row[to], "+") if n != to else "" for n in names) + " |")
+    note = (
+        f"`{results['command']}`, {results['seconds']:.0f} seconds. {len(config['seeds'])} seeds, {len(config['starts'])} "
+    )
+    note += (
+        f"starts of the rates, {config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is "
+    )
+    note += (
+        "the standard deviation over seeds, of each seed's mean over starts. Apart: largest over smallest rate among the "
+    )
+    note += f"starts, by level, mean over seeds. Overflow: more than {OVER:g} bits a token, of so many seeds."
+    return "\n".join(lines) + "\n\n" + note + "\n"
+
+
+def figure(results: dict, path: Path) -> None:
+    """Rates as they are learned in the first condition; learned rates in all; what they gain."""
+    config, rows = results["config"], results["rows"]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
+    colours = ("C0", "C1", "C2")
+    traced = np.array(rows[0]["path"])  # seeds, starts, steps, levels
+    for i, (name, period) in enumerate(zip(LEVELS, config["periods"], strict=True)):
+        for j in range(traced.shape[1]):
+            mean = np.exp(np.log(traced[:, j, :, i]).mean(0))
+            before = config["starts"][j][i]
+            label = f"{name} level, period {period} tokens" if j == 0 else None
+            left.plot(range(len(mean) + 1), [before, *mean], color=colours[i], linewidth=1.2, label=label)
+        at = np.arange(len(rows)) + 0.22 * (i - 1)
+        for x, row in zip(at, rows, strict=True):
+            logs = np.log(np.array(row["rates"])[..., i]).mean(1)
+            mean, deviation = logs.mean(), logs.std(ddof=1)
+            low, high = np.exp(mean) - np.exp(mean - deviation), np.exp(mean + deviation) - np.exp(mean)
+            middle.errorbar(x, np.exp(mean), [[low], [high]], fmt="o", color=colours[i], capsize=3)
+    left.set(yscale="log", xlabel="meta-updates", ylabel="rate (weight per gradient)", title=rows[0]["condition"])
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    middle.set(yscale="log", ylabel="learned rate (weight per gradient)", title="learned, by tokens between changes")
+    shown = {"learned": "learned rates", "all levels, one rate": "one rate, tuned", "fast alone": "fast alone, tuned"}
+    for k, (name, label) in enumerate(shown.items()):
+        gains = []
+        for row in rows:
+            bits = np.array(row["bits"][name])
+            bits = bits.mean(1) if bits.ndim == 2 else bits
+            gains.append(np.where((bits < OVER).all(), np.array(row["bits"]["frozen"]) - bits, np.nan))
+        gains = np.array(gains)
+        at = np.arange(len(rows)) + 0.27 * (k - 1)
+        right.bar(at, gains.mean(1), 0.25, yerr=gains.std(1, ddof=1), capsize=3, label=label)
+        for x, gain in zip(at, gains, strict=True):
+            if np.isnan(gain).any():
+                right.text(x, 0.01, "overflows", rotation=90, ha="center", va="bottom", fontsize="x-small")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(ylabel="held-out bits a token less than frozen", title="what learning in context gains")
+    right.legend(fontsize="small")
+    for ax in (middle, right):
+        ax.set_xticks(range(len(rows)), [row["condition"] for row in rows], rotation=25, ha="right")
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    config = tyro.cli(Rates)
+    name = "rates" + f"_{config.variant}" * (config.variant != Rates.variant) + "_clipped" * (config.clip > 0)
+    results = measure(config, name)
+    finish(name, results, table(results))
+    figure(results, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The experiments on a memory's start and on a CMS's rates, small: what is read, what is learned, and what is held out."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory.recurrence import Gates, MemoryState, tokenwise
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "meta_learning"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports the experiment's modules, which import one another by their plain names, for one test."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)  # another experiment's of the same name
+    yield importlib.import_module
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def changed(a, b):
+    """Of every token (leading axis): whether anything of it differs."""
+    return np.any(np.asarray(a != b), axis=tuple(range(1, a.ndim)))
+
+
+@pytest.fixture
+def worlds(load):
+    rates = load("rates")
+    config = rates.Rates(tokens=64, periods=(16, 8, 4), width=3, hidden=5, fits=2, held_out=2, steps=2, batch=2)
+    return (
+        rates,
+        config,
+        lambda scales, seed=0: rates.World(jax.random.normal(jax.random.key(seed), (2, 3)), jnp.ones(3), jnp.array(scales)),
+    )
+
+
+def test_maps_change_at_their_periods(worlds):
+    """The fixed part never, each other one every so many tokens, and streams begin at different places of a period."""
+    rates, config, world = worlds
+    phases = []
+    for key in jax.random.split(jax.random.key(0), 6):
+        fixed, first, second = rates.maps(config, world((8, 32)), key)
+        np.testing.assert_array_equal(fixed, np.broadcast_to(world((8, 32)).fixed, fixed.shape))
+        for part, period in ((first, 8), (second, 32)):
+            (at,) = np.nonzero(changed(part[1:], part[:-1]))
+            assert (np.diff(at) == period).all() and len(at) in (64 // period - 1, 64 // period)
+        phases.append(int(np.nonzero(changed(first[1:], first[:-1]))[0][0]))
+    assert len(set(phases)) > 1
+    _, *still = rates.maps(config, world((rates.NEVER, rates.NEVER)), jax.random.key(1))
+    assert not any(changed(part[1:], part[:-1]).any() for part in still)
+    alone = rates.draw_world(config, "fixed part alone", jax.random.key(0))
+    assert not rates.maps(config, alone, jax.random.key(1))[1:].any()
+
+
+@pytest.mark.parametrize("name", ["rates", "initial_memory"])
+def test_seeds_and_purposes_have_keys_of_their_own(load, name):
+    """What is learned from, what is chosen on and what counts are drawn from different keys, of all seeds."""
+    keys = jax.vmap(load(name).keys_of)(jnp.arange(8))
+    assert len(np.unique(jax.random.key_data(keys).reshape(40, -1), axis=0)) == 40
+
+
+@pytest.mark.parametrize("variant", ["independent", "nested"])
+def test_a_cms_predicts_before_it_learns(worlds, variant):
+    """A class has no influence on predictions before its segment's end, and has one later; without rates, none."""
+    rates, config, world = worlds
+    config = rates.Rates(**{**vars(config), "variant": variant})
+    weights = rates.fit_start(config, world((8, 32)), jax.random.key(3))
+    context = rates.segments(config, world((8, 32)), 2, jax.random.key(4))
+    other = context._replace(targets=context.targets.at[21].set(1 - context.targets[21]))
+    predict = jax.jit(lambda value, context: rates.predictions(config, weights, jnp.full(3, value), context))
+    for value in (0.3, 0.0):
+        before, after = predict(value, context), predict(value, other)
+        (at,) = np.nonzero(changed(before, after))
+        assert (not len(at)) if value == 0 else at[0] == 24  # of a segment of 4 tokens that begins at 20
+    np.testing.assert_allclose(
+        before, rates.cms.apply(config.cms, weights["cms"], (), context.inputs) @ weights["head"], atol=1e-5
+    )
+
+
+def test_the_slope_of_a_rate_is_a_difference_quotient(worlds, x64):
+    """Of all three levels, through everything that they learn from one another."""
+    rates, config, world = worlds
+    world = world((8, 32))
+    weights = rates.fit_start(config, world, jax.random.key(3))
+    weights = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
+    context = rates.segments(config, world, 2, jax.random.key(4))
+    meta = jnp.log(jnp.array([0.2, 0.1, 0.3]))
+    found = jax.jit(rates.slope(config, weights, 2))(meta, context)
+
+    @jax.jit
+    def loss(meta):
+        guess = rates.predictions(config, weights, jnp.exp(meta), context)
+        return -jnp.take_along_axis(jax.nn.log_softmax(guess), context.targets[..., None], -1).mean()
+
+    assert abs(loss(meta) - found.value) < 1e-12
+    for i, step in enumerate(1e-5 * jnp.eye(3)):
+        assert abs(found.gradient[i]) > 1e-4
+        np.testing.assert_allclose(found.gradient[i], (loss(meta + step) - loss(meta - step)) / 2e-5, rtol=1e-6)
+
+
+def test_rates_are_measured(load, monkeypatch, tmp_path):
+    """A run of a few updates: rates have moved, no stream is there twice, and what is shown is there."""
+    rates, record = load("rates"), load("record")
+    for module in (rates, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    config = rates.Rates(
+        conditions=("16 and 256", "fixed part alone"), tokens=64, periods=(16, 8, 4), hidden=5, fits=2, held_out=2,
+        steps=2, batch=2, seeds=(0, 1), grid=(0.1, 0.2), starts=((0.1, 0.1, 0.1), (1e9, 1e9, 1e9)),
+    )  # fmt: skip
+    results = rates.measure(config, "small")
+    record.finish("small", results, rates.table(results))
+    rates.figure(results, tmp_path / "small.png")
+    kept = json.loads((tmp_path / "small.json").read_text())
+    path = np.array(kept["rows"][0]["path"])
+    assert path.shape == (2, 2, 2, 3) and (path[:, 0] != 0.1).all()
+    assert (path[:, 1] < 1e9).all()  # where the CMS overflows, and no meta-gradient is a number
+    assert set(kept["transfer"]) == {"16 and 256", "fixed part alone"} and kept["command"].startswith("python experiments/")
+    seeds = jnp.array(config.seeds)
+    worlds = jax.vmap(lambda seed: rates.draw_world(config, "16 and 256", rates.keys_of(seed)[0]))(seeds)
+    _, *drawn = rates.prepare(config, worlds, seeds)
+    firsts = np.concatenate([np.asarray(part.inputs)[..., 0, :, 0].ravel() for part in drawn])
+    assert len(firsts) == len(np.unique(firsts)) == 2 * (2 * 2 + 2 + 2)
+    assert "16 and 256" in (tmp_path / "small.md").read_text() and (tmp_path / "small.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def tasks(load):
+    memory = load("initial_memory")
+    config = memory.InitialMemory(width=4, hidden=9, pairs=16, chunk=8, batch=2, tuning=3, held_out=4, steps=2, seeds=(0, 1))
+
+    def draw(name, count=3):
+        family = memory.draw_family(config, name, jax.random.key(0))
+        return family, memory.draw_tasks(config, family, count, jax.random.key(1))
+
+    return memory, config, draw
+
+
+def test_values_have_one_size_and_a_family_its_mean(tasks):
+    """|y|^2 is 1 on average in every family; the share of the mean is the one that was asked for, or nothing."""
+    memory, config, draw = tasks
+    for name in memory.FAMILIES:
+        squares = []
+        for i in range(40):
+            family = memory.draw_family(config, name, jax.random.key(i))
+            pairs = memory.draw_tasks(config, family, 200, jax.random.key(100 + i))
+            squares.append([jnp.mean(jnp.sum(pairs.targets**2, -1)), jnp.sum(family.mean**2) / config.width])
+        whole, mean = np.mean(squares, 0)
+        assert abs(whole - 1) < 0.1
+        assert abs(mean - (config.shared if name == "common mean" else 0)) < 0.1
+    np.testing.assert_allclose(jnp.linalg.norm(pairs.keys, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(jnp.sum((pairs.values - pairs.targets) ** 2, -1)), config.noise**2, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "deep"])
+def test_a_memory_predicts_before_it_reads(tasks, kind):
+    """A value has no influence on the predictions up to its own, and has on the next; the first is the start's."""
+    memory, config, draw = tasks
+    _, pairs = draw("common mean")
+    meta = {"start": memory.draw_start(config, kind, "random", jax.random.key(2)), "rate": 0.0, "retain": 3.0}
+    held = jax.jit(lambda pairs: memory.predictions(config, kind, 1.0, meta, pairs))
+    before, after = held(pairs), held(pairs._replace(values=pairs.values.at[9].add(1.0)))
+    np.testing.assert_array_equal(changed(before, after).argmax(), 10)
+    np.testing.assert_allclose(before[:10], after[:10], atol=1e-6)
+    x, w = pairs.keys[0], meta["start"]
+    first = x @ w.T if kind == "linear" else x + jax.nn.silu(x @ w["first"].T) @ w["second"].T
+    np.testing.assert_allclose(before[0], first, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchored", [0.0, 1.0])
+def test_the_linear_memory_is_the_delta_rule(tasks, x64, anchored):
+    """Against a plain loop, and against the package's recurrence token by token where retention decays to zero."""
+    memory, config, draw = tasks
+    _, pairs = draw("mean zero")
+    start = memory.draw_start(config, "linear", "random", jax.random.key(2)).astype(jnp.float64)
+    meta = {"start": start, "rate": jnp.asarray(-0.3), "retain": jnp.asarray(2.0)}
+    got = memory.predictions(config, "linear", anchored, meta, pairs)
+    rate, retain = 1 / (1 + np.exp(0.3)), 1 / (1 + np.exp(-2.0))
+    for b in range(3):
+        w = start
+        for t, (x, v) in enumerate(zip(pairs.keys[:, b], pairs.values[:, b], strict=True)):
+            np.testing.assert_allclose(got[t, b], w @ x, atol=1e-12)
+            w = anchored * start + retain * (w - anchored * start)
+            w = w + rate * jnp.outer(v - w @ x, x)
+    if not anchored:
+        gate = lambda value: jnp.full((1, config.pairs), value)
+        state = MemoryState(jnp.repeat(start[None], 3, axis=0))
+        keys, values = pairs.keys.swapaxes(0, 1), pairs.values.swapaxes(0, 1)
+        _, after = tokenwise(state, keys, -values, Gates(gate(rate), gate(rate * retain), gate(retain)), keys)
+        np.testing.assert_allclose(after[2, -1], w @ keys[2, -1], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "deep"])
+def test_the_slope_of_a_memory_is_a_difference_quotient(tasks, x64, kind):
+    """With respect to the logarithm of its rate, the logit of its retention, and one entry of its start."""
+    memory, config, draw = tasks
+    _, pairs = draw("common mean")
+    start = memory.draw_start(config, kind, "random", jax.random.key(2))
+    meta = {"start": start, "rate": jnp.asarray(-0.3), "retain": jnp.asarray(2.0)}
+    slope = memory.hypergradient(memory.surprise, memory.memory(config, kind, 0.5))
+    found = jax.jit(slope)(meta | {"tasks": jnp.zeros(3)}, pairs, pairs.values)
+    loss = lambda meta: jnp.mean(jnp.sum((memory.predictions(config, kind, 0.5, meta, pairs) - pairs.values) ** 2, -1))
+    loss = jax.jit(loss)
+    leaves, structure = jax.tree.flatten(meta)
+    gradient = jax.tree.leaves({part: found.gradient[part] for part in meta})
+    for i, leaf in enumerate(leaves):
+        step = jnp.zeros(leaf.size).at[0].set(1e-5).reshape(leaf.shape)
+        ends = [loss(structure.unflatten([*leaves[:i], leaf + sign * step, *leaves[i + 1 :]])) for sign in (1, -1)]
+        assert abs(gradient[i].ravel()[0]) > 1e-6
+        np.testing.assert_allclose(gradient[i].ravel()[0], (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+
+
+def test_a_zero_start_of_the_deep_memory_never_learns(tasks):
+    """It is a saddle: each layer's gradient is a product with the other. Half zero it learns; by hand it begins at 0."""
+    memory, config, draw = tasks
+    _, pairs = draw("mean zero")
+    held = jax.jit(
+        lambda start: memory.predictions(config, "deep", 1.0, {"start": start, "rate": 0.5, "retain": 3.0}, pairs)
+    )
+    zero, half, hand = (
+        held(memory.draw_start(config, "deep", s, jax.random.key(2))) for s in ("zero", "half zero", "by hand")
+    )
+    np.testing.assert_array_equal(zero, pairs.keys)
+    np.testing.assert_array_equal(half[0], pairs.keys[0])
+    np.testing.assert_allclose(hand[0], 0, atol=1e-6)
+    for learns in (half, hand):
+        assert not np.allclose(learns[-1], learns[0]) and changed(learns[1:], zero[1:]).all()
+
+
+def test_who_knows_the_family_is_ridge_regression(tasks, x64):
+    """The filter's last prediction is that of the regularised least squares on all pairs before."""
+    memory, config, draw = tasks
+    family, pairs = draw("common features")
+    family, pairs = jax.tree.map(lambda x: x.astype(jnp.float64), (family, pairs))
+    guess = memory.bayes(config, family, pairs)
+    f, y = memory.features(family, pairs.keys)[:, 0], pairs.values[:, 0]
+    w = jnp.linalg.solve(f[:-1].T @ f[:-1] + config.noise**2 * jnp.eye(f.shape[1]), f[:-1].T @ y[:-1])
+    np.testing.assert_allclose(guess[-1, 0], f[-1] @ w, atol=1e-9)
+
+
+def test_starts_are_measured(tasks, load, monkeypatch, tmp_path):
+    """A run of a few updates: only a learned start is moved, and what is shown is there."""
+    memory, config, draw = tasks
+    record = load("record")
+    for module in (memory, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    config = memory.InitialMemory(**{**vars(config), "families": ("common features",), "memories": ("linear",)})
+    results = memory.measure(config)
+    record.finish("small", results, memory.table(results))
+    memory.figure(results, tmp_path / "small.png")
+    kept = json.loads((tmp_path / "small.json").read_text())
+    zero = memory.pick(kept, "linear", "common features", "zero")
+    assert np.array(zero["error"]).shape == (2, 16)
+    assert "| Bayes |" in (tmp_path / "small.md").read_text() and (tmp_path / "small.png").stat().st_size > 10_000
+    family, _ = draw("mean zero")
+    start = memory.draw_start(config, "linear", "random", jax.random.key(2))
+    for learned in (0.0, 1.0):
+        meta = memory.meta_learn(config, "linear", family, learned, 1.0, start, jax.random.key(3))
+        assert bool((meta["start"] == start).all()) == (learned == 0)
+        assert meta["rate"] != jnp.log(0.5)
