@@ -55,9 +55,12 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
 
 def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Callable:
     """Of a loss that closes over no traced values."""
-    gradient = jax.custom_vjp(lambda *arguments: jax.grad(loss, argnums, has_aux)(*arguments))
     is_none = lambda x: x is None
     inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+    @jax.custom_vjp
+    def mixflow_gradient(*arguments):  # by this name those who read a jaxpr know that its derivative is the body's
+        return jax.grad(loss, argnums, has_aux)(*arguments)
 
     def forward(*arguments):
         return jax.grad(loss, argnums, has_aux)(*arguments), arguments
@@ -84,5 +87,5 @@ def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Ca
         point, direction = (smooth, jax.tree.map(jnp.zeros_like, of_aux)), (tuple(along), of_aux)
         return jax.jvp(pulled, point, direction)[1]
 
-    gradient.defvjp(forward, backward)
-    return gradient
+    mixflow_gradient.defvjp(forward, backward)
+    return mixflow_gradient

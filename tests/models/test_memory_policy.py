@@ -73,7 +73,7 @@ def test_every_layer_takes_it(mixer):
 
     everything, states, few = used("none"), used("full"), used("sqrt")
     assert everything > 1.3 * states, (everything, states)
-    assert states > few, (states, few)
+    assert everything > 2 * few, (everything, few)  # the insides of 16 chunks can be more than 256 states
 
 
 def test_it_makes_no_other_run():

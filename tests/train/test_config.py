@@ -87,6 +87,6 @@ def test_every_field_is_documented(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(TrainConfig, args=["--help"], default=TrainConfig())
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--[a-z])", capsys.readouterr().out)[1:]]
-    said = {entry.split(" ")[0].rstrip(","): entry for entry in entries}
+    said = {name: entry for entry in entries for name in re.findall(r"(?:^|, )(--[a-z][\w.-]*)", entry)}
     names = [flag(name) for name, _ in flatten(TrainConfig())]
     assert [name for name in names if not re.search(r"[\w)`]\. \(default:", said[name])] == []
