@@ -1,6 +1,6 @@
 """python experiments/meta_learning/rates.py: learned rates of a CMS's levels on streams that change at two time scales.
 
-Writes results/rates.{json, md, png}, of another variant than the default results/rates_VARIANT.{json, md, png}.
+Writes results/rates.{json, md, png}, with --variant nested and --clip 1 results/rates_nested_clipped.*.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CONDITIONS = {  # tokens between two draws of the components that change; none: 
 }
 SHARES = {"all levels, one rate": (1, 1, 1), "slow alone": (1, 0, 0), "middle alone": (0, 1, 0), "fast alone": (0, 0, 1)}
 LEVELS = ("slow", "middle", "fast")
+OVER = 2.0  # bits a token, far above chance: weights have overflowed, or are about to
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Rates:
     """Hidden units of a level."""
     periods: tuple[int, int, int] = (64, 16, 4)
     """Tokens between two updates of the levels, slow to fast."""
+    clip: float = 0.0
+    """Largest norm of the summed gradient of a level's step; 0 for none."""
     tokens: int = 512
     """Tokens of a stream."""
     amounts: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -82,7 +85,7 @@ class Rates:
 
     @property
     def cms(self) -> CMSConfig:
-        return CMSConfig(hidden=(self.hidden,) * 3, periods=self.periods, variant=self.variant, clip=0.0)
+        return CMSConfig(hidden=(self.hidden,) * 3, periods=self.periods, variant=self.variant, clip=self.clip)
 
 
 class World(NamedTuple):
@@ -259,7 +262,9 @@ def measure(config: Rates, name: str) -> dict:
         weights, meta, tuning, held_out = prepare(config, worlds, seeds)
         path = np.asarray(meta_learn(config, weights, meta))
         prepared[condition], learned[condition] = (weights, held_out), path[:, :, -1]
-        row = {"condition": condition, "rates": path[:, :, -1].tolist(), "path": path.tolist()}
+        row = {"condition": condition, "rates": path[:, :, -1].tolist()}
+        if not results["rows"]:
+            row["path"] = path.tolist()  # what the figure shows
 
         shared = lambda share, rate: np.tile(rate * np.array(share, np.float32), (len(seeds), 1))
         bits = lambda rates: float(evaluate(config, weights, rates, tuning)["bits"].mean())  # noqa: B023
@@ -289,7 +294,7 @@ def table(results: dict) -> str:
     config = results["config"]
 
     def spread(x, sign=""):
-        over = int((~(np.abs(x) < 100)).sum())
+        over = int((~(np.abs(x) < OVER)).sum())
         return f"{over} of {len(x)} overflow" if over else f"{np.mean(x):{sign}.3f} ± {np.std(x, ddof=1):.3f}"
 
     def geometric(rates):
@@ -330,10 +335,16 @@ def table(results: dict) -> str:
     for to in names:
         row = {name: np.array(bits) for name, bits in results["transfer"][to].items()}
         lines.append(f"| {to} | " + " | ".join(spread(row[n] - row[to], "+") if n != to else "" for n in names) + " |")
-    note = f"CMS {config['variant']}. {len(config['seeds'])} seeds, {len(config['starts'])} starts of the rates, "
-    note += f"{config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is the standard "
-    note += "deviation over seeds, of each seed's mean over starts. Apart: largest over smallest rate among the starts, "
-    note += f"by level, mean over seeds. {results['seconds']:.0f} seconds."
+    note = (
+        f"`{results['command']}`, {results['seconds']:.0f} seconds. {len(config['seeds'])} seeds, {len(config['starts'])} "
+    )
+    note += (
+        f"starts of the rates, {config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is "
+    )
+    note += (
+        "the standard deviation over seeds, of each seed's mean over starts. Apart: largest over smallest rate among the "
+    )
+    note += f"starts, by level, mean over seeds. Overflow: more than {OVER:g} bits a token, of so many seeds."
     return "\n".join(lines) + "\n\n" + note + "\n"
 
 
@@ -363,13 +374,16 @@ def figure(results: dict, path: Path) -> None:
         gains = []
         for row in rows:
             bits = np.array(row["bits"][name])
-            gains.append(np.array(row["bits"]["frozen"]) - (bits.mean(1) if bits.ndim == 2 else bits))
+            bits = bits.mean(1) if bits.ndim == 2 else bits
+            gains.append(np.where((bits < OVER).all(), np.array(row["bits"]["frozen"]) - bits, np.nan))
         gains = np.array(gains)
         at = np.arange(len(rows)) + 0.27 * (k - 1)
         right.bar(at, gains.mean(1), 0.25, yerr=gains.std(1, ddof=1), capsize=3, label=label)
+        for x, gain in zip(at, gains, strict=True):
+            if np.isnan(gain).any():
+                right.text(x, 0.01, "overflows", rotation=90, ha="center", va="bottom", fontsize="x-small")
     right.axhline(0, color="black", linewidth=0.8)
     right.set(ylabel="held-out bits a token less than frozen", title="what learning in context gains")
-    right.set_ylim(-0.1, None if gains.max() < 1 else 1)
     right.legend(fontsize="small")
     for ax in (middle, right):
         ax.set_xticks(range(len(rows)), [row["condition"] for row in rows], rotation=25, ha="right")
@@ -380,7 +394,7 @@ def figure(results: dict, path: Path) -> None:
 
 def main() -> None:
     config = tyro.cli(Rates)
-    name = "rates" if config.variant == Rates.variant else f"rates_{config.variant}"
+    name = "rates" + f"_{config.variant}" * (config.variant != Rates.variant) + "_clipped" * (config.clip > 0)
     results = measure(config, name)
     finish(name, results, table(results))
     figure(results, RESULTS / f"{name}.png")
