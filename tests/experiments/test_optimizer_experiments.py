@@ -180,6 +180,23 @@ def test_the_cost_of_updates_writes_its_results(load, monkeypatch, tmp_path):
         assert 0 <= rows[name]["state_bytes_per_parameter"] - 4 * memories < 4  # beside them there are counts
 
 
+def test_the_cost_of_derivatives_writes_its_results(load, monkeypatch, tmp_path):
+    """Every memory and every time is there; states that are kept cost what they should, next to each other."""
+    benchmark = load("meta", "benchmarks")
+    for name, value in {"RESULTS": tmp_path, "tpu": lambda: None, "torch_unroll": lambda config: []}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    flags = "--width=64 --rows=2 --lengths 16 64 --timed=16 --layers=1 --batch=1 --tokens=8 --steps=2 --rounds=2"
+    monkeypatch.setattr(sys, "argv", ["meta.py", *flags.split()])
+    benchmark.main()
+    results = written(tmp_path, "meta")
+    used = {(row["checkpoint"], row["steps"]): row["temporary_mb"] for row in results["unroll"]}
+    assert set(used) == {(checkpoint, length) for checkpoint in benchmark.CHECKPOINTS for length in (16, 64)}
+    assert used["none", 64] > 3 * used["none", 16] > 3 * used["sqrt", 16] and used["none", 64] > 2 * used["sqrt", 64]
+    assert [row["gradient"] for row in results["mixflow"]] == ["mixflow_grad", "jax.grad"]
+    for times in (results["unroll_seconds"], results["mixflow_seconds"]):
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
+
+
 def test_the_best_rate_has_the_runs_that_count(load):
     """Further rates are tried while the largest is the best, what is no number is the worst, and another best drops runs."""
     tuning, settings = load("tuning"), load("config")
