@@ -76,7 +76,7 @@ class MetaConfig:
     timed: int = 1024
     """Inner steps of the MLP memory that are timed, one of `lengths`."""
     layers: int = 4
-    """Blocks of the Transformer that is the inner model of mixflow_grad."""
+    """Layers of the Transformer that is the inner model of mixflow_grad."""
     batch: int = 4
     """Its rows at each step."""
     tokens: int = 256

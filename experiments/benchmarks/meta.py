@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 CHECKPOINTS = ("none", "full", "sqrt", "log")
 RATE = 0.05
+GRAINS = {"layers": "each layer and each step", "halves": "each half of a layer, each step, and steps by twos"}
 TPU = "v5e:2x2"
 Inputs = tuple[Callable, tuple]
 
@@ -52,10 +54,11 @@ def mlp_memory(config: settings.MetaConfig, length: int, checkpoint: str) -> Inp
     return jax.grad(lambda start, pairs: unroll(step, start, pairs, checkpoint=checkpoint)[1].mean()), (start, pairs)
 
 
-def transformer(config: settings.MetaConfig, gradient: Callable) -> Inputs:
+def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> Inputs:
     """Value and gradient, by start and rate, of a Transformer's loss after steps of gradient descent; its arguments.
 
-    Every block and every inner step is computed again in the backward passes, with either inner gradient.
+    The backward passes compute again, with either inner gradient, what GRAINS says: a layer as a whole, or attention and
+    MLP apart; every inner step, from the state before it or from the state before two.
     """
     D, heads, vocabulary = config.width, config.width // 64, 256
     keys = jax.random.split(jax.random.key(0), 6)
@@ -66,20 +69,29 @@ def transformer(config: settings.MetaConfig, gradient: Callable) -> Inputs:
     text = jax.random.randint(keys[5], (config.steps, config.batch, config.tokens + 1), 0, vocabulary)
     norm = lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
-    def block(x, w):
+    again = lambda part: jax.checkpoint(part, prevent_cse=False)
+
+    def attention(x, w):
         split = (norm(x) @ w["qkv"]).reshape(*x.shape[:2], 3 * heads, D // heads)
         attended = jax.nn.dot_product_attention(*jnp.split(split, 3, axis=2), is_causal=True)
-        x += attended.reshape(x.shape) @ w["out"]
-        return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"], None
+        return x + attended.reshape(x.shape) @ w["out"]
+
+    def mlp(x, w):
+        return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"]
+
+    if grain == "halves":
+        layer, kept = lambda x, w: (again(mlp)(again(attention)(x, w), w), None), (config.steps // 2, 2)
+    else:
+        layer, kept = again(lambda x, w: (mlp(attention(x, w), w), None)), "full"
 
     def loss(w, tokens):
-        x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), w["embedding"][tokens[:, :-1]], w["blocks"])
+        x, _ = jax.lax.scan(layer, w["embedding"][tokens[:, :-1]], w["blocks"])
         logits = jax.nn.log_softmax(norm(x) @ w["embedding"].T)
         return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1))
 
     def outer(start, rate, text):
-        step = lambda w, tokens: (jax.tree.map(lambda w, g: w - rate * g, w, gradient(loss)(w, tokens)), None)
-        return loss(unroll(step, start, text, checkpoint="full")[0], text[0])
+        step = lambda w, tokens: (jax.tree.map(lambda w, g: w + -rate * g, w, gradient(loss)(w, tokens)), None)
+        return loss(unroll(step, start, text, checkpoint=kept)[0], text[0])
 
     return jax.value_and_grad(outer, (0, 1)), (start, RATE, text)
 
@@ -141,13 +153,14 @@ def measure(config: settings.MetaConfig) -> dict:
     devices = {"CPU": None} | ({f"TPU {TPU.split(':')[0]}, compiled only": device} if (device := tpu()) else {})
     results["mixflow"] = []
     for where, device in devices.items():
-        for name, gradient in inner.items():
-            made = transformer(config, gradient)
+        for grain, name in itertools.product(GRAINS, inner):
+            made = transformer(config, inner[name], grain)
             compiled, megabytes = compile_for(device, made)
-            results["mixflow"].append({"gradient": name, "device": where, "temporary_mb": megabytes})
-            print(results["mixflow"][-1], flush=True)
+            row = {"again": grain, "gradient": name, "device": where, "temporary_mb": megabytes}
+            results["mixflow"].append(row)
+            print(row, flush=True)
             if device is None:
-                calls[name] = lambda run=compiled, arguments=made[1]: run(*arguments)
+                calls[f"{grain} {name}"] = lambda run=compiled, arguments=made[1]: run(*arguments)
     results["mixflow_seconds"] = alternate(calls, config.rounds)
     return results
 
@@ -180,18 +193,18 @@ def table(results: dict) -> str:
         f'"sqrt" takes {share:.1f} times less than "none" at {timed:,} steps.',
         "",
         f"Through {config['steps']} steps of a Transformer ({config['layers']} layers, width {config['width']}, "
-        f"{config['batch']} x {config['tokens']} tokens), every block and every step computed again:",
+        f"{config['batch']} x {config['tokens']} tokens):",
         "",
-        "| inner gradient | compiler | temporary, MB | seconds |",
-        "|---|---|---:|---:|",
+        "| again | compiler | `jax.grad`, MB | `mixflow_grad`, MB | ratio | `jax.grad`, s | `mixflow_grad`, s | time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in results["mixflow"]:
-        own = row["device"] == "CPU"
-        seconds = f"{statistics.median(results['mixflow_seconds'][row['gradient']]):.1f}" if own else "-"
-        lines.append(f"| `{row['gradient']}` | {row['device']} | {row['temporary_mb']:,.0f} | {seconds} |")
-    own, other = (statistics.median(results["mixflow_seconds"][name]) for name in ("mixflow_grad", "jax.grad"))
-    ratios = [f"{b['temporary_mb'] / a['temporary_mb']:.2f} ({a['device']})" for a, b in _pairs(results)]
-    lines += ["", f"`mixflow_grad` takes {' and '.join(ratios)} times less memory, and {own / other:.2f} times the time."]
+    for ours, plain in _pairs(results):
+        a, b = ours["temporary_mb"], plain["temporary_mb"]
+        took = " - | - | - |"
+        if ours["device"] == "CPU":
+            x, y = (statistics.median(results["mixflow_seconds"][f"{r['again']} {r['gradient']}"]) for r in (ours, plain))
+            took = f" {y:.1f} | {x:.1f} | {x / y:.2f} |"
+        lines.append(f"| {GRAINS[ours['again']]} | {ours['device']} | {b:,.0f} | {a:,.0f} | {b / a:.2f} |{took}")
     return "\n".join(lines) + "\n"
 
 
@@ -203,7 +216,7 @@ def _pairs(results: dict) -> list[tuple[dict, dict]]:
 
 def figure(results: dict, path: Path) -> None:
     """Memory over length of the MLP memory, and of both gradients of the Transformer."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=(3, 2))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for checkpoint in CHECKPOINTS:
         rows = [row for row in results["unroll"] if row["checkpoint"] == checkpoint]
         left.plot([row["steps"] for row in rows], [row["temporary_mb"] for row in rows], "o-", label=checkpoint)
@@ -223,7 +236,8 @@ def figure(results: dict, path: Path) -> None:
         heights = [pair[which]["temporary_mb"] for pair in pairs]
         bars = right.bar([i + shift for i in range(len(pairs))], heights, 0.36, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
-    right.set_xticks(range(len(pairs)), [pair[0]["device"].replace(", ", "\n") for pair in pairs])
+    label = lambda row: f"{row['again']}\n{row['device']}".replace(", ", "\n")
+    right.set_xticks(range(len(pairs)), [label(ours) for ours, _ in pairs], fontsize=8)
     right.set(ylabel="temporary memory, MB", title=f"Transformer, {results['config']['steps']} inner steps")
     right.set_ylim(0, 1.15 * max(row["temporary_mb"] for row in results["mixflow"]))
     right.legend(frameon=False, fontsize=8)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -192,7 +193,9 @@ def test_the_cost_of_derivatives_writes_its_results(load, monkeypatch, tmp_path)
     used = {(row["checkpoint"], row["steps"]): row["temporary_mb"] for row in results["unroll"]}
     assert set(used) == {(checkpoint, length) for checkpoint in benchmark.CHECKPOINTS for length in (16, 64)}
     assert used["none", 64] > 3 * used["none", 16] > 3 * used["sqrt", 16] and used["none", 64] > 2 * used["sqrt", 64]
-    assert [row["gradient"] for row in results["mixflow"]] == ["mixflow_grad", "jax.grad"]
+    rows = [(row["again"], row["gradient"]) for row in results["mixflow"]]
+    assert rows == list(itertools.product(benchmark.GRAINS, ("mixflow_grad", "jax.grad")))
+    assert set(results["mixflow_seconds"]) == {" ".join(row) for row in rows}
     for times in (results["unroll_seconds"], results["mixflow_seconds"]):
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
 
