@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numbers
 import typing
 from typing import Any
 
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line: the thing, its value, the remedy."""
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether it is a whole number of at least so many; True and 2.0 are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def assert_choices(config: Any, prefix: str) -> None:

@@ -8,7 +8,6 @@ A `Level` moves once every `period` ticks of its context flow. `nest` puts a fas
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, is_whole
 from nested_jax.typing import Array, PyTree
 
 Slower = tuple[PyTree, ...]
@@ -81,7 +80,7 @@ class Level:
     parts: tuple[Level, Level, bool] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.period, numbers.Integral) or self.period < 1:
+        if not is_whole(self.period):
             raise UserError(
                 f"level {self.name!r}: period {self.period!r} is no positive whole number of tokens: give 1 or more"
             )
@@ -105,7 +104,7 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
             inside `fast` follow the `reset` of their own nest.
 
     Raises:
-        ValueError: the periods do not divide one another.
+        UserError: the periods do not divide one another.
 
     >>> import jax.numpy as jnp
     >>> mean = Level(lambda slower: jnp.zeros(()), lambda s, x, slower: (s, x.mean() - slower[0]), period=2, name="mean")
@@ -115,7 +114,7 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     (8.0, [[0.5, 2.5], [1.5, 3.5]])
     """
     if slow.period % fast.period:
-        raise ValueError(
+        raise UserError(
             f"period {slow.period} of level {slow.name!r} is not a multiple of period {fast.period} of the faster "
             f"level {fast.name!r}: choose periods that divide one another"
         )
@@ -164,7 +163,8 @@ def run(
         pieces in the order of time: the whole periods', stacked, if there are any, then the remainder's.
 
     Raises:
-        ValueError: an empty stream, or leaves of different lengths.
+        UserError: an empty stream, leaves of different lengths, more segments than steps, a step that changes the state's
+            structure, or a leaf's shape or type.
     """
     if state is None:
         state = level.init(slower)
@@ -187,7 +187,8 @@ def _advance(level, state, stream, slower, checkpoint):
     pieces = []
     if steps:
         ticks = jax.tree.map(lambda x: x[: steps * level.period].reshape(steps, level.period, *x.shape[1:]), stream)
-        state, emitted = scan(lambda s, chunk: level.step(s, chunk, slower), state, ticks, checkpoint=checkpoint)
+        step = lambda s, chunk: level.step(s, chunk, slower)
+        state, emitted = scan(step, state, ticks, checkpoint=checkpoint, who=f"level {level.name!r}")
         pieces.append(emitted)
     if rest:
         moved, emitted = level.step(state, jax.tree.map(lambda x: x[length - rest :], stream), slower)
@@ -198,7 +199,13 @@ def _advance(level, state, stream, slower, checkpoint):
 
 
 def scan(
-    step: Callable, state: PyTree, xs: PyTree, *, checkpoint: Checkpoint = "none", offload: bool = False
+    step: Callable,
+    state: PyTree,
+    xs: PyTree,
+    *,
+    checkpoint: Checkpoint = "none",
+    offload: bool = False,
+    who: str = "scan",
 ) -> tuple[PyTree, PyTree]:
     """`lax.scan` with one knob for what its backward pass keeps; the rest it computes again.
 
@@ -207,17 +214,20 @@ def scan(
             before each of n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments. A
             tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
+        who: runs it, in errors.
 
     Raises:
-        UserError: a checkpoint that is none of these, more segments than steps, or none to offload.
+        UserError: a checkpoint that is none of these, more segments than steps, or none to offload; a step that does not
+            return (state, y), or another state than it was given.
     """
-    if offload and checkpoint in ("none", "full"):
-        raise UserError(f"offload=True keeps states before segments: give checkpoint='sqrt' or a number, not {checkpoint!r}")
-    if checkpoint == "none":
-        return jax.lax.scan(step, state, xs)
+    counts = segments_of(checkpoint, stream_length(xs), offload)
     if checkpoint == "full":
-        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, xs)
-    return _scan_segments(step, _segments(checkpoint, stream_length(xs)), offload, state, xs)
+        step = jax.checkpoint(step, prevent_cse=False)
+    try:
+        return _scan_segments(step, counts, offload, state, xs)
+    except TypeError:
+        _assert_steady(who, step, state, xs)
+        raise
 
 
 def _scan_segments(step, counts: tuple[int, ...], offload: bool, state: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
@@ -228,13 +238,15 @@ def _scan_segments(step, counts: tuple[int, ...], offload: bool, state: PyTree, 
     size, rest = divmod(length, segments)
     inner = partial(_scan_segments, step, counts[1:], offload)
     inner = _offloaded(inner, len(counts)) if offload else jax.checkpoint(inner, prevent_cse=False)
-    head = jax.tree.map(lambda x: x[: size * segments].reshape(segments, size, *x.shape[1:]), xs)
-    state, emitted = jax.lax.scan(inner, state, head)
-    emitted = jax.tree.map(lambda x: x.reshape(size * segments, *x.shape[2:]), emitted)
-    if rest:
-        state, tail = inner(state, jax.tree.map(lambda x: x[size * segments :], xs))
-        emitted = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), emitted, tail)
-    return state, emitted
+    pieces, begin = [], 0
+    for count, steps in ((rest, size + 1), (segments - rest, size)):  # as many as asked for, as equal as can be
+        end = begin + count * steps
+        if count:
+            part = jax.tree.map(lambda x: x[begin:end].reshape(count, steps, *x.shape[1:]), xs)  # noqa: B023
+            state, emitted = jax.lax.scan(inner, state, part)
+            pieces.append(jax.tree.map(lambda x: x.reshape(count * steps, *x.shape[2:]), emitted))  # noqa: B023
+        begin = end
+    return state, jax.tree.map(lambda *each: jnp.concatenate(each) if rest else each[0], *pieces)
 
 
 def _offloaded(segment: Callable, layer: int) -> Callable:
@@ -250,18 +262,58 @@ def _offloaded(segment: Callable, layer: int) -> Callable:
     return jax.checkpoint(lambda state, xs: segment(named(state), xs), policy=policy, prevent_cse=False)
 
 
-def _segments(checkpoint: Checkpoint, length: int) -> tuple[int, ...]:
+def segments_of(checkpoint: Checkpoint, length: int, offload: bool = False) -> tuple[int, ...]:
+    """The segments in segments that a checkpoint asks for; none for "none" and "full". Raises as `scan` does."""
+    if isinstance(checkpoint, str) and checkpoint in ("none", "full"):
+        if offload:
+            raise UserError(
+                f"offload=True keeps states before segments: give checkpoint='sqrt' or a number, not {checkpoint!r}"
+            )
+        return ()
     if checkpoint == "sqrt":
         return (max(1, math.isqrt(length)),)
     if checkpoint == "log":
         return (4,) * ((length.bit_length() - 1) // 2) or (1,)
     counts = checkpoint if isinstance(checkpoint, tuple) else (checkpoint,)
-    if not counts or not all(type(n) is int and n >= 1 for n in counts) or math.prod(counts) > length:
+    if not counts or not all(map(is_whole, counts)) or math.prod(counts) > length:
         raise UserError(
             f"checkpoint={checkpoint!r}: give 'none', 'full', 'sqrt', 'log', a number of segments from 1 to {length}, the "
             "steps, or a tuple of numbers whose product is at most that"
         )
     return counts
+
+
+def within(checkpoint: Checkpoint, steps: int) -> Checkpoint:
+    """A checkpoint for a loop that may be shorter than its segments are many."""
+    if isinstance(checkpoint, tuple):
+        return checkpoint if math.prod(checkpoint) <= steps else "sqrt"
+    return checkpoint if isinstance(checkpoint, str) else min(checkpoint, steps)
+
+
+def _assert_steady(who: str, step: Callable, state: PyTree, xs: PyTree) -> None:
+    """Raises UserError where a step does not return its state as it came; nothing where it fails by itself."""
+    try:
+        after = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
+    except Exception:
+        return
+    if not isinstance(after, tuple | list) or len(after) != 2:
+        raise UserError(f"{who}: the step returns {jax.tree.structure(after)}: return (state, y)") from None
+    assert_same(who, state, after[0])
+
+
+def assert_same(who: str, before: PyTree, after: PyTree) -> None:
+    """Raises UserError for the first leaf of the state that a step makes another."""
+    was, now = (jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda s: s, tree)) for tree in (before, after))
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        odd = sorted({jax.tree_util.keystr(path) for path, _ in was} ^ {jax.tree_util.keystr(path) for path, _ in now})
+        what = "" if odd else f", from {jax.tree.structure(before)} to {jax.tree.structure(after)}"
+        where = f"state{odd[0] if odd else ''}"
+        raise UserError(f"{who}: the step changes the state's structure at {where}{what}: return it as it came") from None
+    for (path, a), (_, b) in zip(was, now, strict=True):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            what = lambda x: f"{x.dtype.name}{list(x.shape)}"
+            leaf = f"state{jax.tree_util.keystr(path)}"
+            raise UserError(f"{who}: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came") from None
 
 
 def _restart(level: Level, state: PyTree, slower: Slower) -> PyTree:
@@ -275,7 +327,10 @@ def _where(due: Array, fresh: PyTree, state: PyTree) -> PyTree:
 
 def stream_length(stream: PyTree) -> int:
     """T, the leading axis of every leaf."""
-    lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(stream)})
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(stream)]
+    if () in shapes:
+        raise UserError("a stream has arrays with a leading axis, not numbers: stack them, or give them an axis")
+    lengths = sorted({shape[0] for shape in shapes})
     if len(lengths) != 1 or lengths[0] == 0:
         raise UserError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
     return lengths[0]

@@ -370,6 +370,8 @@ def test_an_error_in_a_levels_own_code_is_not_hidden():
         describe(Level(lambda slower: jnp.zeros(3) + "a", step, 1))
     with pytest.raises(TypeError, match="positional argument"):
         describe(Level(lambda: jnp.zeros(3), step, 1))
+    with pytest.raises(IndexError, match="list index"):
+        describe(Level(lambda slower: [jnp.zeros(3)][len(slower) + 1], step, 1))
 
 
 @pytest.mark.parametrize("period", [0, -2, 1.5, "a"])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Checkpoint, Level, run
+from nested_jax.level import Checkpoint, Level, run, within
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 CONVOLUTION = 4  # taps of the causal depthwise convolution
@@ -45,11 +45,6 @@ def advance(position: Array | np.int32, tokens: int) -> Array | np.int32:
     return position + np.int32(tokens) if isinstance(position, jax.Array) else np.int32(position + tokens)
 
 
-def within(checkpoint: Checkpoint, steps: int) -> Checkpoint:
-    """A checkpoint as of `nested_jax.meta.unroll`, for a stream of any length: at most as many segments as steps."""
-    return min(checkpoint, steps) if isinstance(checkpoint, int) else checkpoint
-
-
 def read_stream(
     level: Level,
     state: PyTree,
@@ -70,7 +65,7 @@ def read_stream(
         position: tokens read before this piece.
         aligned: the piece starts on the chunk grid, though its position does not say so while tracing.
         reset: starts of documents, on the grid: such a row restarts from the level's start.
-        checkpoint: what the backward pass keeps, in chunks, see `within`.
+        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.level.scan`.
         tight, loose: convert the state to and from a form that holds no more than what whole chunks need.
 
     Returns:

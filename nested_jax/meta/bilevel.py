@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.sparse.linalg import cg
 
-from nested_jax.errors import UserError, assert_choice
-from nested_jax.level import Checkpoint, Description, Level, run, scan, stream_length
+from nested_jax.errors import UserError, assert_choice, is_whole
+from nested_jax.level import Checkpoint, Description, Level, run, scan, stream_length, within
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
 from nested_jax.typing import Array, Float, PyTree
@@ -42,13 +42,17 @@ def descent(
 
     Args:
         loss: (params, batch, meta) -> scalar.
-        optimizer: an optax transformation, or meta -> one: learned rates, gates, the start of a deep momentum.
+        optimizer: an optax transformation, or meta -> one: learned rates, gates, the start of a deep momentum. It is given
+            optax's extra arguments `value`, `grad` and `value_fn`.
         start: meta -> the parameters to start from.
         first_order: take g_t for a constant in derivatives (first-order MAML).
         name: of the level, in tables and errors.
 
     Returns:
         A `Level` of period 1, which emits the loss of every batch before its step.
+
+    Raises:
+        UserError: an optimizer that is neither; a parameter of the start that is no float, when the level begins.
 
     Source: NL Eq. 72 (knowledge transfer by initialisation); MAML, arXiv 1703.03400.
 
@@ -60,10 +64,13 @@ def descent(
      [0.03125]]
     """
     given = isinstance(optimizer, optax.GradientTransformation)
+    if not given and not callable(optimizer):
+        raise UserError(f"{name}: {optimizer!r} is no optax transformation: give one, or a function that makes one")
     rule = lambda slower: optax.with_extra_args_support(optimizer if given else optimizer(slower[0]))
 
     def init(slower):
         params = start(slower[0])
+        _assert_smooth(f"{name}: parameters", params)
         return Descent(params, rule(slower).init(params))
 
     def step(state, context, slower):
@@ -76,7 +83,8 @@ def descent(
         gradient, value = mixflow_grad(valued, has_aux=True)(state.params)
         if first_order:
             gradient = jax.lax.stop_gradient(gradient)
-        updates, memory = rule(slower).update(gradient, state.rule, state.params)
+        extra = {"value": value, "grad": gradient, "value_fn": lambda params: valued(params)[0]}
+        updates, memory = rule(slower).update(gradient, state.rule, state.params, **extra)
         return Descent(optax.apply_updates(state.params, updates), memory), value[None]
 
     says = Description(
@@ -116,7 +124,8 @@ def maml(
         to hyper, a pytree (learned rates, gates, the start of a deep momentum); `jax.vmap` it over tasks.
 
     Raises:
-        UserError: steps or truncate negative, or truncate more than steps.
+        UserError: steps or truncate no whole number from 0, or truncate more than steps; an optimizer that is neither, or a
+            function of a hyper that `adapt` is not given; a parameter that is no float.
 
     Source: Finn et al., arXiv 1703.03400; Shaban et al., arXiv 1810.10667 (truncation).
 
@@ -128,18 +137,23 @@ def maml(
     >>> print(start, hyper["rate"])  # -(1 - rate)^2 2, -(1 - rate) 2^2
     -1.62 -3.6
     """
-    if steps < 0 or not 0 <= (steps if truncate is None else truncate) <= steps:
-        raise UserError(f"maml: steps={steps}, truncate={truncate}: give steps of at least 0 and truncate from 0 to steps")
+    last = steps if truncate is None else truncate
+    if not is_whole(steps, 0) or not is_whole(last, 0) or last > steps:
+        raise UserError(
+            f"maml: steps={steps!r}, truncate={truncate!r}: give whole numbers, steps from 0, truncate from 0 to steps"
+        )
     given = isinstance(inner_optimizer, optax.GradientTransformation)
     level = descent(
         lambda params, task, meta: inner_loss(params, task),
-        inner_optimizer if given else lambda meta: inner_optimizer(meta[1]),
+        (lambda meta: inner_optimizer(meta[1])) if callable(inner_optimizer) else inner_optimizer,
         start=lambda meta: meta[0],
         first_order=first_order,
+        name="maml",
     )
-    last = steps if truncate is None else truncate
 
     def adapt(start, task, hyper=None):
+        if not given and hyper is None:
+            raise UserError("maml: the inner optimizer is a function of hyper: give adapt(start, task, hyper)")
         start = jax.tree.map(jnp.asarray, start)
 
         def advance(state, count, keep, slower, task):
@@ -150,8 +164,8 @@ def maml(
         slower = ((start, hyper),)
         state = level.init(slower)
         if last < steps:
-            held, *others = jax.lax.stop_gradient((state, slower, task))
-            state = _passed_on(state, advance(held, steps - last, "none", *others))
+            held = advance(state, steps - last, "sqrt", slower, task)
+            state = _passed_on(state, jax.lax.stop_gradient(held))
         return advance(state, last, checkpoint, slower, task).params
 
     return adapt
@@ -198,16 +212,18 @@ def hypergradient(
             one linear system in place of the unrolled loop, solved by conjugate gradients; nothing of the loop is kept.
             "symmetric": J is symmetric with eigenvalues below 1, as of a step of gradient descent. "general": any J, by
             normal equations. What the level emits is a constant, and the start receives nothing: a loss that holds the
-            state near meta, as of implicit MAML, tells meta where to be.
+            state near meta, as of implicit MAML, tells meta where to be. The step needs its true derivative J: a
+            first-order `descent` has none.
         checkpoint: what the backward pass keeps, in ticks of the level (of a window), see `unroll`.
-        iterations, tolerance: of conjugate gradients.
+        iterations, tolerance: of conjugate gradients: at most so many, until what remains is so small a part.
 
     Returns:
         (meta, stream, *what else) -> `Hypergradient`.
 
     Raises:
-        UserError: an unknown `implicit`, one beside `truncate`, a `truncate` below 1, a stream cut short inside a tick of
-            the level under either.
+        UserError: something else than a level, an unknown `implicit`, one beside `truncate`, a `truncate` or `iterations`
+            that is no whole number from 1, a tolerance not in [0, 1), a meta that is no float, a stream cut short inside a
+            tick of the level under either.
 
     Source: Shaban et al., arXiv 1810.10667 (truncation); Rajeswaran et al., arXiv 1909.04630 (implicit MAML).
 
@@ -223,8 +239,16 @@ def hypergradient(
     0.015625
     """
     assert_choice("hypergradient: implicit", implicit, (None, "symmetric", "general"))
-    if truncate is not None and (truncate < 1 or implicit):
-        raise UserError(f"hypergradient: truncate={truncate}, implicit={implicit!r}: give one of them, truncate at least 1")
+    if not isinstance(inner_level, Level):
+        raise UserError(f"hypergradient: {inner_level!r} is no Level: give one, such as nested_jax.meta.descent")
+    if truncate is not None and (not is_whole(truncate) or implicit):
+        raise UserError(
+            f"hypergradient: truncate={truncate!r}, implicit={implicit!r}: give one of them, truncate a whole number from 1"
+        )
+    if not is_whole(iterations) or not 0 <= tolerance < 1:
+        raise UserError(
+            f"hypergradient: iterations={iterations!r}, tolerance={tolerance!r}: give a whole number from 1, a part below 1"
+        )
 
     def whole(stream):
         """The stream in ticks of the level."""
@@ -246,8 +270,10 @@ def hypergradient(
         step = lambda state, tick: inner_level.step(state, tick, slower)
 
         def window(state, some):
-            return scan(step, _passed_on(start, jax.lax.stop_gradient(state)), some, checkpoint=checkpoint)
+            keep = within(checkpoint, stream_length(some))
+            return scan(step, _passed_on(start, jax.lax.stop_gradient(state)), some, checkpoint=keep)
 
+        windows = checkpoint if checkpoint in ("none", "full") else "sqrt"
         first = stream_length(ticks) % truncate
         cut = jax.tree.map(lambda x: x[first:].reshape(-1, truncate, *x.shape[1:]), ticks)
         pieces = []
@@ -255,7 +281,7 @@ def hypergradient(
             state, emitted = window(state, jax.tree.map(lambda x: x[:first], ticks))
             pieces.append(emitted)
         if stream_length(ticks) > first:
-            state, emitted = jax.lax.scan(window, state, cut)
+            state, emitted = scan(window, state, cut, checkpoint=windows)
             pieces.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), emitted))
         return outer_loss(meta, state, jax.tree.map(lambda *each: jnp.concatenate(each), *pieces), *others)
 
@@ -276,23 +302,26 @@ def hypergradient(
             return [jax.tree.leaves(after)[i] for i in smooth]
 
         point = [leaves[i] for i in smooth]
+        wide = lambda u: [x.astype(jnp.result_type(*point)) for x in u]  # the linear system is of one type
+        narrow = lambda u: [x.astype(leaf.dtype) for x, leaf in zip(u, point, strict=True)]
         outer = lambda point, meta: outer_loss(meta, fill(point), emitted, *others)
         value, (v, direct) = jax.value_and_grad(outer, (0, 1))(point, meta)
         moved, pull = jax.vjp(step, point, meta)
         minus = lambda a, b: jax.tree.map(jnp.subtract, a, b)
-        adjoint = lambda u: minus(u, pull(u)[0])
+        adjoint = lambda u: minus(u, wide(pull(narrow(u))[0]))
         # The derivative along w as the transpose of a pull-back, which is linear: levels need no forward mode of their own.
+        v = wide(v)
         push = jax.linear_transpose(adjoint, v)
         if implicit == "symmetric":
             u, _ = cg(adjoint, v, tol=tolerance, maxiter=iterations)
         else:
             u, _ = cg(lambda u: push(adjoint(u))[0], push(v)[0], tol=tolerance, maxiter=iterations)
-        share = lambda part, of: optax.global_norm(part) / jnp.maximum(optax.global_norm(of), jnp.finfo(value.dtype).tiny)
-        gradient = jax.tree.map(jnp.add, direct, pull(u)[1])
-        return Hypergradient(value, gradient, share(minus(moved, point), point), share(minus(adjoint(u), v), v))
+        gradient = jax.tree.map(jnp.add, direct, pull(narrow(u))[1])
+        return Hypergradient(value, gradient, _share(minus(moved, point), point), _share(minus(adjoint(u), v), v))
 
     def found(meta, stream, *others):
         meta = jax.tree.map(jnp.asarray, meta)
+        _assert_smooth("hypergradient: meta", meta)
         if implicit:
             return settled(meta, stream, others)
         value, gradient = jax.value_and_grad(unrolled)(meta, stream, others)
@@ -303,5 +332,27 @@ def hypergradient(
 
 def _passed_on(start: PyTree, state: PyTree) -> PyTree:
     """A state that is a constant, but for its derivative: that of the start."""
-    pass_on = lambda a, b: b + (a - jax.lax.stop_gradient(a)) if jnp.issubdtype(b.dtype, jnp.inexact) else b
-    return jax.tree.map(pass_on, start, state)
+    return jax.tree.map(lambda a, b: _instead(a, b) if jnp.issubdtype(b.dtype, jnp.inexact) else b, start, state)
+
+
+@jax.custom_jvp
+def _instead(a: Array, b: Array) -> Array:
+    """b, with the derivative of a: no arithmetic, so that infinities stay what they are."""
+    return b
+
+
+_instead.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+def _share(part: PyTree, of: PyTree) -> Float[Array, ""]:
+    """How large a part is; infinite where it is no number."""
+    size = optax.global_norm(of)
+    share = optax.global_norm(part) / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+    return jnp.where(jnp.isnan(share), jnp.inf, share)
+
+
+def _assert_smooth(what: str, tree: PyTree) -> None:
+    """Raises UserError for the first leaf without a derivative."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+            raise UserError(f"{what}{jax.tree_util.keystr(path)} is {dtype}: make it a float, or close over it")

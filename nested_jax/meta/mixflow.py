@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from nested_jax.errors import UserError
 
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
@@ -21,13 +24,17 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
 
     Args:
         loss: a scalar function, of pytrees of arrays; what it closes over is differentiated too.
-        argnums: which arguments the gradient is taken of.
+        argnums: which positional arguments the gradient is taken of.
         has_aux: loss returns (value, what else); so then does the gradient, (gradient, what else).
 
     Returns:
         A function of the same arguments. It can be differentiated in reverse as often as wanted; in forward mode it can
         not, since its rule is one of the reverse pass: there, take `jax.grad`. JAX then raises a TypeError that names
-        "custom_vjp".
+        "forward-mode" and "custom_vjp". It raises the same in reverse where the loss holds a `jax.custom_vjp` whose own
+        forward rule has no forward mode, as one that calls the function itself.
+
+    Raises:
+        UserError: argnums that the arguments do not have.
 
     Source: Kemaev et al., MixFlow-MG, arXiv 2505.00793.
 
@@ -38,17 +45,31 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
     -3.8000002
     """
 
-    def gradient(*arguments):
-        program, shape = jax.make_jaxpr(lambda *arguments: loss(*arguments), return_shape=True)(*arguments)
+    try:
+        numbers, single = (operator.index(argnums),), True
+    except TypeError:
+        numbers, single = tuple(map(operator.index, argnums)), False
+
+    def gradient(*arguments, **keywords):
+        if not numbers or not all(-len(arguments) <= i < len(arguments) for i in numbers):
+            raise UserError(f"mixflow_grad: argnums={argnums!r} of {len(arguments)} arguments: give what is there")
+
+        def of(*chosen):  # closes over the other arguments, which may then be no arrays
+            every = list(arguments)
+            for i, x in zip(numbers, chosen, strict=True):
+                every[i] = x
+            return loss(*every, **keywords)
+
+        chosen = [arguments[i] for i in numbers]
+        program, shape = jax.make_jaxpr(of, return_shape=True)(*chosen)
         structure = jax.tree.structure(shape)
 
-        def closed(consts, *arguments):
+        def closed(consts, *chosen):
             run = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))
-            return structure.unflatten(run(*jax.tree.leaves(arguments)))
+            return structure.unflatten(run(*jax.tree.leaves(chosen)))
 
-        shift = lambda i: i + 1 if i >= 0 else i
-        which = shift(argnums) if isinstance(argnums, int) else tuple(map(shift, argnums))
-        return _gradient(closed, which, has_aux)(program.consts, *arguments)
+        which = 1 if single else tuple(range(1, len(chosen) + 1))
+        return _gradient(closed, which, has_aux)(program.consts, *chosen)
 
     return gradient
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nested_jax.errors import UserError
-from nested_jax.level import Checkpoint, scan, stream_length
+from nested_jax.level import Checkpoint, assert_same, scan, segments_of, stream_length
 from nested_jax.typing import PyTree
 
 
@@ -65,32 +64,16 @@ def unroll(
     >>> print(jax.grad(solution)(0.01).round(4), round(100 * 0.99**99, 4))
     36.973 36.973
     """
-    length = stream_length(xs)
-    _assert_steady(step, state, xs)
     if debug:
-        return _loop(step, state, xs, length)
-    return scan(step, state, xs, checkpoint=checkpoint, offload=offload)
+        segments_of(checkpoint, stream_length(xs), offload)
+        return _loop(step, state, xs)
+    return scan(step, state, xs, checkpoint=checkpoint, offload=offload, who="unroll")
 
 
-def _loop(step, state, xs, length):
+def _loop(step, state, xs):
     outputs = []
-    for t in range(length):
-        state, y = step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
+    for t in range(stream_length(xs)):
+        before, (state, y) = state, step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
+        assert_same("unroll", before, state)
         outputs.append(y)
     return state, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
-
-
-def _assert_steady(step, state, xs) -> None:
-    """Raises UserError for the first leaf of the state that a step makes another."""
-    after, _ = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
-    was, now = (jax.tree_util.tree_leaves_with_path(tree) for tree in (jax.eval_shape(lambda s: s, state), after))
-    if jax.tree.structure(state) != jax.tree.structure(after):
-        odd = sorted({jax.tree_util.keystr(path) for path, _ in was} ^ {jax.tree_util.keystr(path) for path, _ in now})
-        raise UserError(
-            f"unroll: the step changes the state's structure at state{odd[0] if odd else ''}: return it as it came"
-        )
-    for (path, a), (_, b) in zip(was, now, strict=True):
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            what = lambda x: f"{x.dtype.name}{list(x.shape)}"
-            leaf = f"state{jax.tree_util.keystr(path)}"
-            raise UserError(f"unroll: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came")

@@ -19,8 +19,8 @@ import optax
 
 from nested_jax import cms
 from nested_jax.cms import CMSConfig, Segment, SegmentState
-from nested_jax.level import Checkpoint, Level, Nested, run, scan
-from nested_jax.memory.stream import advance, within
+from nested_jax.level import Checkpoint, Level, Nested, run, scan, within
+from nested_jax.memory.stream import advance
 from nested_jax.models.block import embed, head, mix, sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.typing import Array, Bool, Float, Int, PyTree

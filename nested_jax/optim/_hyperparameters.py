@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, is_whole
 from nested_jax.typing import Array
 
 
@@ -44,19 +44,15 @@ def check(
 def check_period(rule: str, **values: Any) -> None:
     """Raises UserError for the first value that is not a whole number of at least 1."""
     for name, value in values.items():
-        if not _counts(value):
+        if not is_whole(value):
             raise UserError(f"{rule}: {name} {value!r} is no period: give a whole number of steps, at least 1")
 
 
 def check_count(rule: str, **values: Any) -> None:
     """Raises UserError for the first value that is not a whole number of at least 1."""
     for name, value in values.items():
-        if not _counts(value):
+        if not is_whole(value):
             raise UserError(f"{rule}: {name} {value!r} is out of range: give a whole number of at least 1")
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
 
 
 def rate_at(learning_rate: float | Callable, count: Array) -> Array:

@@ -195,8 +195,10 @@ class _Leaf:
 def _start(level: Level) -> PyTree:
     try:
         return level.init(())
-    except IndexError:  # it starts from slower levels, and none are given
-        return ()
+    except IndexError as error:
+        if str(error) != "tuple index out of range":
+            raise
+        return ()  # it starts from slower levels, and none are given
 
 
 def _apart(level: Level, blocks: int, taken: list[str]) -> Level:

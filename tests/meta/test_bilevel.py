@@ -49,7 +49,7 @@ def plain(start, hyper, support, steps, name, held=0, first_order=False):
         gradient = stop(gradient) if first_order else gradient
         updates, state = RULES[name](hyper_).update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    return params
+    return jax.tree.map(lambda a, b: stop(b) + a - stop(a), start, params) if held == steps else params
 
 
 def assert_close(got, expected, rtol=1e-10):
@@ -57,7 +57,7 @@ def assert_close(got, expected, rtol=1e-10):
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"truncate": 2}, {"truncate": 5}])
+@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"truncate": 0}, {"truncate": 2}, {"truncate": 5}])
 def test_maml_is_a_plain_loop(setting, name, options):
     start, hyper, support, query = setting
     if name == "deep momentum":
@@ -70,7 +70,33 @@ def test_maml_is_a_plain_loop(setting, name, options):
     got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(start, hyper) for f in (by, expected))
     assert_close(got, want)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want[1][0]))
-    assert jnp.abs(want[1][1]["rate"]) > 0
+    assert (jnp.abs(want[1][1]["rate"]) > 0) == (last > 0)
+
+
+def test_truncation_holds_what_the_loss_closes_over():
+    """Two of five steps of w - rate scale (w - 1) are differentiated, by whichever way the scale comes in."""
+    by = lambda truncate, scale: maml(lambda w, t: scale * (w - t) ** 2 / 2, optax.sgd(0.1), 5, truncate=truncate)(3.0, 1.0)
+    slopes = [jax.grad(functools.partial(by, truncate))(1.0) for truncate in (0, 2, 5)]
+    np.testing.assert_allclose(slopes, [-2 * n * 0.1 * 0.9**4 for n in (0, 2, 5)], rtol=1e-5)
+
+
+def test_rules_that_look_at_the_loss(x64):
+    """Polyak's step, whose rate is (value - least) / |gradient|^2, and a line search."""
+    loss = lambda w, task: jnp.sum(jnp.array([1.0, 3.0]) * (w - task) ** 2) / 2
+    start, task = jnp.array([3.0, -1.0]), jnp.array([1.0, 2.0])
+
+    def polyak(w):
+        for _ in range(3):
+            value, g = jax.value_and_grad(loss)(w, task)
+            w = w - value / jnp.sum(g**2) * g
+        return w
+
+    adapt = maml(loss, optax.polyak_sgd(max_learning_rate=10.0, eps=0.0), 3)
+    assert_close(adapt(start, task), polyak(start))
+    slope = lambda f: jax.grad(lambda w: f(w).sum())(start)
+    assert_close(slope(lambda w: adapt(w, task)), slope(polyak))
+    searched = maml(loss, optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(10)), 5)(start, task)
+    assert loss(searched, task) < 1e-3 * loss(start, task)
 
 
 def test_maml_over_tasks(setting):
@@ -133,6 +159,53 @@ def test_hypergradient_is_a_plain_loop_cut_between_windows(setting, truncate):
     assert_close((found.value, found.gradient), jax.jit(jax.value_and_grad(loop))(meta))
 
 
+@pytest.mark.parametrize("checkpoint", [3, (2, 1)])
+def test_windows_of_two_lengths_take_any_checkpoint(setting, checkpoint):
+    start, hyper, _, query = setting
+    meta = {"w": start, "hyper": hyper}
+    expected = online(truncate=3, checkpoint="none")(meta, stream(7), query)
+    assert_close(online(truncate=3, checkpoint=checkpoint)(meta, stream(7), query), expected)
+
+
+def test_infinities_pass_between_windows():
+    """A level that keeps the least it has seen begins at infinity."""
+    least = Level(
+        lambda slower: {"least": jnp.full((), jnp.inf), "w": slower[0]},
+        lambda s, x, slower: ({"least": jnp.minimum(s["least"], (s["w"] * x[0]) ** 2), "w": s["w"] * 0.9}, x[0]),
+        period=1,
+    )
+    outer = lambda meta, state, emitted: state["least"] + state["w"]
+    xs = jnp.array([3.0, 2.0, 1.0, 4.0])
+    whole, cut = (hypergradient(outer, least, truncate=truncate)(2.0, xs) for truncate in (None, 2))
+    assert whole.value == pytest.approx(float(cut.value)) and jnp.isfinite(cut.gradient)
+
+
+@pytest.mark.parametrize("truncate", [None, 1, 4, 32])
+def test_memory_of_a_hypergradient(truncate):
+    """Through 256 ticks on a large state, in states: at most some roots of them, whatever the windows."""
+    size = 2**14
+    level = Level(lambda slower: slower[0] * jnp.ones(size), lambda s, x, slower: (jnp.sin(s) * x[0], None), period=1)
+
+    def used(checkpoint):
+        by = hypergradient(lambda meta, s, _: s.sum(), level, truncate=truncate, checkpoint=checkpoint)
+        compiled = jax.jit(lambda meta, xs: by(meta, xs)[:2]).lower(0.5, jnp.ones(256)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * size)
+
+    assert used("sqrt") < 56 and used("none") > 200
+
+
+def test_memory_of_maml():
+    """256 steps of adaptation of a large state, kept or not."""
+    size = 2**14
+
+    def used(checkpoint):
+        adapt = maml(lambda w, task: jnp.sum(jnp.sin(w * task)), optax.sgd(0.1), 256, checkpoint=checkpoint)
+        compiled = jax.jit(jax.grad(lambda w: adapt(w, 1.0).sum())).lower(jnp.ones(size)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * size)
+
+    assert used("sqrt") < 56 and used("none") > 200
+
+
 def penalised(settle=400):
     """Ridge regression by gradient descent: where it settles is a closed form of meta."""
     rng = np.random.default_rng(2)
@@ -158,11 +231,33 @@ def test_implicit_hypergradients_are_those_of_the_closed_form(x64, implicit, rul
     assert_close(found.gradient, unrolled.gradient, 1e-8)
 
 
-def test_an_implicit_hypergradient_says_when_it_is_not_to_be_trusted(x64):
-    loss, outer, _, meta, ticks = penalised(2)
+@pytest.mark.parametrize("implicit", ["symmetric", "general"])
+def test_an_implicit_hypergradient_says_when_it_is_not_to_be_trusted(x64, implicit):
+    """What has not settled, what is not solved, each apart."""
+    loss, outer, _, meta, _ = penalised()
     level = descent(loss, optax.sgd(0.3), start=lambda meta: jnp.zeros(3))
-    found = hypergradient(outer, level, implicit="symmetric", iterations=1)(meta, ticks)
-    assert found.unsettled > 1e-2 and found.unsolved > 1e-3
+    for settle, options, settled, solved in [
+        (2, {}, False, True),
+        (400, {"iterations": 1}, True, False),
+        (400, {"tolerance": 0.5}, True, False),
+        (2, {"iterations": 1}, False, False),
+    ]:
+        found = hypergradient(outer, level, implicit=implicit, **{"tolerance": 1e-10} | options)(meta, jnp.zeros(settle))
+        assert (found.unsettled < 1e-10, found.unsolved < 1e-8) == (settled, solved)
+        assert settled or found.unsettled > 1e-2
+        assert solved or found.unsolved > 1e-3
+
+
+def test_an_implicit_hypergradient_of_parameters_of_two_types():
+    """A bfloat16 and a float32 part; two constants of one equation, each the mean of target and meta."""
+    wide = lambda w: jnp.stack([w["a"].astype(jnp.float32), w["b"]])
+    loss = lambda w, _, meta: jnp.sum((wide(w) - meta["w"]) ** 2 + (wide(w) - 1) ** 2)
+    start = lambda meta: {"a": jnp.zeros((), jnp.bfloat16), "b": jnp.zeros(())}
+    outer = lambda meta, state, _: wide(state.params).sum()
+    level = descent(loss, optax.sgd(0.25), start=start)
+    for implicit in ("symmetric", "general"):
+        found = hypergradient(outer, level, implicit=implicit)({"w": 2.0}, jnp.zeros(20))
+        assert found.value == pytest.approx(3.0, abs=1e-2) and found.gradient["w"] == pytest.approx(1.0, abs=1e-2)
 
 
 def test_implicit_maml(x64):
@@ -180,12 +275,30 @@ def test_what_cannot_be_is_refused():
         maml(inner_loss, optax.sgd(0.1), -1)
     with pytest.raises(UserError, match="maml: steps=3, truncate=4"):
         maml(inner_loss, optax.sgd(0.1), 3, truncate=4)
+    for steps, truncate in [(2.5, None), (True, None), ("3", None), (3, 1.5), (3, True), (3, -1), (3, float("nan"))]:
+        with pytest.raises(UserError, match="maml: steps=.*, truncate=.*: give whole numbers"):
+            maml(inner_loss, optax.sgd(0.1), steps, truncate=truncate)
+    with pytest.raises(UserError, match="maml: 0.1 is no optax transformation"):
+        maml(inner_loss, 0.1, 3)
+    with pytest.raises(UserError, match="a function of hyper: give adapt"):
+        maml(lambda w, t: (w - t) ** 2, optax.sgd, 3)(1.0, 2.0)
+    with pytest.raises(UserError, match=r"maml: parameters\['n'\] is int32: make it a float"):
+        maml(lambda w, t: (w["w"] - t) ** 2, optax.sgd(0.1), 3)({"w": 1.0, "n": 3}, 2.0)
+    with pytest.raises(UserError, match="hypergradient: .* is no Level"):
+        hypergradient(lambda *_: 0.0, optax.sgd(0.1))
     level = descent(inner_loss, optax.sgd(0.1))
+    with pytest.raises(UserError, match=r"hypergradient: meta\['p'\] is int32"):
+        hypergradient(lambda *_: 0.0, level)({"p": 1}, jnp.ones(3))
+    wrong = [{"iterations": n} for n in (0, -1, 2.5, True)] + [{"tolerance": t} for t in (-1.0, float("nan"), float("inf"))]
+    for options in wrong:
+        with pytest.raises(UserError, match="hypergradient: iterations=.*, tolerance="):
+            hypergradient(lambda *_: 0.0, level, implicit="symmetric", **options)
     with pytest.raises(UserError, match="implicit 'yes' is unknown"):
         hypergradient(lambda *_: 0.0, level, implicit="yes")
     four = Level(lambda slower: slower[0], lambda s, x, slower: (s + x.sum(), s), period=4, name="four")
     for options in ({"truncate": 1}, {"implicit": "general"}):
         with pytest.raises(UserError, match="6 data points end inside a tick of level 'four', whose period is 4"):
             hypergradient(lambda meta, state, emitted: state, four, **options)(0.0, jnp.ones(6))
-    with pytest.raises(UserError, match="truncate=0"):
-        hypergradient(lambda *_: 0.0, level, truncate=0)
+    for truncate in (0, 2.5, True):
+        with pytest.raises(UserError, match="truncate="):
+            hypergradient(lambda *_: 0.0, level, truncate=truncate)

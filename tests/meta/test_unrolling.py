@@ -101,8 +101,25 @@ def test_forward_mode_and_tasks_side_by_side(x64):
 
 def test_mixflow_is_for_reverse_mode():
     gradient = mixflow_grad(lambda w: jnp.sum(w**3))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(gradient, (jnp.ones(2),), (jnp.ones(2),))
+    for forward in (lambda w: jax.jvp(gradient, (w,), (w,)), jax.jit(lambda w: jax.jvp(gradient, (w,), (w,)))):
+        with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
+            forward(jnp.ones(2))
+
+
+def test_mixflow_stores_no_inner_backward_pass():
+    """Temporary memory of eight layers, each computed again, that 256 tokens pass."""
+    w, x = jnp.ones((8, 64, 64)) / 8, jnp.ones((256, 64))
+
+    def outer(gradient, w):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        inner = lambda w: jnp.mean(jax.lax.scan(layer, x, w)[0] ** 2)
+        return jnp.sum(gradient(inner)(w) ** 2)
+
+    def used(gradient):
+        compiled = jax.jit(jax.grad(functools.partial(outer, gradient))).lower(w).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert used(jax.grad) > 1.5 * used(mixflow_grad), (used(jax.grad), used(mixflow_grad))
 
 
 def test_mixflow_is_grad_in_all_its_forms(x64):
@@ -148,6 +165,20 @@ def test_no_step_at_a_zero_gradient_breaks_what_comes_after(gradient):
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(got)), name
 
 
+def test_mixflow_is_called_as_grad_is(x64):
+    """Keywords, arguments that are no arrays, argument numbers of NumPy's."""
+    w = jnp.array([0.3, -0.5, 0.7])
+    loss = lambda how, w, *, power: jnp.sum(getattr(jnp, how)(w) ** power)
+    value = lambda of, w: jnp.sum(of(loss, np.int64(1))("tanh", w, power=3) ** 2)
+    assert_close(jax.grad(lambda w: value(mixflow_grad, w))(w), jax.grad(lambda w: value(jax.grad, w))(w))
+
+
+@pytest.mark.parametrize("argnums", [2, -3, (0, 2), ()])
+def test_mixflow_of_arguments_that_are_not_there(argnums):
+    with pytest.raises(UserError, match=r"mixflow_grad: argnums=.* of 2 arguments"):
+        mixflow_grad(lambda w, b: w * b, argnums)(1.0, 2.0)
+
+
 def test_mixflow_takes_random_keys_and_the_last_argument_by_minus_one(x64):
     loss = lambda key, w: jnp.sum(jnp.tanh(w * jax.random.normal(key, (3,))) ** 3)
     value = lambda of, w: jnp.sum(of(loss, -1)(jax.random.key(0), w) ** 2)
@@ -159,23 +190,22 @@ def test_debug_is_the_same_loop_in_python(x64):
     steps = []
 
     def step(w, x):
-        if not isinstance(w, jax.core.Tracer):
-            steps.append(float(x))
+        steps.append(float(x))  # no tracer is ever seen
         return w * jnp.sin(x), {"w": w}
 
     xs = jnp.arange(1.0, 6.0)
     got = unroll(step, jnp.asarray(0.7), xs, debug=True)
     assert steps == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert_close(got, unroll(step, jnp.asarray(0.7), xs), 1e-12)
+    assert_close(got, unroll(lambda w, x: (w * jnp.sin(x), {"w": w}), jnp.asarray(0.7), xs), 1e-12)
     assert_close(
         jax.grad(lambda w: unroll(lambda w, x: (w * jnp.sin(x), w), w, xs, debug=True)[0])(0.7),
         jax.grad(lambda w: unroll(lambda w, x: (w * jnp.sin(x), w), w, xs)[0])(0.7),
     )
 
 
-@pytest.mark.parametrize(("checkpoint", "waiting"), [("sqrt", [4]), (5, [5]), ((3, 2), [3, 2]), ("log", [4])])
+@pytest.mark.parametrize(("checkpoint", "waiting"), [("sqrt", [1, 3]), (5, [2, 3]), ((3, 2), [2, 1]), ("log", [1, 3, 4])])
 def test_states_that_wait_in_the_hosts_memory(x64, checkpoint, waiting):
-    """Those before the segments of 17 steps, of every layer of segments, whether or not they divide the steps."""
+    """Those before the segments of 17 steps, of every layer of segments, the longer and the shorter ones."""
     step = lambda w, x: (jnp.sin(w * x), w)
     xs = jnp.linspace(0.5, 1.5, 17)
     by = lambda w, **keywords: sum(jnp.sum(part) for part in unroll(step, w, xs, **keywords))
@@ -199,9 +229,15 @@ def test_a_level_takes_the_same(x64):
         assert_close(jax.grad(lambda s, c=checkpoint: run(level, s, xs, checkpoint=c)[0])(0.5), expected)
 
 
-@pytest.mark.parametrize(("checkpoint", "states", "slopes"), [("sqrt", 8, 8), (16, 16, 4), ((4, 4), 8, 4), ("log", 12, 4)])
+@pytest.mark.parametrize(
+    ("checkpoint", "states", "slopes"),
+    [("sqrt", 8, 8), (16, 16, 4), (33, 33, 2), (50, 50, 2), ((4, 4), 8, 4), ("log", 12, 4)],
+)
 def test_what_is_kept_grows_as_the_table_says(checkpoint, states, slopes):
-    """Temporary memory of 64 steps on a large state: the states of segments, and the slopes inside the innermost one."""
+    """Temporary memory of 64 steps on a large state: the states of segments, and the slopes inside the innermost one.
+
+    Segments of two lengths, one step apart, where their number does not divide the steps.
+    """
     size = 2**16
     step = lambda s, x: (jnp.sin(s) * x, None)
     value = lambda s: jnp.sum(unroll(step, s, jnp.ones(64), checkpoint=checkpoint)[0])
@@ -231,11 +267,28 @@ def test_steps_are_run_as_often_as_the_table_says(checkpoint, passes):
         (lambda s, x: ({"w": s["w"].astype(jnp.float16)}, x), r"state\['w'\] from float32\[3\] to float16\[3\]"),
         (lambda s, x: ({"w": s["w"][:2]}, x), r"state\['w'\] from float32\[3\] to float32\[2\]"),
         (lambda s, x: ({"w": s["w"], "m": x}, x), r"changes the state's structure at state\['m'\]"),
+        (lambda s, x: s, r"the step returns PyTreeDef\({'w': \*}\): return \(state, y\)"),
     ],
 )
 def test_a_step_that_changes_the_state_is_told_where(step, message):
-    with pytest.raises(UserError, match=message):
-        unroll(step, {"w": jnp.ones(3)}, jnp.ones(4))
+    state = {"w": jnp.ones(3)}
+    for checkpoint in ("none", "full", "sqrt"):
+        with pytest.raises(UserError, match="unroll: .*" + message):
+            unroll(step, state, jnp.ones(4), checkpoint=checkpoint)
+        level = Level(lambda slower: slower[0], lambda s, x, slower: step(s, x[0]), 1, "odd")
+        with pytest.raises(UserError, match="level 'odd': .*" + message):
+            run(level, state, jnp.ones(4), checkpoint=checkpoint)
+    if "returns" not in message:
+        with pytest.raises(UserError, match="unroll: .*" + message):
+            unroll(step, state, jnp.ones(4), debug=True)
+
+
+def test_a_list_is_no_tuple_and_a_steps_own_error_is_its_own():
+    with pytest.raises(UserError, match=r"structure at state, from PyTreeDef\(\[\*\]\) to PyTreeDef\(\(\*,\)\)"):
+        unroll(lambda s, x: (tuple(s), x), [jnp.ones(3)], jnp.ones(4))
+    with pytest.raises(TypeError, match="unsupported operand") as error:
+        unroll(lambda s, x: (s + "a", x), jnp.ones(3), jnp.ones(4))
+    assert not isinstance(error.value, UserError)
 
 
 def test_what_cannot_be_is_refused():
@@ -244,5 +297,9 @@ def test_what_cannot_be_is_refused():
         unroll(step, 0.0, jnp.ones((0, 2)))
     with pytest.raises(UserError, match=r"one length of at least 1 along the leading axis, not \[2, 3\]"):
         unroll(step, 0.0, (jnp.ones(2), jnp.ones(3)))
-    with pytest.raises(UserError, match="checkpoint=5: .* a number of segments from 1 to 4"):
-        unroll(step, 0.0, jnp.ones(4), checkpoint=5)
+    with pytest.raises(UserError, match="a stream has arrays with a leading axis, not numbers"):
+        unroll(step, 0.0, [1.0, 2.0])
+    for checkpoint in (5, 0, -1, True, 2.5, "half", (), (2, 3)):
+        for debug in (False, True):
+            with pytest.raises(UserError, match="checkpoint=.* a number of segments from 1 to 4"):
+                unroll(step, 0.0, jnp.ones(4), checkpoint=checkpoint, debug=debug)
