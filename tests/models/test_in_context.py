@@ -67,6 +67,14 @@ def test_outer_gradient_equals_that_of_the_loop(x64, case):
     assert all(jnp.abs(rate[-1]) > 0 for rate in rates)
 
 
+@pytest.mark.parametrize(("options", "used"), [({}, True), ({"meta_gradient": "first-order"}, False)])
+def test_inner_gradients_of_the_full_meta_gradient_are_mixflows(x64, options, used):
+    """By the name that it has in the program."""
+    made = model(config(periods=(8, 4), **options))
+    program = str(jax.make_jaxpr(lambda text: read(made, text, 40)[0])(tokens(1, 20)))
+    assert ("mixflow_gradient" in program) == used
+
+
 @pytest.mark.parametrize("case", ["two levels", "nested", "independent", "self-modifying"])
 def test_rates_of_zero_are_the_frozen_model(x64, case):
     """The same weights read by the same architecture with no period at all; levels of a nested CMS are then equal."""
