@@ -68,7 +68,7 @@ class ModelConfig:
     )
     """What the backward pass keeps of what learns while reading, the rest it computes again: full, the fast state before
     every chunk and every segment of the CMS; sqrt, log or a number, the states that `unroll` keeps of these; none,
-    everything. Values and gradients are the same."""
+    everything. Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
