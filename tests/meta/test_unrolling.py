@@ -119,7 +119,7 @@ def test_mixflow_stores_no_inner_backward_pass():
         compiled = jax.jit(jax.grad(functools.partial(outer, gradient))).lower(w).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert used(jax.grad) > 1.5 * used(mixflow_grad), (used(jax.grad), used(mixflow_grad))
+    assert used(jax.grad) > 1.25 * used(mixflow_grad)  # 1.9 by the compiler of JAX 0.10, 1.4 by that of 0.12
 
 
 def test_mixflow_is_grad_in_all_its_forms(x64):
