@@ -154,7 +154,8 @@ def deviations(values: Sequence[float]) -> np.ndarray:
 
 def band(ax: Axes, x: Sequence[float], curves: np.ndarray, geometric: bool = False, **line: Any) -> None:
     """Draws the mean of curves, (curves, points), and one standard deviation around it; geometric: of their logarithms."""
-    curves = np.log(curves) if geometric else np.array(curves, float)
+    curves = np.array(curves, float)
+    curves = np.log(curves) if geometric else curves
     mean, deviation = curves.mean(0), deviations(curves)
     low, high = mean - deviation, mean + deviation
     low = low if geometric else np.maximum(low, 1e-5)  # the axis may be logarithmic

@@ -3,8 +3,10 @@
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib.image import imread
 
@@ -39,8 +41,22 @@ def written(load, tmp_path):
         path = tmp_path / "experiments" / "results" / "small"
         path.parent.parent.mkdir()
         load("record").in_one_go(path, config, module.measure, module.table, module.figure)
-        refuse = lambda word: pytest.fail(f"JSON with {word}")
         assert imread(f"{path}.png").std() > 0.01
-        return json.loads(Path(f"{path}.json").read_text(), parse_constant=refuse), Path(f"{path}.md").read_text()
+        refuse = lambda word: pytest.fail(f"JSON with {word}")
+        results = json.loads(Path(f"{path}.json").read_text(), parse_constant=refuse)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            one = results | {"rows": [first(row) for row in results["rows"]], "config": results["config"] | {"seeds": [0]}}
+            one["transfer"] = first(results.get("transfer", {}))
+            assert "nan" not in module.table(one)
+            plt.close(module.figure(one))
+        return results, Path(f"{path}.md").read_text()
 
     return written
+
+
+def first(rows):
+    """Of results, what is of the first seed."""
+    if isinstance(rows, dict):
+        return {key: first(value) for key, value in rows.items()}
+    return rows[:1] if isinstance(rows, list) else rows
