@@ -82,10 +82,13 @@ class Rates:
     meta_clip: float = 0.1
     """Largest norm of a meta-gradient: near rates at which the CMS overflows it has no bound. Where it is no number, all
     rates are lowered."""
-    grid: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+    grid: tuple[float, ...] = (
+        *(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7),
+        *(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 10.0, 14.0),
+    )
     """Rates tried where levels share one, or one level learns alone; rising."""
     held_out: int = 48
-    """Streams of every seed on which that rate is chosen, one for all seeds, and as many others that count."""
+    """Streams of every seed on which it chooses that rate, and as many others that count."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds that count, of the fixed part, the start and the streams."""
 
@@ -275,6 +278,11 @@ def evaluate(config: Rates, weights: PyTree, rates: Float[Array, "seeds 3"], str
     return jax.vmap(one)(weights, rates, streams)
 
 
+def best(config: Rates, bits: np.ndarray) -> np.ndarray:
+    """Of bits (grid, seeds), the rate of every seed's least, of which what is no finite number is the most."""
+    return np.array(config.grid)[np.where(np.isfinite(bits), bits, np.inf).argmin(0)]
+
+
 def measure(config: Rates) -> dict:
     rows, seeds, prepared, learned = [], jnp.array(config.seeds), {}, {}
     for condition in config.conditions:
@@ -286,13 +294,14 @@ def measure(config: Rates) -> dict:
         if not rows:
             row["path"] = path.tolist()  # what the figure shows
 
-        shared = lambda share, rate: np.tile(rate * np.array(share, np.float32), (len(seeds), 1))
-        bits = lambda rates: float(evaluate(config, weights, rates, tuning)["bits"].mean())  # noqa: B023
-        row["tried"] = {which: [bits(shared(share, rate)) for rate in config.grid] for which, share in SHARES.items()}
-        least = lambda tried: int(np.where(np.isfinite(tried), tried, np.inf).argmin())
-        row["chosen"] = {which: config.grid[least(tried)] for which, tried in row["tried"].items()}
-        counted = {"frozen": shared((1, 1, 1), 0.0)}
-        counted |= {which: shared(share, row["chosen"][which]) for which, share in SHARES.items()}
+        shared = lambda share, rates: np.outer(rates, share).astype(np.float32)
+        bits = lambda rates: np.asarray(evaluate(config, weights, rates, tuning)["bits"])  # noqa: B023
+        grid = [np.full(len(seeds), rate) for rate in config.grid]
+        tried = {which: np.stack([bits(shared(share, rates)) for rates in grid]) for which, share in SHARES.items()}
+        chosen = {which: best(config, each) for which, each in tried.items()}
+        row["tried"], row["chosen"] = ({which: x.tolist() for which, x in each.items()} for each in (tried, chosen))
+        counted = {"frozen": shared((1, 1, 1), 0 * grid[0])}
+        counted |= {which: shared(share, chosen[which]) for which, share in SHARES.items()}
         error = {which: evaluate(config, weights, rates, held_out) for which, rates in counted.items()}
         own = [evaluate(config, weights, path[:, i, -1], held_out) for i in range(len(config.starts))]
         for what in ("bits", "wrong"):
@@ -324,8 +333,9 @@ def table(results: dict) -> str:
         logs = np.log(rates)
         return f"{np.exp(logs.mean()):.3g}" + (f" ×/÷ {np.exp(deviations(logs)):.2f}" if len(logs) > 1 else "")
 
-    def tuned(rate):
-        return f"{rate:g}" + (" (edge)" if rate in (config["grid"][0], config["grid"][-1]) else "")
+    def tuned(rates):
+        edge = np.isin(rates, (config["grid"][0], config["grid"][-1])).sum()
+        return geometric(rates) + (f" ({edge} at the edge)" if edge else "")
 
     heads = ["condition", *(f"{name} rate, period {p}" for name, p in zip(LEVELS, config["periods"], strict=True))]
     heads += ["sum", "apart by start of rates", "best one rate", *list(SHARES)[1:]]
@@ -358,8 +368,8 @@ def table(results: dict) -> str:
     note = (
         f"`{results['command']}`. {len(config['seeds'])} seeds, {len(config['starts'])} starts of the rates, "
         f"{config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is the standard "
-        "deviation over seeds, of each seed's mean over starts. One rate, and that of a level alone, is chosen on as many "
-        "other streams, the same for all seeds; edge: it is the least or the largest tried. Apart: largest over "
+        "deviation over seeds, of each seed's mean over starts. One rate, and that of a level alone, is each seed's choice "
+        "on as many other streams; at the edge: of so many seeds it is the least or the largest tried. Apart: largest over "
         "smallest rate among the starts, by level, mean over seeds. Overflow: of so many seeds, more than "
         f"{OVER:g} bits a token from any start."
     )
