@@ -72,7 +72,7 @@ class InitialMemory:
     """Share of a task's squared norm that is the family's mean, of the first family."""
     noise: float = 0.2
     """Norm of the noise on y, whose own norm is about 1."""
-    steps: int = 300
+    steps: int = 1200
     """Meta-updates: of the write rate and the retention of every memory, and of the learned start."""
     batch: int = 8
     """Tasks of a meta-update, fresh ones."""
