@@ -103,7 +103,7 @@ class DeepMomentum:
     """Learning rates of deep momentum that are tried."""
     deep_decays: tuple[float, ...] = (0.0, 0.5, 0.9)
     """Decays of its memory that are tried."""
-    memory_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    memory_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     """Learning rates of its memory that are tried."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds, of covariances, memories and all tasks."""

@@ -120,9 +120,9 @@ def descend(config: settings.DeepMomentum, name: str, steps: int, meta: dict, ta
 def tasks_of(config: settings.DeepMomentum, geometries: jax.Array, seed: jax.Array, which: int, count: int, i: int = 0):
     """Tasks of a seed and the keys of their batches: those of training, of update i, of tuning, and of the test."""
     key = jax.random.key(seed)
-    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count)
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count))
     draw_one = functools.partial(draw, config, geometries, jax.random.fold_in(key, 0))
-    return jax.vmap(draw_one)(keys), jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+    return jax.vmap(draw_one)(keys[:, 0]), keys[:, 1]
 
 
 def log_mean(errors: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def test_the_grid_is_searched_on_tuning_tasks(load):
 def test_what_was_measured_is_shown(load, written):
     """Tables and figures of deep momentum have every optimizer in every family, with the spread over seeds."""
     deep, settings = load("deep_momentum"), load("config")
-    config = settings.DeepMomentum(steps=2, long=4)
+    config = settings.DeepMomentum(steps=2, long=4, memory_rates=(0.03, 0.1))
     titles = [f"{name}, tuned for {n} steps" for n in (2, 4) for name in (deep.MOMENTUM, deep.DEEP)] + list(deep.LEARNED)
     row = {"errors": [[1, 0.5, 0.25, 0.2, 0.1], [1, 0.5, 0.35, 0.2, 0.1]], "lost": [0, 0.5], "rate": [1.0, 3.2]}
     row |= {"decay": [0.0, 0.98], "training": None}
