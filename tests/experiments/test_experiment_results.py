@@ -107,16 +107,14 @@ def test_curves_have_their_spread(load):
         ("sine", "--seeds", "--seeds (none) must be at least 0"),
         ("sine", "--iterations 49", "--iterations 49 must be at least 50"),
         ("sine", "--phase 1 1", "--phase 1.0 1.0 must be two numbers that rise"),
-        ("vision", "--optimizers foo", "--optimizers 'foo' is unknown"),
     ],
 )
 def test_flags_that_cannot_be(load, monkeypatch, capsys, tmp_path, name, given, said):
     """One line that names the flag and its value, exit code 2, and nothing written or measured."""
-    script = load(name, "optimizers" if name == "vision" else FOLDER)
+    script = load(name)
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *given.split()])
-    if name != "vision":  # which knows its optimizers when it builds them
-        monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(script, "measure", lambda _: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stopped:
         load("flags").run(script.main)
     assert stopped.value.code == 2
