@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+from nested_jax.errors import UserError
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+
+CHUNKS = 50  # means of a meta-training loss that are kept
 
 
 @dataclass(frozen=True)
 class Sine:
     """Sines from few points, by gradient descent from a start that is meta-learned, pretrained or random."""
 
+    fresh: bool = False
+    """Replace results of other flags."""
     shots: tuple[int, ...] = (1, 5, 10)
     """K: points of a task that are learned from. As many others are the meta-learner's."""
     amplitude: tuple[float, float] = (0.1, 5.0)
@@ -40,11 +51,22 @@ class Sine:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds, of the random starts and all tasks."""
 
+    def check(self) -> None:
+        """Raises UserError for the first flag that cannot be."""
+        flags.assert_distinct(self, "shots", "rates")
+        flags.assert_positive(self, "shots", "hidden", "rate", "batch", "meta_rate", "steps")
+        flags.assert_positive(self, "test_tasks", "tuning_tasks", "queries", "rates")
+        flags.assert_at_least(self, CHUNKS, "iterations")
+        flags.assert_each(self, lambda ends: ends[0] < ends[1], "two numbers that rise", "amplitude", "phase", "inputs")
+        flags.assert_seeds(self)
+
 
 @dataclass(frozen=True)
 class DeepMomentum:
     """Small regressions whose inputs are badly scaled, by optimizers that are tuned or meta-learned on other ones."""
 
+    fresh: bool = False
+    """Replace results of other flags."""
     geometries: tuple[int, ...] = (1, 4, 0)
     """How many covariances the inputs of tasks can have: that all share, one of so many, or 0, each task its own."""
     inputs: int = 16
@@ -81,7 +103,20 @@ class DeepMomentum:
     """Learning rates of deep momentum that are tried."""
     deep_decays: tuple[float, ...] = (0.0, 0.5, 0.9)
     """Decays of its memory that are tried."""
-    memory_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    memory_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     """Learning rates of its memory that are tried."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds, of covariances, memories and all tasks."""
+
+    def check(self) -> None:
+        """Raises UserError for the first flag that cannot be."""
+        flags.assert_distinct(self, "geometries", "rates", "decays", "deep_rates", "deep_decays", "memory_rates")
+        flags.assert_each(self, lambda n: (n >= 0) & (n < 2**31), "at least 0 and below 2**31", "geometries")
+        flags.assert_positive(self, "inputs", "outputs", "examples", "steps", "long", "hidden", "iterations", "batch")
+        flags.assert_positive(self, "meta_rate", "tuning_tasks", "test_tasks", "rates", "deep_rates", "memory_rates")
+        flags.assert_at_least(self, 1, "condition")
+        flags.assert_at_least(self, 0, "noise")
+        flags.assert_each(self, lambda decay: (decay >= 0) & (decay < 1), "at least 0 and below 1", "decays", "deep_decays")
+        flags.assert_seeds(self)
+        if self.long < self.steps:
+            raise UserError(f"--long {self.long} must be at least --steps {self.steps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +12,21 @@ from typing import NamedTuple
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from record import RESULTS, begin, finish, save
+from matplotlib.figure import Figure
 
 from nested_jax import optim
 from nested_jax.meta import descent, hypergradient
 from nested_jax.optim import deep_momentum_start
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, in_one_go, markdown, spread
 
+RESULTS = Path(__file__).parent / "results"
 TRAINING, TUNING, TEST = 1, 2, 3  # of a seed's tasks
 MOMENTUM, DEEP = "momentum", "deep momentum"
 # Of each, where its rates come from and what else is meta-learned.
@@ -117,9 +120,9 @@ def descend(config: settings.DeepMomentum, name: str, steps: int, meta: dict, ta
 def tasks_of(config: settings.DeepMomentum, geometries: jax.Array, seed: jax.Array, which: int, count: int, i: int = 0):
     """Tasks of a seed and the keys of their batches: those of training, of update i, of tuning, and of the test."""
     key = jax.random.key(seed)
-    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count)
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count))
     draw_one = functools.partial(draw, config, geometries, jax.random.fold_in(key, 0))
-    return jax.vmap(draw_one)(keys), jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+    return jax.vmap(draw_one)(keys[:, 0]), keys[:, 1]
 
 
 def log_mean(errors: jax.Array) -> jax.Array:
@@ -210,7 +213,7 @@ def test(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds:
 
 
 def measure(config: settings.DeepMomentum) -> dict:
-    results, seeds = begin(config) | {"rows": []}, jnp.array(config.seeds)
+    rows, seeds = [], jnp.array(config.seeds)
     number = lambda geometries: jnp.array(geometries or jnp.iinfo(jnp.int32).max)  # so many that each is one's own
 
     def add(geometries, title, name, metas, losses=None):
@@ -225,16 +228,9 @@ def measure(config: settings.DeepMomentum) -> dict:
         if name == BOTH:
             row["decay"] = jax.nn.sigmoid(metas["outer_decay"]).tolist()
         row["training"] = None if losses is None else losses.tolist()
-        results["rows"].append(row)
-        save("deep_momentum", results)
-        at = lambda n: f"{np.mean(errors[:, n]):.4f}"
-        print(
-            time.strftime("%H:%M:%S"),
-            geometries,
-            title,
-            f"{config.steps}: {at(config.steps)}, {config.long}: {at(config.long)}",
-            flush=True,
-        )
+        rows.append(row)
+        ends = [f"{n}: {np.mean(errors[:, n]):.4f}" for n in (config.steps, config.long)]
+        print(time.strftime("%H:%M:%S"), geometries, title, *ends, flush=True)
 
     for geometries in config.geometries:
         tuned = {}
@@ -245,62 +241,72 @@ def measure(config: settings.DeepMomentum) -> dict:
                 add(geometries, f"{name}, tuned for {steps} steps", name, metas)
         for name, base in LEARNED.items():
             add(geometries, name, name, *learn(config, name, number(geometries), seeds, tuned[base]))
-    return results
+    return {"rows": rows}
 
 
-def cell(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds, in thousandths."""
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0
-    return f"{1000 * np.mean(values):.3g} ± {1000 * spread:.2g}"
+def at_edge(config: dict, row: dict) -> dict[str, int]:
+    """Of so many seeds, what was tuned is the grid's least or largest; a decay's least, 0, is no edge."""
+    if row["training"] is not None:
+        return {}
+    deep = "memory_rate" in row
+    grids = {"rate": "deep_rates" if deep else "rates", "memory_rate": "memory_rates"}
+    edges = {key: (min(config[grid]), max(config[grid])) for key, grid in grids.items()}
+    edges |= {"memory_decay": (max(config["deep_decays"]),), "decay": (max(config["decays"]),)}
+    return {key: np.isclose(np.array(row[key])[:, None], edges[key], rtol=1e-3).sum() for key in edges if key in row}
+
+
+def behind_from(errors: np.ndarray, base: np.ndarray) -> str:
+    """The step from which on an error's geometric mean over seeds stays above another's, if there is one."""
+    ahead = np.flatnonzero(np.log(errors).mean(0) <= np.log(base).mean(0))
+    return "" if ahead[-1] == errors.shape[1] - 1 else str(ahead[-1] + 1)
 
 
 def table(results: dict) -> str:
     config = results["config"]
     counts = (config["steps"], config["long"])
+    base = f"{MOMENTUM}, tuned for {config['long']} steps"
+    heads = ["optimizer", *map(str, counts), "lost", f"behind {base}, from step"]
+    heads += ["rate", "decay", "memory's rate", "and decay"]
     lines = []
     for geometries in config["geometries"]:
         lines += [f"{family(geometries)}: relative error in thousandths after so many steps:", ""]
-        lines += ["| optimizer | " + " | ".join(map(str, counts)) + " | lost | rate | decay | memory's rate | and decay |"]
-        lines += ["|---|" + "---:|" * (len(counts) + 5)]
-        for row in (row for row in results["rows"] if row["geometries"] == geometries):
-            errors, mean = np.array(row["errors"]), lambda key, row=row: f"{np.mean(row[key]):.3g}" if key in row else ""
-            cells = [cell(errors[:, n]) for n in counts] + [f"{np.mean(row['lost']):.0%}"]
-            lines.append(
-                f"| {row['optimizer']} | "
-                + " | ".join(cells + [*map(mean, ("rate", "decay", "memory_rate", "memory_decay"))])
-                + " |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        rows, cells = [row for row in results["rows"] if row["geometries"] == geometries], []
+        other = next(np.array(row["errors"]) for row in rows if row["optimizer"] == base)
+        for row in rows:
+            errors, edge = np.array(row["errors"]), at_edge(config, row)
+            line = [row["optimizer"], *(spread(1000 * errors[:, n], kind="g") for n in counts)]
+            line += [f"{np.mean(row['lost']):.0%}", behind_from(errors, other)]
+            for key in ("rate", "decay", "memory_rate", "memory_decay"):
+                mean = f"{np.mean(row[key]):.3g}" if key in row else ""
+                line.append(mean + (f" ({edge[key]} at the edge)" if edge.get(key) else ""))
+            cells.append(line)
+        lines += [*markdown(heads, cells), ""]
+    lines.append("At the edge: of so many seeds it is the least or the largest tried.")
+    return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Errors over steps in every family of tasks."""
     config = results["config"]
-    fig, axes = plt.subplots(1, len(config["geometries"]), figsize=(14, 4.8), layout="constrained", sharey=True)
-    for ax, geometries in zip(np.atleast_1d(axes), config["geometries"], strict=True):
+    shape = {"ncols": len(config["geometries"]), "figsize": (14, 4.8), "layout": "constrained"}
+    fig, (axes,) = plt.subplots(1, **shape, sharey=True, squeeze=False)
+    for ax, geometries in zip(axes, config["geometries"], strict=True):
         rows = [row for row in results["rows"] if row["geometries"] == geometries]
         for row, (color, line) in zip(rows, STYLES, strict=True):
-            logs = np.log(np.array(row["errors"]))
-            mean, spread = logs.mean(0), logs.std(0, ddof=1 if len(logs) > 1 else 0)
-            ax.plot(np.exp(mean), line, color=color, label=row["optimizer"], linewidth=1.3)
-            ax.fill_between(
-                range(len(mean)), np.exp(mean - spread), np.exp(mean + spread), color=color, alpha=0.15, linewidth=0
-            )
+            style = {"color": color, "linestyle": line, "linewidth": 1.3, "label": row["optimizer"]}
+            band(ax, range(config["long"] + 1), row["errors"], geometric=True, **style)
         ax.axvline(config["steps"], color="black", linewidth=0.8, linestyle=":")
         ax.set(title=family(geometries), xlabel="step", xscale="log", yscale="log", xlim=(1, config["long"]), ylim=(None, 3))
-        np.atleast_1d(axes)[0].set_ylabel("excess error relative to zero weights")
-    fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    axes[0].set_ylabel("excess error relative to zero weights")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(settings.DeepMomentum)
-    results = measure(config)
-    finish("deep_momentum", results, table(results))
-    figure(results, RESULTS / "deep_momentum.png")
+    config.check()
+    in_one_go(RESULTS / "deep_momentum", config, measure, table, figure)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -6,6 +6,7 @@ Writes results/initial_memory.{json, md, png}.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +14,34 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from record import RESULTS, begin, finish, save
+from matplotlib.figure import Figure
 
 from nested_jax import Level, run
+from nested_jax.errors import UserError, assert_choice
 from nested_jax.memory.deep import (
     Deep,
     Rule,
     Strengths,
+    begin,
     deep_start,
     in_batch,
     learn,
     look,
     memory_level,
 )
-from nested_jax.memory.deep import begin as begin_deep
 from nested_jax.memory.recurrence import Gates, MemoryState, read, write
 from nested_jax.meta import hypergradient
 from nested_jax.typing import Array, Float, PyTree
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, in_one_go, markdown, spread
 
+RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("common mean", "mean zero", "common features")
 BEST = {"linear": "zero", "deep": "by hand"}  # the start that others are held against
 STARTS = {  # of each kind of memory: (name, whether the start is learned)
@@ -50,7 +54,9 @@ STARTS = {  # of each kind of memory: (name, whether the start is learned)
 class InitialMemory:
     """Zero, random and meta-learned starts of a memory that reads pairs (x, y) of a task and predicts y of the next x."""
 
-    memories: tuple[str, ...] = ("linear", "deep")
+    fresh: bool = False
+    """Replace results of other flags."""
+    memories: tuple[str, ...] = tuple(STARTS)
     """linear: a matrix with the delta rule. deep: the residual two-layer MLP of Titans."""
     families: tuple[str, ...] = FAMILIES
     """common mean: matrices around one. mean zero: around zero. common features: A silu(B x), A around zero, B the same."""
@@ -66,7 +72,7 @@ class InitialMemory:
     """Share of a task's squared norm that is the family's mean, of the first family."""
     noise: float = 0.2
     """Norm of the noise on y, whose own norm is about 1."""
-    steps: int = 300
+    steps: int = 1200
     """Meta-updates: of the write rate and the retention of every memory, and of the learned start."""
     batch: int = 8
     """Tasks of a meta-update, fresh ones."""
@@ -78,6 +84,21 @@ class InitialMemory:
     """Tasks that count; none of them was learned from."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Seeds that count, of the family, its tasks and the random starts."""
+
+    def check(self) -> None:
+        """Raises UserError for the first flag that cannot be."""
+        flags.assert_distinct(self, "memories", "families")
+        for name, known in (("memories", STARTS), ("families", FAMILIES)):
+            for value in getattr(self, name):
+                assert_choice(f"--{name}", value, tuple(known))
+        flags.assert_positive(self, "width", "hidden", "pairs", "chunk", "noise", "steps", "batch", "meta_rate", "tuning")
+        flags.assert_positive(self, "held_out")
+        flags.assert_each(self, lambda share: (share >= 0) & (share <= 1), "at least 0 and at most 1", "shared")
+        flags.assert_seeds(self)
+        if "linear" in self.memories and self.pairs % self.chunk:
+            raise UserError(f"--pairs {self.pairs} must be a multiple of --chunk {self.chunk}")
+        if "deep" in self.memories and self.hidden < 2 * self.width:
+            raise UserError(f"--hidden {self.hidden} must be at least twice --width {self.width}, for the start by hand")
 
 
 class Family(NamedTuple):
@@ -180,7 +201,7 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
         init = lambda slower: MemoryState(jnp.repeat(slower[0]["start"][None], tasks(slower), axis=0))
         return Level(init, linear, config.chunk, "linear memory")
     return memory_level(
-        lambda slower: begin_deep(heads(slower[0]["start"]), tasks(slower), False), deep, 1, "deep memory", Level.description
+        lambda slower: begin(heads(slower[0]["start"]), tasks(slower), False), deep, 1, "deep memory", Level.description
     )
 
 
@@ -266,8 +287,7 @@ def measure_seeds(config: InitialMemory, kind: str, families: Family, seeds: Arr
 
 
 def measure(config: InitialMemory) -> dict:
-    results = begin(config) | {"rows": [], "seconds": 0.0}
-    began = time.perf_counter()
+    rows = []
     for kind in config.memories:
         for name in config.families:
             seeds = jnp.array(config.seeds)
@@ -278,13 +298,11 @@ def measure(config: InitialMemory) -> dict:
                 row = {"memory": kind, "family": name, "start": start, "decays_to": ("zero", "start")[anchored]}
                 row |= {part: found[part][i, anchored].tolist() for part in ("rate", "retain", "error")}
                 row["tuning"] = {to: found["tuning"][i, j].tolist() for j, to in enumerate(("zero", "start"))}
-                results["rows"].append(row)
+                rows.append(row)
             if kind == config.memories[0]:
-                results["rows"].append({"memory": "", "family": name, "start": "Bayes", "error": best.tolist()})
-            results["seconds"] = time.perf_counter() - began
-            save("initial_memory", results)
-            print(kind, name, f"{results['seconds']:.0f} s", flush=True)
-    return results
+                rows.append({"memory": "", "family": name, "start": "Bayes", "error": best.tolist()})
+            print(time.strftime("%H:%M:%S"), kind, name, flush=True)
+    return {"rows": rows}
 
 
 def pick(results: dict, memory: str, family: str, start: str) -> dict:
@@ -297,31 +315,27 @@ def columns(config: dict) -> list[int]:
 
 
 def table(results: dict) -> str:
-    config = results["config"]
-    shown = columns(config)
-    spread = lambda x, sign="": f"{np.mean(x):{sign}.3f} ± {np.std(x, ddof=1):.3f}"
-    lines = ["| family | memory | start | " + " | ".join(f"{n} read" for n in shown)]
-    lines[0] += " | mean | less than zero or by hand, same seed | eta | alpha, to |"
-    lines.append("|---|---|---|" + "---:|" * len(shown) + "---:|---:|---:|---:|")
+    config, cells = results["config"], []
+    heads = ["family", "memory", "start", *(f"{n} read" for n in columns(config)), "mean"]
+    heads += ["less than zero or by hand, same seed", "eta", "alpha, to"]
     for family in config["families"]:
         for row in (r for r in results["rows"] if r["family"] == family):
-            error = np.array(row["error"])
-            cells = [family, row["memory"], row["start"], *(spread(error[:, n]) for n in shown), spread(error.mean(1))]
+            error, more = np.array(row["error"], float), ["", "", ""]
             if row["memory"]:
                 against = BEST[row["memory"]]
-                other = np.array(pick(results, row["memory"], family, against)["error"]).mean(1)
-                cells.append("" if row["start"] == against else spread(other - error.mean(1), "+"))
-                cells += [spread(row["rate"]), f"{np.mean(row['retain']):.3f}, {row['decays_to']}"]
-            else:
-                cells += ["", "", ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    note = f"Squared error of the noiseless y, whose mean square is 1; {len(config['seeds'])} seeds, {config['held_out']} "
-    note += f"held-out tasks each; ± is the standard deviation over seeds. {results['seconds']:.0f} seconds. "
-    note += "Bayes knows the family.\n"
-    return "\n".join(lines) + "\n\n" + note
+                other = np.array(pick(results, row["memory"], family, against)["error"], float)
+                less = "" if row["start"] == against else spread((other - error).mean(1), sign="+")
+                more = [less, spread(row["rate"]), f"{np.mean(row['retain']):.3f}, {row['decays_to']}"]
+            means = [*(spread(error[:, n]) for n in columns(config)), spread(error.mean(1))]
+            cells.append([family, row["memory"], row["start"], *means, *more])
+    note = (
+        f"Squared error of the noiseless y, whose mean square is 1; {len(config['seeds'])} seeds, {config['held_out']} "
+        "held-out tasks each; ± is the standard deviation over seeds. Bayes knows the family."
+    )
+    return "\n".join([*markdown(heads, cells, words=3), "", note]) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Error by the number of pairs read."""
     config = results["config"]
     memories, families = config["memories"], config["families"]
@@ -332,10 +346,8 @@ def figure(results: dict, path: Path) -> None:
     for line, kind in zip(axes, memories, strict=True):
         for ax, family in zip(line, families, strict=True):
             for start, _ in STARTS[kind]:
-                error = np.array(pick(results, kind, family, start)["error"])
-                mean, deviation = error.mean(0), error.std(0, ddof=1)
-                ax.plot(reads, mean, color=colours[start], label=f"{start} start")
-                ax.fill_between(reads, np.maximum(mean - deviation, 1e-3), mean + deviation, color=colours[start], alpha=0.2)
+                error = pick(results, kind, family, start)["error"]
+                band(ax, reads, error, color=colours[start], label=f"{start} start")
             best = np.mean(pick(results, "", family, "Bayes")["error"], 0)
             ax.plot(reads, best, color="gray", linestyle="--", label="Bayes, told the family")
             ax.set(yscale="log", title=f"{kind} memory, {family}")
@@ -346,16 +358,14 @@ def figure(results: dict, path: Path) -> None:
     for ax in axes[:, -1]:
         ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(InitialMemory)
-    results = measure(config)
-    finish("initial_memory", results, table(results))
-    figure(results, RESULTS / "initial_memory.png")
+    config.check()
+    in_one_go(RESULTS / "initial_memory", config, measure, table, figure)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -6,27 +6,31 @@ Writes results/rates.{json, md, png}, with --variant nested and --clip 1 results
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from record import RESULTS, begin, finish, save
+from matplotlib.figure import Figure
 
 from nested_jax import Level, cms, run
 from nested_jax.cms import CMSConfig, Segment
+from nested_jax.errors import UserError, assert_choice
 from nested_jax.meta import hypergradient
 from nested_jax.typing import Array, Float, Int, PyTree
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, deviations, in_one_go, markdown, spread
 
+RESULTS = Path(__file__).parent / "results"
 NEVER = 2**30  # tokens
 CONDITIONS = {  # tokens between two draws of the components that change; none: only the fixed part is there
     "16 and 256": (16, 256),
@@ -45,10 +49,12 @@ OVER = 2.0  # bits a token, far above chance: weights have overflowed, or are ab
 class Rates:
     """Rates of a three-level CMS, meta-learned on streams whose classes are those of a map that changes as they go on."""
 
+    fresh: bool = False
+    """Replace results of other flags."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     """What changes how often."""
-    variant: str = "independent"
-    """Of the CMS. independent: levels side by side, alike but for their periods. Others: sequential, nested."""
+    variant: Literal["independent", "sequential", "nested"] = "independent"
+    """Of the CMS. independent: levels side by side, alike but for their periods."""
     width: int = 4
     """Entries of x."""
     classes: int = 2
@@ -76,16 +82,35 @@ class Rates:
     meta_clip: float = 0.1
     """Largest norm of a meta-gradient: near rates at which the CMS overflows it has no bound. Where it is no number, all
     rates are lowered."""
-    grid: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
-    """Rates tried where levels share one."""
+    grid: tuple[float, ...] = (
+        *(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7),
+        *(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 10.0, 14.0),
+    )
+    """Rates tried where levels share one, or one level learns alone; rising."""
     held_out: int = 48
-    """Streams on which that rate is chosen, and as many others that count."""
+    """Streams of every seed on which it chooses that rate, and as many others that count."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds that count, of the fixed part, the start and the streams."""
 
     @property
     def cms(self) -> CMSConfig:
         return CMSConfig(hidden=(self.hidden,) * 3, periods=self.periods, variant=self.variant, clip=self.clip)
+
+    def check(self) -> None:
+        """Raises UserError for the first flag that cannot be."""
+        flags.assert_distinct(self, "conditions", "grid")
+        for condition in self.conditions:
+            assert_choice("--conditions", condition, tuple(CONDITIONS))
+        flags.assert_positive(self, "width", "hidden", "tokens", "fits", "starts", "steps", "batch")
+        flags.assert_positive(self, "meta_rate", "meta_clip", "grid", "held_out")
+        flags.assert_at_least(self, 2, "classes")
+        flags.assert_at_least(self, 0, "amounts")
+        flags.assert_seeds(self)
+        self.cms.check()
+        if self.tokens % self.periods[0]:
+            raise UserError(f"--tokens {self.tokens} must be a multiple of the slowest period, {self.periods[0]}")
+        if sorted(self.grid) != list(self.grid):
+            raise UserError(f"--grid {' '.join(map(str, self.grid))} must rise")
 
 
 class World(NamedTuple):
@@ -253,119 +278,118 @@ def evaluate(config: Rates, weights: PyTree, rates: Float[Array, "seeds 3"], str
     return jax.vmap(one)(weights, rates, streams)
 
 
-def measure(config: Rates, name: str) -> dict:
-    results = begin(config) | {"rows": [], "seconds": 0.0}
-    began = time.perf_counter()
-    seeds, prepared, learned = jnp.array(config.seeds), {}, {}
+def best(config: Rates, bits: np.ndarray) -> np.ndarray:
+    """Of bits (grid, seeds), the rate of every seed's least, of which what is no finite number is the most."""
+    return np.array(config.grid)[np.where(np.isfinite(bits), bits, np.inf).argmin(0)]
+
+
+def measure(config: Rates) -> dict:
+    rows, seeds, prepared, learned = [], jnp.array(config.seeds), {}, {}
     for condition in config.conditions:
         worlds = jax.vmap(lambda seed, condition=condition: draw_world(config, condition, keys_of(seed)[0]))(seeds)
         weights, meta, tuning, held_out = prepare(config, worlds, seeds)
         path = np.asarray(meta_learn(config, weights, meta))
         prepared[condition], learned[condition] = (weights, held_out), path[:, :, -1]
         row = {"condition": condition, "rates": path[:, :, -1].tolist()}
-        if not results["rows"]:
+        if not rows:
             row["path"] = path.tolist()  # what the figure shows
 
-        shared = lambda share, rate: np.tile(rate * np.array(share, np.float32), (len(seeds), 1))
-        bits = lambda rates: float(evaluate(config, weights, rates, tuning)["bits"].mean())  # noqa: B023
-        row["tried"] = {which: [bits(shared(share, rate)) for rate in config.grid] for which, share in SHARES.items()}
-        row["chosen"] = {which: config.grid[int(np.nanargmin(tried))] for which, tried in row["tried"].items()}
-        counted = {"frozen": shared((1, 1, 1), 0.0)}
-        counted |= {which: shared(share, row["chosen"][which]) for which, share in SHARES.items()}
+        shared = lambda share, rates: np.outer(rates, share).astype(np.float32)
+        bits = lambda rates: np.asarray(evaluate(config, weights, rates, tuning)["bits"])  # noqa: B023
+        grid = [np.full(len(seeds), rate) for rate in config.grid]
+        tried = {which: np.stack([bits(shared(share, rates)) for rates in grid]) for which, share in SHARES.items()}
+        chosen = {which: best(config, each) for which, each in tried.items()}
+        row["tried"], row["chosen"] = ({which: x.tolist() for which, x in each.items()} for each in (tried, chosen))
+        counted = {"frozen": shared((1, 1, 1), 0 * grid[0])}
+        counted |= {which: shared(share, chosen[which]) for which, share in SHARES.items()}
         error = {which: evaluate(config, weights, rates, held_out) for which, rates in counted.items()}
         own = [evaluate(config, weights, path[:, i, -1], held_out) for i in range(len(config.starts))]
         for what in ("bits", "wrong"):
             row[what] = {which: values[what].tolist() for which, values in error.items()}
             row[what]["learned"] = np.stack([values[what] for values in own], 1).tolist()  # seeds, starts
-        results["rows"].append(row)
-        results["seconds"] = time.perf_counter() - began
-        save(name, results)
-        print(condition, f"{results['seconds']:.0f} s", np.median(row["rates"], (0, 1)).round(4), flush=True)
+        rows.append(row)
+        print(time.strftime("%H:%M:%S"), condition, np.median(row["rates"], (0, 1)).round(4), flush=True)
     # Rates that were learned in one condition (the mean of logarithms over starts), on streams of another.
-    results["transfer"] = {}
+    transfer = {}
     for to, (weights, held_out) in prepared.items():
         bits = lambda rates: evaluate(config, weights, np.exp(np.log(rates).mean(1)), held_out)["bits"]  # noqa: B023
-        results["transfer"][to] = {condition: bits(rates).tolist() for condition, rates in learned.items()}
-    results["seconds"] = time.perf_counter() - began
-    return results
+        transfer[to] = {condition: bits(rates).tolist() for condition, rates in learned.items()}
+    return {"rows": rows, "transfer": transfer}
+
+
+def overflows(bits) -> np.ndarray:
+    """Whether a seed's bits are too many, with several starts those of any."""
+    over = ~(np.array(bits, float) < OVER)
+    return over.reshape(len(over), -1).any(1)
 
 
 def table(results: dict) -> str:
     config = results["config"]
 
-    def spread(x, sign=""):
-        over = int((~(np.abs(x) < OVER)).sum())
-        return f"{over} of {len(x)} overflow" if over else f"{np.mean(x):{sign}.3f} ± {np.std(x, ddof=1):.3f}"
+    def cell(values, over, sign=""):
+        return f"{over.sum()} of {len(over)} overflow" if over.any() else spread(values, sign=sign)
 
     def geometric(rates):
         logs = np.log(rates)
-        return f"{np.exp(logs.mean()):.3g} ×/÷ {np.exp(logs.std(ddof=1)):.2f}"
+        return f"{np.exp(logs.mean()):.3g}" + (f" ×/÷ {np.exp(deviations(logs)):.2f}" if len(logs) > 1 else "")
 
-    lines = ["| condition | " + " | ".join(f"{n} rate, period {p}" for n, p in zip(LEVELS, config["periods"], strict=True))]
-    lines[0] += " | sum | apart by start of rates | best one rate | slow alone | middle alone | fast alone |"
-    lines.append("|---|" + "---:|" * 9)
+    def tuned(rates):
+        edge = np.isin(rates, (config["grid"][0], config["grid"][-1])).sum()
+        return geometric(rates) + (f" ({edge} at the edge)" if edge else "")
+
+    heads = ["condition", *(f"{name} rate, period {p}" for name, p in zip(LEVELS, config["periods"], strict=True))]
+    heads += ["sum", "apart by start of rates", "best one rate", *list(SHARES)[1:]]
+    cells = []
     for row in results["rows"]:
-        rates = np.array(row["rates"])  # seeds, starts, levels
+        rates = np.array(row["rates"], float)  # seeds, starts, levels
         over = np.exp(np.log(rates).mean(1))
-        apart = np.exp(np.ptp(np.log(rates), axis=1)).mean(0)
-        cells = [
-            row["condition"],
-            *(geometric(over[:, i]) for i in range(3)),
-            geometric(over.sum(1)),
-            ", ".join(f"×{a:.2f}" for a in apart),
-        ]
-        edge = lambda name, row=row: " (edge)" if row["chosen"][name] in (config["grid"][0], config["grid"][-1]) else ""
-        cells += [f"{row['chosen'][name]:g}{edge(name)}" for name in SHARES]
-        lines.append("| " + " | ".join(cells) + " |")
+        apart = ", ".join(f"×{a:.2f}" for a in np.exp(np.ptp(np.log(rates), axis=1)).mean(0))
+        own = [*(geometric(over[:, i]) for i in range(3)), geometric(over.sum(1)), apart]
+        cells.append([row["condition"], *own, *(tuned(row["chosen"][name]) for name in SHARES)])
+    lines = markdown(heads, cells)
+    names = ("frozen", *SHARES)
     for what, unit in (("bits", "held-out bits a token"), ("wrong", "share of wrong classes, held-out")):
-        names = ("frozen", *SHARES)
-        lines += [
-            "",
-            f"| {unit} | learned rates | " + " | ".join(names) + " | less than one rate, same seed | less than fast alone |",
-        ]
-        lines.append("|---|" + "---:|" * (len(names) + 3))
+        heads, cells = [unit, "learned rates", *names, "less than one rate, same seed", "less than fast alone"], []
         for row in results["rows"]:
-            own = np.array(row[what]["learned"]).mean(1)
-            cells = [row["condition"], spread(own), *(spread(row[what][name]) for name in names)]
-            cells += [spread(np.array(row[what][other]) - own, "+") for other in ("all levels, one rate", "fast alone")]
-            lines.append("| " + " | ".join(cells) + " |")
-    names = list(results["transfer"])
-    lines += ["", "| bits more than with its own rates, same seed | " + " | ".join(f"rates of {n}" for n in names) + " |"]
-    lines.append("|---|" + "---:|" * len(names))
-    for to in names:
-        row = {name: np.array(bits) for name, bits in results["transfer"][to].items()}
-        lines.append(f"| {to} | " + " | ".join(spread(row[n] - row[to], "+") if n != to else "" for n in names) + " |")
+            own, over = np.array(row[what]["learned"], float).mean(1), overflows(row["bits"]["learned"])
+            line = [row["condition"], cell(own, over)]
+            line += [cell(row[what][name], overflows(row["bits"][name])) for name in names]
+            for other in ("all levels, one rate", "fast alone"):
+                either = over | overflows(row["bits"][other])
+                line.append(cell(np.array(row[what][other], float) - own, either, "+"))
+            cells.append(line)
+        lines += ["", *markdown(heads, cells)]
+    transfer, cells = results["transfer"], []
+    for to, of in transfer.items():
+        more = lambda name, to=to, of=of: np.subtract(*(np.array(of[one], float) for one in (name, to)))
+        either = lambda name, to=to, of=of: overflows(of[name]) | overflows(of[to])
+        cells.append([to, *("" if name == to else cell(more(name), either(name), "+") for name in transfer)])
+    lines += ["", *markdown(["bits more than with its own rates, same seed", *(f"rates of {n}" for n in transfer)], cells)]
     note = (
-        f"`{results['command']}`, {results['seconds']:.0f} seconds. {len(config['seeds'])} seeds, {len(config['starts'])} "
+        f"`{results['command']}`. {len(config['seeds'])} seeds, {len(config['starts'])} starts of the rates, "
+        f"{config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is the standard "
+        "deviation over seeds, of each seed's mean over starts. One rate, and that of a level alone, is each seed's choice "
+        "on as many other streams; at the edge: of so many seeds it is the least or the largest tried. Apart: largest over "
+        "smallest rate among the starts, by level, mean over seeds. Overflow: of so many seeds, more than "
+        f"{OVER:g} bits a token from any start."
     )
-    note += (
-        f"starts of the rates, {config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is "
-    )
-    note += (
-        "the standard deviation over seeds, of each seed's mean over starts. Apart: largest over smallest rate among the "
-    )
-    note += f"starts, by level, mean over seeds. Overflow: more than {OVER:g} bits a token, of so many seeds."
     return "\n".join(lines) + "\n\n" + note + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Rates as they are learned in the first condition; learned rates in all; what they gain."""
     config, rows = results["config"], results["rows"]
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
-    colours = ("C0", "C1", "C2")
-    traced = np.array(rows[0]["path"])  # seeds, starts, steps, levels
+    traced = np.array(rows[0]["path"], float)  # seeds, starts, steps, levels
     for i, (name, period) in enumerate(zip(LEVELS, config["periods"], strict=True)):
-        for j in range(traced.shape[1]):
-            mean = np.exp(np.log(traced[:, j, :, i]).mean(0))
-            before = config["starts"][j][i]
+        for j, begins in enumerate(config["starts"]):
+            curves = np.insert(traced[:, j, :, i], 0, begins[i], axis=1)
             label = f"{name} level, period {period} tokens" if j == 0 else None
-            left.plot(range(len(mean) + 1), [before, *mean], color=colours[i], linewidth=1.2, label=label)
-        at = np.arange(len(rows)) + 0.22 * (i - 1)
-        for x, row in zip(at, rows, strict=True):
-            logs = np.log(np.array(row["rates"])[..., i]).mean(1)
-            mean, deviation = logs.mean(), logs.std(ddof=1)
-            low, high = np.exp(mean) - np.exp(mean - deviation), np.exp(mean + deviation) - np.exp(mean)
-            middle.errorbar(x, np.exp(mean), [[low], [high]], fmt="o", color=colours[i], capsize=3)
+            band(left, range(curves.shape[1]), curves, geometric=True, color=f"C{i}", linewidth=1.2, label=label)
+        for x, row in zip(np.arange(len(rows)) + 0.22 * (i - 1), rows, strict=True):
+            logs = np.log(np.array(row["rates"], float)[..., i]).mean(1)
+            low, mean, high = np.exp(logs.mean() + deviations(logs) * np.array([-1, 0, 1]))
+            middle.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=f"C{i}", capsize=3)
     left.set(yscale="log", xlabel="meta-updates", ylabel="rate (weight per gradient)", title=rows[0]["condition"])
     left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
     middle.set(yscale="log", ylabel="learned rate (weight per gradient)", title="learned, by tokens between changes")
@@ -373,32 +397,28 @@ def figure(results: dict, path: Path) -> None:
     for k, (name, label) in enumerate(shown.items()):
         gains = []
         for row in rows:
-            bits = np.array(row["bits"][name])
-            bits = bits.mean(1) if bits.ndim == 2 else bits
-            gains.append(np.where((bits < OVER).all(), np.array(row["bits"]["frozen"]) - bits, np.nan))
-        gains = np.array(gains)
+            bits = np.array(row["bits"][name], float).reshape(len(config["seeds"]), -1).mean(1)
+            gains.append(np.where(overflows(row["bits"][name]).any(), np.nan, np.array(row["bits"]["frozen"], float) - bits))
+        gains = np.stack(gains, 1)  # seeds, conditions
         at = np.arange(len(rows)) + 0.27 * (k - 1)
-        right.bar(at, gains.mean(1), 0.25, yerr=gains.std(1, ddof=1), capsize=3, label=label)
-        for x, gain in zip(at, gains, strict=True):
-            if np.isnan(gain).any():
-                right.text(x, 0.01, "overflows", rotation=90, ha="center", va="bottom", fontsize="x-small")
+        right.bar(at, gains.mean(0), 0.25, yerr=deviations(gains), capsize=3, label=label)
+        for x in at[np.isnan(gains).any(0)]:
+            right.text(x, 0.01, "overflows", rotation=90, ha="center", va="bottom", fontsize="x-small")
     right.axhline(0, color="black", linewidth=0.8)
     right.set(ylabel="held-out bits a token less than frozen", title="what learning in context gains")
     right.legend(fontsize="small")
     for ax in (middle, right):
         ax.set_xticks(range(len(rows)), [row["condition"] for row in rows], rotation=25, ha="right")
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(Rates)
+    config.check()
     name = "rates" + f"_{config.variant}" * (config.variant != Rates.variant) + "_clipped" * (config.clip > 0)
-    results = measure(config, name)
-    finish(name, results, table(results))
-    figure(results, RESULTS / f"{name}.png")
+    in_one_go(RESULTS / name, config, measure, table, figure)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

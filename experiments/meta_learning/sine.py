@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -10,21 +11,22 @@ from typing import NamedTuple
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from record import RESULTS, begin, finish, save
+from matplotlib.figure import Figure
 
 from nested_jax.meta import maml
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, in_one_go, markdown, spread
 
+RESULTS = Path(__file__).parent / "results"
 PRETRAINED, RANDOM = "pretrained on all tasks", "random"
 MAML = ("MAML", "MAML, first order", "MAML, learned rate", "MAML, learned rates")
 PUBLISHED = "MAML, published code's first start"
-CHUNKS = 50  # means of the meta-training loss that are kept
 
 
 class Points(NamedTuple):
@@ -75,6 +77,11 @@ def rule(log_rates) -> optax.GradientTransformation:
     return optax.stateless(lambda g, _: jax.tree.map(step, jax.tree.broadcast(log_rates, g), g))
 
 
+def means(losses: jax.Array) -> jax.Array:
+    """Of so many parts of the training, without what is left at its end."""
+    return losses[: len(losses) // settings.CHUNKS * settings.CHUNKS].reshape(settings.CHUNKS, -1).mean(1)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
     """Of each seed, a start, the logarithms of its rates, and means of the loss over parts of the training.
@@ -105,7 +112,7 @@ def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
 
         meta = (start, log_rates)
         (meta, _), losses = jax.lax.scan(step, (meta, adam.init(meta)), jnp.arange(config.iterations))
-        return *meta, losses[: len(losses) // CHUNKS * CHUNKS].reshape(CHUNKS, -1).mean(1)
+        return *meta, means(losses)
 
     return jax.vmap(one)(seeds)
 
@@ -159,7 +166,7 @@ def errors_of(config: settings.Sine, shots: int, tuning: bool, seed, start, log_
 
 
 def measure(config: settings.Sine) -> dict:
-    results, seeds = begin(config) | {"rows": []}, jnp.array(config.seeds)
+    rows, seeds = [], jnp.array(config.seeds)
     at_first = jax.vmap(lambda seed: init(config, jax.random.fold_in(jax.random.key(seed), 0)))(seeds)
 
     def add(start: str, trained_shots: int, starts, log_rates, losses):
@@ -173,9 +180,8 @@ def measure(config: settings.Sine) -> dict:
                 tuned, rates = test_tuned(config, shots, seeds, starts)
                 row |= {"tuned_errors": tuned.tolist(), "tuned_rates": rates.tolist()}
             row["training"] = None if losses is None else losses.tolist()
-            means = np.mean(row["errors"], 0).round(3).tolist()
-            print(time.strftime("%H:%M:%S"), start, trained_shots, shots, means, flush=True)
-            results["rows"].append(row)
+            print(time.strftime("%H:%M:%S"), start, trained_shots, shots, np.mean(row["errors"], 0).round(3), flush=True)
+            rows.append(row)
 
     fixed = jnp.full(len(seeds), jnp.log(config.rate))
     add(RANDOM, 0, at_first, fixed, None)
@@ -185,8 +191,7 @@ def measure(config: settings.Sine) -> dict:
     for shots in config.shots:
         for method in MAML:
             add(method, shots, *train(config, method, shots, seeds))
-            save("sine", results)
-    return results
+    return {"rows": rows}
 
 
 def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
@@ -208,69 +213,65 @@ def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
     return found + [(f"{PRETRAINED}, rate {results['config']['rate']:g}", row, "errors") for row in at_rate]
 
 
-def cell(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds."""
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0
-    return f"{np.mean(values):.3f} ± {spread:.3f}" if np.max(values) < 100 else "> 100"  # also of what is no number
-
-
 def table(results: dict) -> str:
     config = results["config"]
     counts, last = [n for n in (0, 1, 5, 10) if n <= config["steps"]], config["steps"]
+    cell = lambda values: spread(values) if np.max(values) < 100 else "> 100"  # also of what is no number
+
+    def tuned(rates):
+        edge = np.isclose(rates[:, None], (min(config["rates"]), max(config["rates"]))).sum()
+        return f"{np.median(rates):.3g}" + (f" ({edge} at the edge)" if edge else "")
+
+    heads = ["start", *map(str, counts), f"{last}, median task", f"{last}, above 100", "inner rate"]
     lines = []
     for shots in config["shots"]:
         lines += [f"{shots}-shot, mean squared error after so many steps:", ""]
-        lines += ["| start | " + " | ".join(map(str, counts)) + f" | {last}, median task | {last}, above 100 | inner rate |"]
-        lines += ["|---|" + "---:|" * (len(counts) + 3)]
+        cells = []
         for name, row, kind in chosen(results, shots):
-            cells = [cell(np.array(row[kind])[:, n]) for n in counts]
+            line = [name, *(cell(errors) for errors in np.array(row[kind], float)[:, counts].T)]
             if kind == "tuned_errors":
-                rates = np.median(np.array(row["tuned_rates"])[:, counts[1:]], 0)
-                cells += ["", "", ", ".join(f"{r:.3g}" for r in rates)]
+                line += ["", "", ", ".join(map(tuned, np.array(row["tuned_rates"])[:, counts[1:]].T))]
             else:
-                cells += [cell(np.array(row["medians"])[:, last]), f"{np.mean(np.array(row['lost'])[:, last]):.1%}"]
-                cells += [f"{np.mean(row['rate']):.3g}"]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+                lost = np.mean(np.array(row["lost"])[:, last])
+                line += [cell(np.array(row["medians"], float)[:, last]), f"{lost:.1%}", f"{np.mean(row['rate']):.3g}"]
+            cells.append(line)
+        lines += [*markdown(heads, cells), ""]
+    lines.append(
+        "The inner rate is the mean over seeds; of learned rates, that of the median over kernels and biases of each one's "
+        "median; of a tuned rate, the median for each number of steps, at the edge: of so many seeds it is the least or the "
+        "largest tried."
+    )
+    return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
-    """Errors over steps for every number of shots, and the meta-training loss: means and ranges over seeds."""
+def figure(results: dict) -> Figure:
+    """Errors over steps for every number of shots, and the meta-training loss."""
     config = results["config"]
     fig, axes = plt.subplots(1, len(config["shots"]) + 1, figsize=(15, 4.2), layout="constrained")
     names = [f"{RANDOM}, rate tuned", f"{PRETRAINED}, rate tuned", *MAML]
     colors = dict(zip(names, ("tab:gray", "tab:brown", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
-
-    def band(ax, x, values, name):
-        values = np.array(values)
-        ax.plot(x, values.mean(0), color=colors[name], label=name, marker="." if len(x) < 20 else None)
-        ax.fill_between(x, values.min(0), values.max(0), color=colors[name], alpha=0.2, linewidth=0)
-
     for ax, shots in zip(axes, config["shots"], strict=False):
         for name, row, kind in chosen(results, shots):
             if name in colors:
-                band(ax, range(config["steps"] + 1), row[kind], name)
-        ax.set(title=f"{shots}-shot", xlabel="gradient steps on the shots", yscale="log", ylim=(0.02, 15))
+                band(ax, range(config["steps"] + 1), row[kind], geometric=True, color=colors[name], label=name, marker=".")
+        ax.set(title=f"{shots}-shot", xlabel="gradient steps on the shots", yscale="log", ylim=(0.02, 20))
         ax.set_ylabel("mean squared error on other points")
     most = max(config["shots"])
     for row in results["rows"]:
         if row["start"] in MAML and row["trained_shots"] == row["shots"] == most:
-            x = (np.arange(CHUNKS) + 0.5) * config["iterations"] / CHUNKS / 1000
-            band(axes[-1], x, np.array(row["training"]), row["start"])
+            x = (np.arange(settings.CHUNKS) + 0.5) * config["iterations"] / settings.CHUNKS / 1000
+            band(axes[-1], x, row["training"], geometric=True, color=colors[row["start"]])
     axes[-1].set(title=f"meta-training, {most}-shot", xlabel="meta-iterations, thousands", yscale="log")
     axes[-1].set_ylabel("mean squared error after 1 step")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    return fig
 
 
 def main() -> None:
     config = tyro.cli(settings.Sine)
-    results = measure(config)
-    finish("sine", results, table(results))
-    figure(results, RESULTS / "sine.png")
+    config.check()
+    in_one_go(RESULTS / "sine", config, measure, table, figure)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -19,6 +19,8 @@ def geometric(low: float, high: float, a_decade: int) -> tuple[float, ...]:
 class Surface:
     """Steps down the curved valley psi(r, phi) = r^2 + k (r - phi + a sin(omega r))^2 from random starts."""
 
+    fresh: bool = False
+    """Replace results of other flags."""
     frequencies: tuple[float, ...] = (0.0, 2.0, 4.0)
     """omega: how often the valley turns. 0: it is straight and the surface a quadratic."""
     shown: float = 2.0
@@ -71,6 +73,8 @@ class Surface:
 class Orthogonal:
     """A linear layer learns one task after the other, their inputs in subspaces that are orthogonal or overlap."""
 
+    fresh: bool = False
+    """Replace results of other flags."""
     tasks: int = 8
     """Tasks, each taught once. One matrix solves them all."""
     dimension: int = 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import config as settings
@@ -15,10 +17,14 @@ import optax
 import tyro
 from cost import costs
 from matplotlib.figure import Figure
-from record import begin, finish, markdown, spread
 
 from nested_jax import optim
 
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import begin, finish, markdown, spread
+
+RESULTS = Path(__file__).parent / "results"
 RULES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
     "gd": optax.sgd,
     "momentum": optim.momentum,
@@ -157,7 +163,7 @@ def measure(config: settings.Orthogonal) -> dict:
             for name in RULES:
                 rows.append(setting(config, name, schedule, overlap))
                 print(schedule, overlap, name, rows[-1]["rate"], np.mean(rows[-1]["all_at_end"]), flush=True)
-    return begin(config) | {"rows": rows, "cost": cost(config)}
+    return {"rows": rows, "cost": cost(config)}
 
 
 def table(results: dict) -> str:
@@ -203,9 +209,10 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    results = measure(tyro.cli(settings.Orthogonal))
-    finish("orthogonal", results, table(results), figure(results))
+    config = tyro.cli(settings.Orthogonal)
+    results = begin(RESULTS / "orthogonal", config) | measure(config)
+    finish(RESULTS / "orthogonal", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

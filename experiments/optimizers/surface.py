@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import config as settings
 import jax
@@ -13,10 +15,14 @@ import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
-from record import begin, finish
 
 from nested_jax import optim
 
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import begin, finish
+
+RESULTS = Path(__file__).parent / "results"
 SHOWN = ("gd", "momentum", "delta, erase 0.1", "delta, erase 0.5", "delta by entries, erase 0.1")
 
 
@@ -86,7 +92,7 @@ def measure(config: settings.Surface) -> dict:
             row |= {"mean_steps": float(steps.mean()), "std_steps": float(steps.std(ddof=1)), "steps": steps.tolist()}
             print({key: row[key] for key in row if key != "steps"}, flush=True)
             rows.append(row)
-    return begin(config) | {"rows": rows}
+    return {"rows": rows}
 
 
 def table(results: dict) -> str:
@@ -129,9 +135,9 @@ def figure(results: dict, config: settings.Surface) -> Figure:
 
 def main() -> None:
     config = tyro.cli(settings.Surface)
-    results = measure(config)
-    finish("surface", results, table(results), figure(results, config))
+    results = begin(RESULTS / "surface", config) | measure(config)
+    finish(RESULTS / "surface", results, table(results), figure(results, config))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

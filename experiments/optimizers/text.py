@@ -13,16 +13,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from record import band, finish, markdown, once, resume, spread
 from rich.console import Console
 from tuning import chosen, counted, tried, tuned
 
-from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.loop import train
 from nested_jax.train.record import read_rows
 from nested_jax.train.stopping import NonFinite
 
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, finish, markdown, once, resume, spread
+
+RESULTS = Path(__file__).parent / "results"
 BITS = "heldout_bits_per_byte"
 
 
@@ -46,7 +49,7 @@ def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: i
 
 
 def measure(config: settings.Text, results: dict) -> dict:
-    make = functools.partial(once, "text", results, functools.partial(run, config))
+    make = functools.partial(once, RESULTS / "text", results, functools.partial(run, config))
     each = [{"preset": preset, "optimizer": name} for preset in config.presets for name in config.optimizers]
     return results | {"runs": [row for one in each for row in tuned(make, config, BITS, config.further, **one)]}
 
@@ -100,12 +103,9 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = tyro.cli(settings.Text)
-    results = measure(config, resume("text", config))
-    finish("text", results, table(results), figure(results))
+    results = measure(config, resume(RESULTS / "text", config))
+    finish(RESULTS / "text", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    flags.run(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import config as settings
@@ -20,7 +21,6 @@ import tyro
 from cost import costs
 from flax import nnx
 from matplotlib.figure import Figure
-from record import band, finish, markdown, once, resume, spread
 from sklearn.datasets import load_digits
 from tuning import chosen, counted, tried, tuned
 
@@ -29,6 +29,11 @@ from nested_jax.errors import UserError
 from nested_jax.models.vision import VisionTransformer
 from nested_jax.typing import PyTree
 
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import band, finish, markdown, once, resume, spread
+
+RESULTS = Path(__file__).parent / "results"
 MATRICES = optim.matrices("project|out|up|down")
 
 
@@ -139,7 +144,7 @@ def measure(config: settings.Vision, results: dict) -> dict:
         row |= {"test_loss": float(test[0]), "test_accuracy": float(test[1])}
         return row | {"losses": [float(f"{value:.4g}") for value in losses]}
 
-    make = functools.partial(once, "vision", results, run)
+    make = functools.partial(once, RESULTS / "vision", results, run)
     runs = [row for name in config.optimizers for row in tuned(make, config, "validation_loss", optimizer=name)]
     return results | {"runs": runs, "cost": results.get("cost") or cost(config, data[0])}
 
@@ -163,7 +168,7 @@ def figure(results: dict) -> Figure:
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for price in results["cost"]:
         name, width = price["optimizer"], min(10, results["config"]["steps"])
-        mean = lambda losses, width=width: np.convolve(losses, np.ones(width) / width, "valid")
+        mean = lambda losses, width=width: np.convolve(np.array(losses, float), np.ones(width) / width, "valid")
         losses = np.stack([mean(row["losses"]) for row in counted(results, optimizer=name)])
         steps = np.arange(width, width + losses.shape[1])
         for ax, x in ((left, steps), (middle, steps * price["seconds"])):
@@ -179,12 +184,9 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = tyro.cli(settings.Vision)
-    results = measure(config, resume("vision", config))
-    finish("vision", results, table(results), figure(results))
+    results = measure(config, resume(RESULTS / "vision", config))
+    finish(RESULTS / "vision", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    flags.run(main)

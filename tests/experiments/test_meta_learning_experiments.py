@@ -1,8 +1,6 @@
 """The experiments on meta-learning, small: tasks are what they are said to be, and errors are of points not learned from."""
 
-import importlib
-import sys
-from pathlib import Path
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "meta_learning"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports the experiment's modules, which import one another by their plain names, for one test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+FOLDER = "meta_learning"
 
 
 def test_sines_are_what_they_are_said_to_be(load):
@@ -80,14 +69,37 @@ def test_the_error_is_of_points_that_are_not_the_shots(load):
     np.testing.assert_allclose(shift, each, rtol=1e-3, atol=1e-5)
 
 
-def test_sines_are_learned_from_few_points(load, tmp_path):
+def test_a_rate_is_tuned_on_tuning_tasks(load):
+    """For every number of steps it is the grid's best by the definition, here another than on test tasks."""
+    sine, settings = load("sine"), load("config")
+    config = settings.Sine(
+        shots=(2, 3), hidden=(5,), steps=2, test_tasks=6, tuning_tasks=4, queries=5, rates=(0.003, 0.01, 0.02, 0.03, 0.05),
+    )  # fmt: skip
+    start, seed = sine.init(config, jax.random.key(1)), jnp.array(6)
+    errors = {}
+    descend = jax.jit(lambda rate, shots, queries: sine.descend(config, start, jnp.log(rate), shots, queries))
+    for tuning, count in ((True, 4), (False, 6)):
+        shots, queries = sine.held_out(config, seed, tuning)
+        assert shots.x.shape == (count, 3)
+        tasks = [(sine.Points(*(p[i, :2] for p in shots)), sine.Points(*(p[i] for p in queries))) for i in range(count)]
+        each = [[descend(rate, *task) for task in tasks] for rate in config.rates]
+        errors[tuning] = np.mean(each, 1)  # rates, steps
+    best, other = (errors[tuning].argmin(0) for tuning in (True, False))
+    assert (best != other)[1:].all()
+    one = jax.tree.map(lambda x: x[None], start)
+    found, rates = sine.test_tuned(config, 2, seed[None], one)
+    np.testing.assert_allclose(rates[0, 1:], np.array(config.rates)[best[1:]], rtol=1e-6)
+    np.testing.assert_allclose(found[0], errors[False][best, range(3)], rtol=1e-4)
+
+
+def test_sines_are_learned_from_few_points(load, written):
     """A start that is meta-learned for a little while is better after its steps than before; the rest runs."""
     sine, settings = load("sine"), load("config")
     config = settings.Sine(
         shots=(5,), hidden=(16, 16), iterations=300, meta_rate=0.005, steps=3, test_tasks=60, tuning_tasks=20,
         rates=(0.003, 0.01), seeds=(0, 1),
     )  # fmt: skip
-    results = sine.measure(config)
+    results, shown = written(sine, config)
     rows = {row["start"]: row for row in results["rows"]}
     assert set(rows) == {sine.RANDOM, sine.PRETRAINED, sine.PUBLISHED, *sine.MAML}
     assert np.shape(rows["MAML"]["errors"]) == (2, 4)
@@ -95,8 +107,8 @@ def test_sines_are_learned_from_few_points(load, tmp_path):
     assert rows["MAML"]["rate"] == rows["MAML, first order"]["rate"] == pytest.approx([0.01, 0.01])
     assert rows["MAML, learned rate"]["rate"] != pytest.approx([0.01, 0.01], rel=1e-2)
     assert rows["MAML"]["errors"] != rows["MAML, first order"]["errors"]
-    assert "5-shot" in sine.table(results) and "± " in sine.table(results)
-    sine.figure(results, tmp_path / "sine.png")
+    assert rows[sine.PRETRAINED]["errors"] != rows["MAML"]["errors"]
+    assert "5-shot" in shown and "± " in shown
 
 
 def test_regressions_share_as_many_covariances_as_they_are_told_to(load):
@@ -186,14 +198,21 @@ def test_the_grid_is_searched_on_tuning_tasks(load):
     np.testing.assert_allclose(jax.nn.sigmoid(tuned["decay"]), decay, atol=2e-3)
 
 
-def test_what_was_measured_is_shown(load, tmp_path):
+def test_what_was_measured_is_shown(load, written):
     """Tables and figures of deep momentum have every optimizer in every family, with the spread over seeds."""
-    deep = load("deep_momentum")
+    deep, settings = load("deep_momentum"), load("config")
+    config = settings.DeepMomentum(steps=2, long=4, memory_rates=(0.03, 0.1))
     titles = [f"{name}, tuned for {n} steps" for n in (2, 4) for name in (deep.MOMENTUM, deep.DEEP)] + list(deep.LEARNED)
-    row = {"errors": [[1, 0.5, 0.25, 0.2, 0.1], [1, 0.5, 0.35, 0.2, 0.1]], "lost": [0, 0.5], "rate": [1, 2], "decay": [0, 1]}
+    row = {"errors": [[1, 0.5, 0.25, 0.2, 0.1], [1, 0.5, 0.35, 0.2, 0.1]], "lost": [0, 0.5], "rate": [1.0, 3.2]}
+    row |= {"decay": [0.0, 0.98], "training": None}
     rows = [row | {"geometries": n, "optimizer": title} for n in (1, 4, 0) for title in titles]
-    results = {"config": {"steps": 2, "long": 4, "geometries": [1, 4, 0]}, "rows": rows}
-    table = deep.table(results)
-    assert table.count("| 300 ± 71 | 100 ± 0 | 25% | 1.5 | 0.5 |  |  |") == 3 * 10 and "one of 4 covariances" in table
-    deep.figure(results, tmp_path / "deep.png")
-    assert (tmp_path / "deep.png").stat().st_size > 10_000
+    rows[0] = row | {"errors": [[1, 0.6, 0.2, 0.2, 0.2]] * 2, "geometries": 1, "optimizer": titles[0], "training": []}
+    rows[1] = row | {"errors": [[1, 0.4, 0.4, 0.4, 0.05]] * 2, "geometries": 1, "optimizer": titles[1]}
+    rows[1] |= {"memory_rate": [0.03, 0.03], "memory_decay": [0.0, 0.5]}
+    del rows[1]["decay"]
+    module = types.SimpleNamespace(measure=lambda _: {"rows": rows}, table=deep.table, figure=deep.figure)
+    _, table = written(module, config)
+    line = "| 300 ± 70.7 | 100 ± 0 | 25% |  | 2.1 (1 at the edge) | 0.49 (1 at the edge) |  |  |"
+    assert table.count(line) == 3 * 10 - 2 and "one of 4 covariances" in table
+    assert "| 200 ± 0 | 200 ± 0 | 25% | 4 | 2.1 | 0.49 |  |  |" in table
+    assert "| 400 ± 0 | 50 ± 0 | 25% |  | 2.1 (1 at the edge) |  | 0.03 (2 at the edge) | 0.25 |" in table

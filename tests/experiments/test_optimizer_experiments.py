@@ -1,11 +1,9 @@
 """The experiments on optimizers, small: what they measure is what they say, and a command that was stopped goes on."""
 
 import doctest
-import importlib
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +13,7 @@ from matplotlib.image import imread
 
 from nested_jax.errors import UserError
 
-FOLDERS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports an experiment's modules, which import one another by their plain names, for one test."""
-
-    def load(name, folder="optimizers"):
-        monkeypatch.syspath_prepend(str(FOLDERS / folder))
-        return importlib.import_module(name)
-
-    yield load
-    for path in FOLDERS.glob("*/*.py"):
-        sys.modules.pop(path.stem, None)
+FOLDER = "optimizers"
 
 
 @pytest.fixture
@@ -36,7 +21,7 @@ def call(load, monkeypatch, tmp_path):
     """Runs a command with flags, its results in a folder of the test's; gives what its JSON has, all numbers finite."""
 
     def call(name, flags):
-        monkeypatch.setattr(load("record"), "RESULTS", tmp_path)
+        monkeypatch.setattr(load(name), "RESULTS", tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
         load(name).main()
         return written(tmp_path, name)
@@ -219,25 +204,26 @@ def test_the_best_rate_has_the_runs_that_count(load):
 
 
 def test_examples_of_the_record(load):
-    assert doctest.testmod(load("record")) == (0, 2)
+    assert doctest.testmod(load("record")) == (0, 3)
 
 
 def test_a_command_that_was_stopped_goes_on(load, monkeypatch, tmp_path):
     """A run that is there is not made again, unless flags are others that change it, or it is to be fresh."""
     record, settings = load("record"), load("config")
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    path = tmp_path / "optimizers" / "results" / "text"
+    path.parent.parent.mkdir()
     made = []
     run = lambda rate: made.append(rate) or {"loss": rate / 2}
     for _ in range(2):
-        results = record.resume("text", settings.Text())
-        assert [record.once("text", results, run, rate=rate)["loss"] for rate in (0.5, 1.0)] == [0.25, 0.5]
+        results = record.resume(path, settings.Text())
+        assert [record.once(path, results, run, rate=rate)["loss"] for rate in (0.5, 1.0)] == [0.25, 0.5]
     assert made == [0.5, 1.0]
-    assert len(json.loads((tmp_path / "text.json").read_text())["runs"]) == 2
-    assert record.resume("text", settings.Text(fresh=True))["runs"] == []
+    assert len(json.loads((path.parent / "text.json").read_text())["runs"]) == 2
+    assert record.resume(path, settings.Text(fresh=True))["runs"] == []
     monkeypatch.setattr(sys, "argv", ["text.py", "--seeds", *"01234567"])
-    more = record.resume("text", settings.Text(seeds=tuple(range(8))))
+    more = record.resume(path, settings.Text(seeds=tuple(range(8))))
     assert more["runs"] == results["runs"] and len(more["config"]["seeds"]) == 8
     assert more["command"] == "python experiments/optimizers/text.py --seeds 0 1 2 3 4 5 6 7"
     for other in ({"steps": 3}, {"tuning_seed": 7}, {"seeds": (0,)}, {"presets": ("tiny-hope",), "seeds": tuple(range(9))}):
         with pytest.raises(UserError, match="was made with other flags: give those, longer lists of runs, or --fresh"):
-            record.resume("text", settings.Text(**other))
+            record.resume(path, settings.Text(**other))

@@ -1,10 +1,5 @@
 """The experiments on a memory's start and on a CMS's rates, small: what is read, what is learned, and what is held out."""
 
-import importlib
-import json
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +7,7 @@ import pytest
 
 from nested_jax.memory.recurrence import Gates, MemoryState, tokenwise
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "meta_learning"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports the experiment's modules, which import one another by their plain names, for one test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)  # another experiment's of the same name
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+FOLDER = "meta_learning"
 
 
 def changed(a, b):
@@ -106,29 +90,59 @@ def test_the_slope_of_a_rate_is_a_difference_quotient(worlds, x64):
         np.testing.assert_allclose(found.gradient[i], (loss(meta + step) - loss(meta - step)) / 2e-5, rtol=1e-6)
 
 
-def test_rates_are_measured(load, monkeypatch, tmp_path):
-    """A run of a few updates: rates have moved, no stream is there twice, and what is shown is there."""
-    rates, record = load("rates"), load("record")
-    for module in (rates, record):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+def test_rates_are_measured(load, written):
+    """A run of a few updates: rates have moved downhill, no stream is there twice, and what is shown is there."""
+    rates = load("rates")
     config = rates.Rates(
         conditions=("16 and 256", "fixed part alone"), tokens=64, periods=(16, 8, 4), hidden=5, fits=2, held_out=2,
-        steps=2, batch=2, seeds=(0, 1), grid=(0.1, 0.2), starts=((0.1, 0.1, 0.1), (1e9, 1e9, 1e9)),
+        steps=2, batch=2, seeds=(0, 1), grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1e30), starts=((0.1, 0.1, 0.1), (1e9, 1e9, 1e9)),
     )  # fmt: skip
-    results = rates.measure(config, "small")
-    record.finish("small", results, rates.table(results))
-    rates.figure(results, tmp_path / "small.png")
-    kept = json.loads((tmp_path / "small.json").read_text())
-    path = np.array(kept["rows"][0]["path"])
+    kept, shown = written(rates, config)
+    row = kept["rows"][0]
+    path = np.array(row["path"])
     assert path.shape == (2, 2, 2, 3) and (path[:, 0] != 0.1).all()
     assert (path[:, 1] < 1e9).all()  # where the CMS overflows, and no meta-gradient is a number
-    assert set(kept["transfer"]) == {"16 and 256", "fixed part alone"} and kept["command"].startswith("python experiments/")
+    assert set(kept["transfer"]) == {"16 and 256", "fixed part alone"} and "| 16 and 256 | 2 of 2 overflow |" in shown
+
     seeds = jnp.array(config.seeds)
     worlds = jax.vmap(lambda seed: rates.draw_world(config, "16 and 256", rates.keys_of(seed)[0]))(seeds)
-    _, *drawn = rates.prepare(config, worlds, seeds)
+    weights, *drawn = rates.prepare(config, worlds, seeds)
     firsts = np.concatenate([np.asarray(part.inputs)[..., 0, :, 0].ravel() for part in drawn])
     assert len(firsts) == len(np.unique(firsts)) == 2 * (2 * 2 + 2 + 2)
-    assert "16 and 256" in (tmp_path / "small.md").read_text() and (tmp_path / "small.png").stat().st_size > 10_000
+    meta, tuning, held_out = drawn
+    seed = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    slope = jax.jit(rates.slope(config, seed(weights, 0), config.batch))
+    gradient = slope(jnp.log(jnp.full(3, 0.1)), seed(seed(meta, 0), 0)).gradient
+    np.testing.assert_array_equal(np.sign(path[0, 0, 0] - 0.1), -np.sign(gradient))
+
+    # Each seed's rate is its best on tuning streams; what counts is what that gives on held-out ones.
+    bits = lambda value, streams: rates.evaluate(config, weights, jnp.outer(value, jnp.array([0, 0, 1])), streams)["bits"]
+    on = lambda streams: np.array([bits(jnp.full(2, rate), streams) for rate in config.grid])
+    tried, other = on(tuning), on(held_out)
+    np.testing.assert_allclose(np.array(row["tried"]["fast alone"], float), tried, rtol=1e-5)
+    assert row["tried"]["fast alone"][-1] == [None, None]  # not JSON's NaN
+    best = [config.grid[i] for i in np.nanargmin(tried, 0)]
+    assert row["chosen"]["fast alone"] == best != [config.grid[i] for i in np.nanargmin(other, 0)]
+    np.testing.assert_allclose(row["bits"]["fast alone"], bits(jnp.array(best), held_out), rtol=1e-5)
+    np.testing.assert_allclose(row["bits"]["frozen"], bits(jnp.zeros(2), held_out), rtol=1e-5)
+
+
+def test_a_start_is_fitted(worlds):
+    """Frozen, it predicts streams of the fixed part alone better the longer it was fitted; who knows nothing needs a bit."""
+    rates, config, _ = worlds
+    world = rates.draw_world(config, "fixed part alone", jax.random.key(0))
+    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    streams = one(rates.segments(config, world, 8, jax.random.key(1)))
+    starts = [rates.fit_start(rates.Rates(**{**vars(config), "fits": n}), world, jax.random.key(2)) for n in (1, 100)]
+    nothing = jax.tree.map(jnp.zeros_like, starts[0])
+    bits = [float(rates.evaluate(config, one(start), jnp.zeros((1, 3)), streams)["bits"][0]) for start in (nothing, *starts)]
+    assert bits[0] == pytest.approx(1, rel=1e-5) and bits[2] < 0.5 < bits[1]
+
+
+def test_a_seed_that_overflows_from_one_start_is_counted(load):
+    rates = load("rates")
+    assert rates.overflows([[0.5, 0.6, 2.5], [0.5, 0.5, 0.5], [None, 0.5, 0.5]]).tolist() == [True, False, True]
+    assert rates.overflows([0.5, None]).tolist() == [False, True]
 
 
 @pytest.fixture
@@ -245,23 +259,40 @@ def test_who_knows_the_family_is_ridge_regression(tasks, x64):
     np.testing.assert_allclose(guess[-1, 0], f[-1] @ w, atol=1e-9)
 
 
-def test_starts_are_measured(tasks, load, monkeypatch, tmp_path):
-    """A run of a few updates: only a learned start is moved, and what is shown is there."""
+def test_starts_are_measured(tasks, written):
+    """A run of a few updates: what counts is of held-out tasks, only a learned start is moved, what is shown is there."""
     memory, config, draw = tasks
-    record = load("record")
-    for module in (memory, record):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
     config = memory.InitialMemory(**{**vars(config), "families": ("common features",), "memories": ("linear",)})
-    results = memory.measure(config)
-    record.finish("small", results, memory.table(results))
-    memory.figure(results, tmp_path / "small.png")
-    kept = json.loads((tmp_path / "small.json").read_text())
-    zero = memory.pick(kept, "linear", "common features", "zero")
-    assert np.array(zero["error"]).shape == (2, 16)
-    assert "| Bayes |" in (tmp_path / "small.md").read_text() and (tmp_path / "small.png").stat().st_size > 10_000
+    kept, shown = written(memory, config)
+    assert "| Bayes |" in shown
+    for i, seed in enumerate(config.seeds):
+        of_family, train, tune, count, begins = memory.keys_of(seed)
+        family = memory.draw_family(config, "common features", of_family)
+        tuning, held_out = (memory.draw_tasks(config, family, n, key) for n, key in ((3, tune), (4, count)))
+        error = lambda guess, pairs: jnp.mean(jnp.sum((guess - pairs.targets) ** 2, -1), 1)
+        best = memory.pick(kept, "", "common features", "Bayes")
+        np.testing.assert_allclose(best["error"][i], error(memory.bayes(config, family, held_out), held_out), rtol=1e-4)
+        learned = memory.pick(kept, "linear", "common features", "learned")
+        anchored = float(learned["decays_to"] == "start")
+        start = memory.draw_start(config, "linear", "learned", begins)
+        meta = memory.meta_learn(config, "linear", family, 1.0, anchored, start, train)
+        found = [error(memory.predictions(config, "linear", anchored, meta, pairs), pairs) for pairs in (tuning, held_out)]
+        np.testing.assert_allclose(learned["tuning"][learned["decays_to"]][i], found[0].mean(), rtol=1e-4)
+        np.testing.assert_allclose(learned["error"][i], found[1], rtol=1e-4)
     family, _ = draw("mean zero")
     start = memory.draw_start(config, "linear", "random", jax.random.key(2))
     for learned in (0.0, 1.0):
         meta = memory.meta_learn(config, "linear", family, learned, 1.0, start, jax.random.key(3))
         assert bool((meta["start"] == start).all()) == (learned == 0)
         assert meta["rate"] != jnp.log(0.5)
+
+
+def test_where_retention_decays_to_is_chosen_on_tuning_tasks(tasks, monkeypatch):
+    """And not by the errors that count."""
+    memory, config, _ = tasks
+    config = memory.InitialMemory(**{**vars(config), "families": ("mean zero",), "memories": ("linear",)})
+    either = lambda zero, start: np.stack([np.full((3, 2), zero), np.full((3, 2), start)], 1)  # starts, decays to, seeds
+    each = {"tuning": either(0.1, 0.2), "error": either(0.4, 0.3)[..., None], "rate": either(1, 2), "retain": either(0, 1)}
+    monkeypatch.setattr(memory, "measure_seeds", lambda *_: (each, np.zeros((2, 1))))
+    rows = [row for row in memory.measure(config)["rows"] if row["memory"]]
+    assert [(row["decays_to"], row["error"], row["rate"]) for row in rows] == [("zero", [[0.4], [0.4]], [1, 1])] * 3

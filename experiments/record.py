@@ -1,0 +1,164 @@
+"""What an experiment leaves in results/ beside its script: NAME.json with its command, a table NAME.md, a figure NAME.png.
+
+A path is that of NAME, without a suffix. Long experiments are kept run by run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nested_jax.errors import UserError
+
+matplotlib.use("agg")
+LISTS = ("presets", "optimizers", "rates", "further", "seeds")  # they say which runs there are, the other flags what one is
+
+
+def begin(path: Path, config: Any) -> dict[str, Any]:
+    """Results without any: the command line that is running, as from the repository's root, and its config.
+
+    Raises UserError if results cannot be written there, or without `fresh` would replace another config's.
+    """
+    results = _new(path, config)
+    kept = None if config.fresh else _kept(path)
+    if kept and kept["config"] != results["config"]:
+        raise UserError(f"{path}.json was made with other flags: give those, or --fresh to replace it")
+    return results
+
+
+def resume(path: Path, config: Any) -> dict[str, Any]:
+    """What there is of this config's runs, which may be more than those that were made; with `fresh`, none.
+
+    Raises UserError if the runs are another config's, or would not all be this one's.
+    """
+    results = _new(path, config) | {"runs": []}
+    kept = None if config.fresh else _kept(path)
+    if not kept:
+        return results
+    old, new = kept["config"], results["config"]
+    if old == new:
+        return kept
+    one = lambda flags: {name: value for name, value in flags.items() if name not in LISTS}
+    if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS):
+        raise UserError(f"{path}.json was made with other flags: give those, longer lists of runs, or --fresh to replace it")
+    return results | {"runs": kept["runs"]}
+
+
+def _new(path: Path, config: Any) -> dict[str, Any]:
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} is no folder for results, {error.strerror}: make it one") from None
+    script = f"experiments/{path.parents[1].name}/{Path(sys.argv[0]).name}"
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    choices = {name: value for name, value in dataclasses.asdict(config).items() if name != "fresh"}
+    return {"command": command, "config": json.loads(json.dumps(choices)), "jax": jax.__version__}
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    try:
+        return {"config": {}} | json.loads(Path(f"{path}.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError):
+        raise UserError(f"{path}.json cannot be read as results: move it, or give --fresh to replace it") from None
+
+
+def once(path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]], **choices: Any) -> dict[str, Any]:
+    """The run of some choices: found in the results, or made and written to NAME.json."""
+    for row in results["runs"]:
+        if all(row[key] == value for key, value in choices.items()):
+            return row
+    row = choices | run(**choices)
+    results["runs"].append(row)
+    save(path, results)
+    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+    return row
+
+
+def in_one_go(path: Path, config: Any, measure: Callable, table: Callable, figure: Callable) -> None:
+    """Measures what a config says, with the seconds it took, and writes it and what is shown of it at the end."""
+    results, begun = begin(path, config), time.monotonic()
+    results |= measure(config)
+    results["seconds"] = round(time.monotonic() - begun)
+    finish(path, results, table(results), figure(results))
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Writes NAME.json, whole or not at all."""
+    part = Path(f"{path}.json.part")
+    part.write_text(json.dumps(strict(results), indent=1, allow_nan=False) + "\n")
+    part.rename(f"{path}.json")
+
+
+def strict(value: Any) -> Any:
+    """Of results, what JSON has: what is no finite number is null, which `np.array(..., float)` reads as NaN.
+
+    >>> strict({"error": (0.5, float("nan"), [float("inf")])})
+    {'error': [0.5, None, [None]]}
+    """
+    if isinstance(value, dict):
+        return {key: strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finish(path: Path, results: dict[str, Any], table: str, figure: Figure) -> None:
+    """Writes NAME.json, NAME.md and NAME.png, and prints the table."""
+    save(path, results)
+    Path(f"{path}.md").write_text(table)
+    figure.savefig(f"{path}.png", dpi=130)
+    plt.close(figure)
+    print(table)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """The lines of a table whose first columns are words, the others numbers.
+
+    >>> markdown(["rule", "loss"], [["gd", "0.5"]])
+    ['| rule | loss |', '|---|---:|', '| gd | 0.5 |']
+    """
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(heads), "|---" * words + "|---:" * (len(heads) - words) + "|", *map(line, rows)]
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "", kind: str = "f") -> str:
+    """Mean and standard deviation; of one value that alone.
+
+    >>> spread([1.0, 2.0]), spread([0.25], 1, "+"), spread([10.0, 20.0], kind="g")
+    ('1.500 ± 0.707', '+0.2', '15 ± 7.07')
+    """
+    deviation = f" ± {deviations(values):.{digits}{kind}}" if len(values) > 1 else ""
+    return f"{np.mean(np.array(values, float)):{sign}.{digits}{kind}}{deviation}"
+
+
+def deviations(values: Sequence[float]) -> np.ndarray:
+    """Standard deviation along the leading axis; of one value zero."""
+    return np.std(np.array(values, float), axis=0, ddof=min(1, len(values) - 1))
+
+
+def band(ax: Axes, x: Sequence[float], curves: np.ndarray, geometric: bool = False, **line: Any) -> None:
+    """Draws the mean of curves, (curves, points), and one standard deviation around it; geometric: of their logarithms."""
+    curves = np.array(curves, float)
+    curves = np.log(curves) if geometric else curves
+    mean, deviation = curves.mean(0), deviations(curves)
+    low, high = mean - deviation, mean + deviation
+    low = low if geometric else np.maximum(low, 1e-5)  # the axis may be logarithmic
+    mean, low, high = np.exp([mean, low, high]) if geometric else (mean, low, high)
+    (drawn,) = ax.plot(x, mean, **line)
+    ax.fill_between(x, low, high, alpha=0.2, facecolor=drawn.get_color(), linewidth=0)
