@@ -121,7 +121,7 @@ def _needed(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
 
 def _over_iterations(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
     """Which outputs of a scan's body matter, if some of the scan's do: carries that feed them too."""
-    jaxpr, (constants, carries) = _closed(eqn).jaxpr, _scan_counts(eqn)
+    jaxpr, (constants, carries) = _closed(eqn).jaxpr, scan_counts(eqn)
     while True:
         alive = _alive(jaxpr, flags)
         fed = [v in alive for v in jaxpr.invars[constants : constants + carries]]
@@ -131,7 +131,7 @@ def _over_iterations(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
         flags = more
 
 
-def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     """Constants and carries of a scan, told from what is scanned by its axes: JAX's own names for them have changed."""
     same = lambda outer, inner: [a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True)]
     jaxpr = _closed(eqn).jaxpr
@@ -173,7 +173,7 @@ def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
 
 
 def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found:
-    closed, (constants, carries) = _closed(eqn), _scan_counts(eqn)
+    closed, (constants, carries) = _closed(eqn), scan_counts(eqn)
     carried = filter(None, given[constants : constants + carries])  # and changed: JAX takes out carries that are not
     into = []
     for i, view in enumerate(given):
@@ -204,7 +204,7 @@ def _evaluate_inner(eqn: JaxprEqn, found: Found, values: list[Array], probes: li
 
 
 def _evaluate_scan(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
-    constants, carries = _scan_counts(eqn)
+    constants, carries = scan_counts(eqn)
 
     def body(carry, slices):
         outputs, inputs = evaluate(found, [*values[:constants], *carry, *slices[0]], slices[1], insert)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from nested_jax.jaxpr.walk import scan_counts
+
 Branch = tuple[tuple[int, ...], int]  # where a cond is in the jaxpr, and which of its branches
 
 _SAME = {"convert_element_type", "copy", "copy_p", "reshape", "transpose", "squeeze", "expand_dims", "optimization_barrier"}
@@ -102,8 +104,8 @@ class Graph:
             branches = [self._walk(b, inputs[1:], (*where, i), inside(i)) for i, b in enumerate(params["branches"])]
             return [self._new([inputs[0]], outs) for outs in zip(*branches, strict=True)]
         if name == "scan":
-            ends = params["num_consts"] + params["num_carry"]
-            return self._loop(equation, inputs, params["num_consts"], ends, where, branch)
+            constants, carries = scan_counts(equation)
+            return self._loop(equation, inputs, constants, constants + carries, where, branch)
         if name == "while":
             first = params["cond_nconsts"] + params["body_nconsts"]
             return self._loop(equation, inputs, first, len(inputs), where, branch)
