@@ -374,7 +374,7 @@ def test_an_error_in_a_levels_own_code_is_not_hidden():
         describe(Level(lambda slower: [jnp.zeros(3)][len(slower) + 1], step, 1))
 
 
-@pytest.mark.parametrize("period", [0, -2, 1.5, "a"])
+@pytest.mark.parametrize("period", [0, -2, 1.5, True, "a"])
 def test_a_period_is_a_positive_whole_number(period):
     with pytest.raises(UserError, match=f"^level 'odd': period {period!r} is no positive whole number.*: give 1 or more$"):
         Level(lambda slower: 0, lambda state, context, slower: (state, state), period, "odd")

@@ -131,7 +131,6 @@ def test_orthogonal_writes_its_results(call, load, monkeypatch):
 
 
 def test_vision_writes_its_results_and_makes_no_run_twice(call, load, monkeypatch):
-    pytest.importorskip("sklearn")
     flags = "--optimizers m3 --steps 2 --batch 4 --warmup 1 --rates 0.01 0.1 --cost-steps 1 --cost-rounds 1"
     flags += " --model.width 8 --model.layers 1 --model.heads 2 --model.hidden 8 --validation 20 --test 20"
     first = call("vision", f"{flags} --seeds 0")

@@ -106,6 +106,16 @@ def test_mixflow_is_for_reverse_mode():
             forward(jnp.ones(2))
 
 
+def test_a_loss_whose_own_rule_has_no_forward_mode():
+    """Its forward rule calls the function itself, which `jax.grad` takes and `mixflow_grad` does not."""
+    square = jax.custom_vjp(lambda w: w**2)
+    square.defvjp(lambda w: (square(w), w), lambda w, v: (2 * w * v,))
+    twice = lambda gradient: jax.grad(gradient(lambda w: square(w) * w))(3.0)
+    assert twice(jax.grad) == pytest.approx(18.0)
+    with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
+        twice(mixflow_grad)
+
+
 def test_mixflow_stores_no_inner_backward_pass():
     """Temporary memory of eight layers, each computed again, that 256 tokens pass."""
     w, x = jnp.ones((8, 64, 64)) / 8, jnp.ones((256, 64))
