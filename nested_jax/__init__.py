@@ -1,7 +1,8 @@
 """Nested Learning in JAX: levels, associative memories, the Continuum Memory System and Hope."""
 
 from nested_jax.cms import CMSConfig
-from nested_jax.level import Description, Level, nest, run
+from nested_jax.description import Description
+from nested_jax.level import Level, nest, run
 from nested_jax.models.config import PRESETS, ModelConfig, preset
 from nested_jax.models.language_model import LanguageModel, ModelState
 from nested_jax.picture import describe

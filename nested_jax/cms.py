@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError, assert_choices
-from nested_jax.level import Description, Level, Nested, nest
-from nested_jax.memory.projections import rms_norm
-from nested_jax.memory.recurrence import upcast
+from nested_jax.level import Level, Nested, nest
 from nested_jax.meta import mixflow_grad
+from nested_jax.numerics import rms_norm, upcast
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 

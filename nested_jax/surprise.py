@@ -21,7 +21,7 @@ from nested_jax.errors import UserError
 from nested_jax.jaxpr.product import Product, arrange
 from nested_jax.jaxpr.views import View, inexact, whole
 from nested_jax.jaxpr.walk import Found, evaluate, find
-from nested_jax.optim._matrices import name
+from nested_jax.paths import path_name
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -168,7 +168,7 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
         own = {n: product for n, product in enumerate(products) if product.view.parameter == i}
         if own and (rows := _linear_layers(own, [view for view in found.others if view.parameter == i])):
             _assert_told_apart(path, [other for other, _ in with_paths if other is not path])
-            linear[name(path)] = rows
+            linear[path_name(path)] = rows
     if not linear:
         raise UserError(
             "local_surprise: the loss has no linear layer: none of its parameters is used as one side of products alone"
@@ -180,10 +180,10 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
 
 def _assert_told_apart(path: Sequence, others: list[Sequence]) -> None:
     """Raises UserError where the key of a kernel could be read in two ways."""
-    key = name(path)
+    key = path_name(path)
     if layers(key)[0] != key:
         raise UserError(f"local_surprise: parameter {key} is named as layers of {layers(key)[0]} are: give it another name")
-    if same := next((other for other in others if name(other) == key), None):
+    if same := next((other for other in others if path_name(other) == key), None):
         both = " and ".join(map(jax.tree_util.keystr, (path, same)))
         raise UserError(f"local_surprise: parameters {both} are both named {key}: give one another name")
 

@@ -14,7 +14,8 @@ import pytest
 from nested_jax import CMSConfig, Level, cms, nest, run
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.objective import dot_product
-from nested_jax.memory.projections import l2norm, project_in, project_out, rms_norm
+from nested_jax.memory.projections import project_in, project_out
+from nested_jax.numerics import l2norm, rms_norm
 
 D, F, T = 6, 6, 10
 

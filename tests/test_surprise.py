@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from nested_jax import LanguageModel, local_surprise, optim, preset
 from nested_jax.errors import UserError
-from nested_jax.optim._matrices import name
+from nested_jax.paths import path_name
 from nested_jax.surprise import layers, surprise_and_grad
 
 
@@ -38,7 +38,7 @@ def explains(loss, params, batch, *paths, transposed=(), apart=True):
     both = jax.jit(lambda *given: (surprise_and_grad(loss, *given), jax.value_and_grad(loss)(*given)))
     (value, gradient, pairs), expected = both(params, batch)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), (value, gradient), expected)
-    gradients = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
+    gradients = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     for key, pair in pairs.items():
         path, run = layers(key)
         leaf = gradients[path].T if path in transposed else gradients[path][run]
@@ -255,7 +255,7 @@ def test_flax_modules(x64):
     value, gradient, pairs = surprise_and_grad(loss, model, x)
     expected = nnx.grad(loss)(model, x)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), gradient, expected)
-    flat = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
+    flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     assert set(pairs) == {f"{layer}/kernel" for layer in ("first", "heads", "mix", "blocks/0", "blocks/1")}
     for path, pair in pairs.items():
         np.testing.assert_allclose(outer(pair).reshape(flat[path].shape), flat[path], rtol=1e-9, atol=1e-12)
@@ -411,7 +411,7 @@ def test_delta_gradient_descent_is_the_exact_minimiser_in_a_network(x64, kind, s
     _, gradient, pairs = surprise_and_grad(loss, model, example)
     rule = optim.delta_gradient_descent(rate)
     updates, _ = rule.update(gradient, rule.init(params), params, inputs={path: pair.inputs for path, pair in pairs.items()})
-    flat = lambda tree: {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    flat = lambda tree: {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     old, new = flat(params), flat(optax.apply_updates(params, updates))
     assert set(pairs) == {"first/kernel", "second/kernel"}
     for path, (inputs, surprise) in pairs.items():

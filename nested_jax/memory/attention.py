@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Description, Level
-from nested_jax.memory.recurrence import upcast
+from nested_jax.description import Description
+from nested_jax.level import Level
 from nested_jax.memory.stream import advance
+from nested_jax.numerics import upcast
 from nested_jax.typing import Array, Float, Int, PyTree
 
 BLOCK = 128  # queries whose scores are held at once: few enough to stay in a processor's cache

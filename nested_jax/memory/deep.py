@@ -16,9 +16,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.level import Description, Level
-from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, scale, square, upcast, write
+from nested_jax.description import Description
+from nested_jax.level import Level
+from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, write
 from nested_jax.memory.stream import Chunk
+from nested_jax.numerics import scale, square, upcast
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 

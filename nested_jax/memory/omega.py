@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Checkpoint, Description, Level
+from nested_jax.description import Description
+from nested_jax.level import Level
 from nested_jax.memory import objective
 from nested_jax.memory.deep import bounded
-from nested_jax.memory.projections import heads_first, init_projections, l2norm, project_in, project_out, time_first
-from nested_jax.memory.recurrence import decays, scale
+from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out, time_first
+from nested_jax.memory.recurrence import decays
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
+from nested_jax.numerics import l2norm, scale
+from nested_jax.remat import Checkpoint
 from nested_jax.typing import Array, Float, PyTree
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from nested_jax.memory.recurrence import scale, square, upcast
 from nested_jax.memory.stream import CONVOLUTION, convolve
+from nested_jax.numerics import l2norm, rms_norm, upcast
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 
@@ -47,19 +47,6 @@ def project_out(weights: PyTree, y: Float[Array, "T B H K"], dtype: jnp.dtype) -
     """RMS norm of every head, then the output map."""
     y = rms_norm(weights["norm"], y.swapaxes(0, 1))
     return y.reshape(*y.shape[:2], -1).astype(dtype) @ weights["out"].astype(dtype)
-
-
-def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
-    """x / |x|, with finite values and gradients of every order at zero."""
-    return scale(jax.lax.rsqrt(square(x) + 1e-6), x)
-
-
-@jax.checkpoint
-def rms_norm(weight: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x over its root mean square, times a weight for the last axes; in float32. The backward pass keeps x alone."""
-    y = upcast(x)
-    y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + 1e-6), y)
-    return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
 
 
 def retention_bias(heads: int) -> Float[Array, " H"]:

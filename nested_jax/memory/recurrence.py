@@ -20,9 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.typing import Array, Bool, Float, PyTree
-
-HIGHEST = jax.lax.Precision.HIGHEST  # for the triangular system: a TPU's default product of float32 is bfloat16
+from nested_jax.numerics import HIGHEST, scale, upcast
+from nested_jax.typing import Array, Bool, Float
 
 
 class MemoryState(NamedTuple):
@@ -296,12 +295,6 @@ def _check(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> No
         raise ValueError(f"{missing} is None: a memory has both a momentum and its decay, or neither")
 
 
-def upcast(*trees: PyTree) -> PyTree:
-    """Fast state and accumulation are float32 whatever the inputs are (float64 stays)."""
-    trees = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trees)
-    return trees[0] if len(trees) == 1 else trees
-
-
 def _empty_slots(gates: Gates, mask: Array | None) -> tuple[Gates, Array]:
     """Gates that do nothing at empty slots, and the multiplier m of `+ S_t`."""
     if mask is None:
@@ -318,16 +311,6 @@ def _batch(state, inputs, errors, gates, queries, anchor):
 
 def _mm(a: Array, b: Array, precision: jax.lax.Precision | None = None) -> Array:
     return jnp.matmul(a, b, precision=precision)
-
-
-def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """|x|^2 of every row."""
-    return jnp.einsum("...v,...v->...", rows, rows)
-
-
-def scale(each: Float[Array, "*batch"], rows: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
-    """diag(each) rows; as an einsum, since its derivative then is a product too, faster than a sum on XLA's CPU."""
-    return jnp.einsum("...,...v->...v", each, rows)
 
 
 def _times(each: Float[Array, "*batch"], matrices: Float[Array, "*batch V K"]) -> Float[Array, "*batch V K"]:

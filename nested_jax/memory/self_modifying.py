@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Checkpoint, Level, nest
+from nested_jax.level import Level, nest
 from nested_jax.memory.deep import (
     Deep,
     Pass,
@@ -43,9 +43,10 @@ from nested_jax.memory.deep import (
     tight,
     view,
 )
-from nested_jax.memory.projections import heads_first, l2norm, project_out, retention_bias, rms_norm, time_first
-from nested_jax.memory.recurrence import upcast
+from nested_jax.memory.projections import heads_first, project_out, retention_bias, time_first
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, convolve, read_stream
+from nested_jax.numerics import l2norm, rms_norm, upcast
+from nested_jax.remat import Checkpoint
 from nested_jax.typing import Array, Float, PyTree
 
 

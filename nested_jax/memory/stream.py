@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.level import Checkpoint, Level, run, within
+from nested_jax.level import Level, run
+from nested_jax.remat import Checkpoint, within
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 CONVOLUTION = 4  # taps of the causal depthwise convolution

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.sparse.linalg import cg
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError, assert_choice, is_whole
-from nested_jax.level import Checkpoint, Description, Level, run, scan, stream_length, within
+from nested_jax.level import Level, run
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
+from nested_jax.remat import Checkpoint, scan, stream_length, within
 from nested_jax.typing import Array, Float, PyTree
 
 Rule = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nested_jax.level import Checkpoint, assert_same, scan, segments_of, stream_length
+from nested_jax.remat import Checkpoint, assert_same, scan, segments_of, stream_length
 from nested_jax.typing import PyTree
 
 

@@ -12,11 +12,10 @@ from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
-from nested_jax.memory.projections import rms_norm
-from nested_jax.memory.recurrence import upcast
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.models.config import ModelConfig
+from nested_jax.numerics import rms_norm, upcast
 from nested_jax.typing import Array, Float, Int, PyTree
 
 SequenceLayer = Attention | LinearMemory | OmegaMemory | Titans | SelfModifyingTitans

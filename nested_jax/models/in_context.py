@@ -19,10 +19,11 @@ import optax
 
 from nested_jax import cms
 from nested_jax.cms import CMSConfig, Segment, SegmentState
-from nested_jax.level import Checkpoint, Level, Nested, run, scan, within
+from nested_jax.level import Level, Nested, run
 from nested_jax.memory.stream import advance
 from nested_jax.models.block import embed, head, mix, sequence_layer
 from nested_jax.models.config import ModelConfig
+from nested_jax.remat import Checkpoint, scan, within
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nested_jax.errors import UserError
-from nested_jax.memory.projections import rms_norm
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import rms_norm, upcast
 from nested_jax.typing import Array, Float, PyTree
 
 

@@ -14,7 +14,6 @@ from nested_jax.optim._generalized_gradient_descent import (
     scale_by_generalized_gradient_descent,
 )
 from nested_jax.optim._m3 import m3, scale_by_m3
-from nested_jax.optim._matrices import matrices
 from nested_jax.optim._momentum import (
     feature_momentum,
     momentum,
@@ -25,6 +24,7 @@ from nested_jax.optim._momentum import (
 )
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import nonlinear_momentum, scale_by_nonlinear_momentum
+from nested_jax.paths import matrices
 
 __all__ = [
     "DeepMemory",

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.description import Description
 from nested_jax.errors import assert_choice
-from nested_jax.level import Description
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, resolve
-from nested_jax.optim._precision import safe_divide, safe_root, zeros
+from nested_jax.paths import DimensionNumbers, as_matrices, resolve
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -61,7 +60,7 @@ def scale_by_adagrad_memory(
         gradients = upcast(updates)
         if form == "diagonal":
             squares = jax.tree.map(lambda h, g: h + jnp.square(g), state.squares, gradients)
-            emitted = jax.tree.map(lambda h, g: safe_divide(safe_root(h) * g, h + penalty), squares, gradients)
+            emitted = jax.tree.map(lambda h, g: safe_divide(safe_sqrt(h) * g, h + penalty), squares, gradients)
         else:
             turned, back = jax.vjp(columns, gradients)  # which only moves entries: its transpose is its inverse
             squares = jax.tree.map(lambda h, g: h + _outer(g), state.squares, turned)

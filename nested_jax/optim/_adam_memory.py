@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._precision import safe_divide, safe_root, zeros
 from nested_jax.typing import Array, PyTree
 
 
@@ -59,7 +58,7 @@ def scale_by_adam_memory(
         squares = jax.tree.map(jnp.square, gradients)
         sums = grow(state.first, gradients, first, average), grow(state.second, squares, second, average)
         correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m
-        best = lambda m, h: safe_divide(m * safe_root(h), h + penalty + eps * safe_root(h))
+        best = lambda m, h: safe_divide(m * safe_sqrt(h), h + penalty + eps * safe_sqrt(h))
         emitted = jax.tree.map(best, correct(sums[0], first), correct(sums[1], second))
         return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, *sums)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast
 from nested_jax.optim._hyperparameters import check
 
 

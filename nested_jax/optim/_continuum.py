@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast, zeros
 from nested_jax.optim._hyperparameters import check, check_period
-from nested_jax.optim._matrices import name
-from nested_jax.optim._precision import zeros
+from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
 
@@ -119,7 +118,7 @@ def _partition(rules: Mapping[str, optax.GradientTransformation], groups) -> opt
 
     def init(params):
         for path, group in jax.tree_util.tree_leaves_with_path(groups(params) if callable(groups) else groups):
-            assert_choice(f"continuum: the group of {name(path) or 'all parameters'},", group, tuple(rules))
+            assert_choice(f"continuum: the group of {path_name(path) or 'all parameters'},", group, tuple(rules))
         return parts.init(params)
 
     return optax.GradientTransformationExtraArgs(init, parts.update)

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.level import Description
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import safe_divide, safe_norm, upcast, zeros
 from nested_jax.optim._hyperparameters import check, check_count
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, assert_matrices, from_matrices, masked, name, resolve
-from nested_jax.optim._precision import norm, safe_divide, zeros
+from nested_jax.paths import DimensionNumbers, as_matrices, assert_matrices, from_matrices, masked, path_name, resolve
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -130,7 +129,7 @@ def scale_by_deep_momentum(
         return DeepMomentumState(structure.unflatten(memories), starts)
 
     def matrix(memory, begun, g):
-        size, count = norm(g, (-2, -1)), g.shape[-1]
+        size, count = safe_norm(g, (-2, -1)), g.shape[-1]
         u = safe_divide(g, size)
         keys, targets = (jnp.swapaxes(x, -2, -1) * count**0.5 for x in (u, u if target is None else target(u)))
 
@@ -142,7 +141,7 @@ def scale_by_deep_momentum(
         move = lambda w, first, slope: first + decay * (w - first) - rate * slope
         memory = jax.tree.map(move, memory, begun, jax.grad(loss)(memory))
         out = jnp.swapaxes(read(memory, keys), -2, -1) * count**-0.5
-        mean = norm(out, (-2, -1)) * (out.shape[-2] * out.shape[-1]) ** -0.5
+        mean = safe_norm(out, (-2, -1)) * (out.shape[-2] * out.shape[-1]) ** -0.5
         return memory, out * size if scale == "gradient" else safe_divide(out, mean)
 
     def update(updates, state, params=None):
@@ -183,15 +182,15 @@ def _fitting(start: PyTree, made: PyTree) -> PyTree:
         found.append(own)
         if (own is None) != (wanted is None):
             kind = "a DeepMemory" if wanted else "None: it is no matrix"
-            raise UserError(f"deep_momentum: the start of parameter {name(path)} must be {kind}")
+            raise UserError(f"deep_momentum: the start of parameter {path_name(path)} must be {kind}")
         if own is not None and (own.up.shape != wanted.up.shape or own.down.shape != wanted.down.shape):
             shapes = [list(x.shape) for x in (*own, *wanted)]
             raise UserError(
-                f"deep_momentum: the start of parameter {name(path)} has up {shapes[0]} and down {shapes[1]}: give "
+                f"deep_momentum: the start of parameter {path_name(path)} has up {shapes[0]} and down {shapes[1]}: give "
                 f"{shapes[2]} and {shapes[3]}"
             )
     hidden = masked(made)
-    unknown = [path for path in map(name, given) if not hidden(path)]
+    unknown = [path for path in map(path_name, given) if not hidden(path)]
     if unknown:
         raise UserError(f"deep_momentum: there is a start for {unknown[0]} and no such parameter")
     return jax.tree.structure(made, is_leaf=ends).unflatten(found)

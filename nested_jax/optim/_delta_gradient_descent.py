@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError
-from nested_jax.level import Description
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast
 from nested_jax.optim._hyperparameters import check, rate_at
-from nested_jax.optim._matrices import DimensionNumbers, as_matrices, from_matrices, masked, name, resolve
+from nested_jax.paths import DimensionNumbers, as_matrices, from_matrices, masked, path_name, resolve
 from nested_jax.typing import Array
 
 
@@ -72,15 +72,17 @@ def scale_by_delta_gradient_descent(
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
         kernels = structure.flatten_up_to(params)
         for (path, g), numbers, kernel in zip(paths, resolve(dimension_numbers, updates), kernels, strict=True):
-            x = inputs.get(name(path))
+            x = inputs.get(path_name(path))
             if x is None:
                 emitted.append(g)
                 continue
-            unused.discard(name(path))
+            unused.discard(path_name(path))
             if numbers is None:
-                raise UserError(f"delta_gradient_descent: there are inputs for parameter {name(path)}, which is no matrix")
+                raise UserError(
+                    f"delta_gradient_descent: there are inputs for parameter {path_name(path)}, which is no matrix"
+                )
             turned = [as_matrices(upcast(part), numbers) for part in (g, kernel)]
-            direction = _direction(name(path), rate, *turned, upcast(x))
+            direction = _direction(path_name(path), rate, *turned, upcast(x))
             emitted.append(from_matrices(direction, numbers, g.shape).astype(g.dtype))
         hidden = masked(updates)
         unknown = sorted(path for path in unused if not hidden(path))

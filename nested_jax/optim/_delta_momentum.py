@@ -7,11 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from nested_jax.level import Description
-from nested_jax.memory.recurrence import upcast
+from nested_jax.description import Description
+from nested_jax.numerics import unit_norm, upcast, zeros
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import DimensionNumbers, map_matrices
-from nested_jax.optim._precision import unit, zeros
+from nested_jax.paths import DimensionNumbers, map_matrices
 from nested_jax.typing import PyTree
 
 
@@ -58,11 +57,11 @@ def scale_by_delta_momentum(
         return DeltaMomentumState(zeros(params), values.init(params))
 
     def matrix(m, g, value):
-        u = unit(g, (-2, -1)) if normalize else g
+        u = unit_norm(g, (-2, -1)) if normalize else g
         return decay * m - erase * (u @ (jnp.swapaxes(u, -2, -1) @ m)) + value
 
     def vector(m, g, value):
-        u = unit(g, -1 if g.ndim else None) if normalize else g
+        u = unit_norm(g, -1 if g.ndim else None) if normalize else g
         return (decay - erase * jnp.square(u)) * m + value
 
     def update(updates, state, params=None, **extra):

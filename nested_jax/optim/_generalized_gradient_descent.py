@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError
-from nested_jax.level import Description
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast
 from nested_jax.optim._hyperparameters import check, check_period, rate_at
 from nested_jax.typing import Array, PyTree
 

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
 from nested_jax.optim._adam_memory import grow
 from nested_jax.optim._hyperparameters import check, check_count, check_period
-from nested_jax.optim._matrices import DimensionNumbers, assert_matrices, map_matrices
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, remember
-from nested_jax.optim._precision import safe_divide, safe_root, zeros
+from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices
 from nested_jax.typing import Array, PyTree
 
 
@@ -103,7 +102,7 @@ def scale_by_m3(
         if second_moment:
             squares = grow(squares, jax.tree.map(jnp.square, gradients), second, average)
             mean = optax.tree.bias_correction(squares, second, count) if average else squares
-            over = lambda a, h: safe_divide(a, jnp.where(h > 0, safe_root(h) + eps, 0))  # nothing came: nothing moves
+            over = lambda a, h: safe_divide(a, jnp.where(h > 0, safe_sqrt(h) + eps, 0))  # nothing came: nothing moves
             emitted = jax.tree.map(over, emitted, mean)
         return optax.tree.cast_like(emitted, updates), M3State(count, first, squares, pending, memory, held)
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast, zeros
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import name
-from nested_jax.optim._precision import zeros
+from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
 
@@ -160,8 +159,8 @@ def scale_by_feature_momentum(
         for what, x in made.items():
             if jnp.shape(x) != g.shape:
                 raise UserError(
-                    f"feature_momentum: {what} makes {list(jnp.shape(x))} of parameter {name(path)}'s gradient, whose shape "
-                    f"is {list(g.shape)}: give a map that keeps it"
+                    f"feature_momentum: {what} makes {list(jnp.shape(x))} of the gradient of parameter {path_name(path)}, "
+                    f"whose shape is {list(g.shape)}: give a map that keeps it"
                 )
         return math.prod(made.values())
 

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast
 from nested_jax.optim._hyperparameters import check
 from nested_jax.typing import Array, Float
 

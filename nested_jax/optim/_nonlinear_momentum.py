@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.memory.recurrence import upcast
+from nested_jax.numerics import upcast, zeros
 from nested_jax.optim._hyperparameters import check
-from nested_jax.optim._matrices import DimensionNumbers, assert_matrices, map_matrices, resolve
 from nested_jax.optim._newton_schulz import newton_schulz
-from nested_jax.optim._precision import zeros
+from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices, resolve
 from nested_jax.typing import Array, PyTree
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError
-from nested_jax.level import Description
 from nested_jax.picture.component import Component, distinct
 from nested_jax.picture.graph import Loop
 from nested_jax.picture.trial import Recurrence, Trial

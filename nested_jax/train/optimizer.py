@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax import optim
-from nested_jax.optim._matrices import name, resolve
+from nested_jax.paths import path_name, resolve
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import PyTree
 
@@ -46,7 +46,7 @@ class WithInputs(NamedTuple):
         """
         leaves = zip(jax.tree_util.tree_leaves_with_path(parameters), resolve(self.matrices, parameters), strict=True)
         ones = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
-        return {"inputs": {name(path): ones(w) for (path, w), numbers in leaves if numbers}}
+        return {"inputs": {path_name(path): ones(w) for (path, w), numbers in leaves if numbers}}
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation | WithInputs:

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from nested_jax.models.config import ModelConfig
-from nested_jax.optim._matrices import name
+from nested_jax.paths import path_name
 from nested_jax.surprise import Pair, layers, surprise_and_grad
 from nested_jax.train.optimizer import WithInputs
 from nested_jax.train.state import TrainState, bind
@@ -122,9 +122,9 @@ def layer_inputs(
     So sum x x^T over the slots is that of the targets, over their number times the slots'. Layers of a stack that are not
     linear, as those of a CMS that learns in context, have inputs of zeros, and so no error to descend but their gradient.
     """
-    shapes = {name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
     chosen = jax.tree_util.tree_leaves_with_path(matrices(parameters), is_leaf=lambda x: isinstance(x, tuple))
-    chosen, inputs = {name(path) for path, _ in chosen}, {}
+    chosen, inputs = {path_name(path) for path, _ in chosen}, {}
     for key, pair in pairs.items():
         (path, run), x = layers(key), pair.inputs
         *stacked, width, _ = shapes[path]

@@ -7,9 +7,10 @@ import pytest
 
 from nested_jax.memory import objective
 from nested_jax.memory.omega import OmegaMemory
-from nested_jax.memory.projections import heads_first, l2norm, project_in, project_out, time_first
+from nested_jax.memory.projections import heads_first, project_in, project_out, time_first
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.stream import Chunk
+from nested_jax.numerics import l2norm
 
 D, H, C = 8, 2, 4
 

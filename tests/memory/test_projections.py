@@ -8,9 +8,10 @@ import pytest
 from nested_jax.memory.attention import rotate
 from nested_jax.memory.deep import Deep, in_batch
 from nested_jax.memory.linear import LinearMemory
-from nested_jax.memory.projections import l2norm, project_in, rms_norm
+from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
+from nested_jax.numerics import l2norm, rms_norm
 
 
 def normal(*shape):

@@ -363,7 +363,7 @@ def test_what_fits_no_parameter_is_named():
     wrong = {"dense": {"kernel": optax.contrib.MuonDimensionNumbers(0, 2), "bias": None}, "scale": None}
     with pytest.raises(UserError, match=r"dimension_numbers of parameter dense/kernel do not fit its shape \[4, 3\]"):
         run(optim.delta_momentum(0.1, dimension_numbers=wrong), params, [params])
-    with pytest.raises(UserError, match="dimension_numbers say nothing of parameter scale"):
+    with pytest.raises(UserError, match="dimension_numbers lack parameter scale"):
         run(optim.delta_momentum(0.1, dimension_numbers={"dense": None}), params, [params])
     start = optim.deep_momentum_start(params, 5)
     for broken, said in [
@@ -394,7 +394,7 @@ def test_what_fits_no_parameter_is_named():
     for inputs, said in [
         (None, r"inputs are missing: call update\(gradients, state, params, inputs="),
         ({"dense": jnp.ones((5, 4))}, "there are inputs for dense, which is no parameter"),
-        ({"dense/bias": jnp.ones((5, 3))}, "there are inputs for parameter dense/bias, which is no matrix"),
+        ({"dense/bias": jnp.ones((5, 3))}, "inputs of parameter dense/bias, which is no matrix"),
         ({"dense/kernel": jnp.ones((5, 3))}, r"inputs of dense/kernel have shape \[5, 3\]: give one that .* ends with 4"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -34,11 +34,11 @@ def matrices(*patterns: str) -> Callable[[PyTree], PyTree]:
     {'blocks': {'norm': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}}
     """
     pattern = re.compile("|".join(f"(?:^|/)(?:{p})$" for p in patterns))
-    number = lambda path, leaf: MuonDimensionNumbers(-2, -1) if pattern.search(name(path)) else None
+    number = lambda path, leaf: MuonDimensionNumbers(-2, -1) if pattern.search(path_name(path)) else None
     return lambda params: jax.tree_util.tree_map_with_path(number, params)
 
 
-def name(path: Sequence) -> str:
+def path_name(path: Sequence) -> str:
     """A leaf's path as users write it, also in the state of an `nnx.Module`, whose leaves are `.value` of variables."""
     path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -47,7 +47,7 @@ def name(path: Sequence) -> str:
 def masked(tree: PyTree) -> Callable[[str], bool]:
     """Whether a path, as users write it, lies where `optax.masked` or `optax.partition` took out a leaf or a subtree."""
     ends = lambda x: isinstance(x, optax.MaskedNode)
-    found = [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends) if ends(leaf)]
+    found = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends) if ends(leaf)]
     return lambda path: any(hole in ("", path) or path.startswith(f"{hole}/") for hole in found)
 
 
@@ -66,10 +66,12 @@ def resolve(dimension_numbers: DimensionNumbers, tree: PyTree) -> list[MuonDimen
     for path, leaf in leaves:
         prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in table), None)
         if prefix is None:
-            raise UserError(f"dimension_numbers say nothing of parameter {name(path)}: give axes, or None for no matrix")
+            raise UserError(
+                f"dimension_numbers say nothing of parameter {path_name(path)}: give axes, or None for no matrix"
+            )
         numbers = table[prefix]
         if numbers is not None:
-            _check(name(path), leaf, numbers)
+            _check(path_name(path), leaf, numbers)
         found.append(numbers)
     return found
 
@@ -110,7 +112,7 @@ def assert_matrices(rule: str, dimension_numbers: DimensionNumbers, tree: PyTree
     for (path, leaf), numbers in zip(leaves, resolve(dimension_numbers, tree), strict=True):
         if numbers is None:
             raise UserError(
-                f"{rule} is for matrices and parameter {name(path)} of shape {list(leaf.shape)} is none: give its "
+                f"{rule} is for matrices and parameter {path_name(path)} of shape {list(leaf.shape)} is none: give its "
                 f"dimension_numbers, or another rule for it by optax.partition"
             )
 

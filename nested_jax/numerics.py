@@ -1,0 +1,75 @@
+"""Arithmetic that stays exact and finite: float32 accumulation; norms, roots and quotients with derivatives at zero."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.typing import Array, Float, PyTree
+
+HIGHEST = jax.lax.Precision.HIGHEST  # products of float32 in full: a TPU's default is bfloat16
+
+
+def upcast(*trees: PyTree) -> PyTree:
+    """Fast state and accumulation are float32 whatever the inputs are (float64 stays)."""
+    trees = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trees)
+    return trees[0] if len(trees) == 1 else trees
+
+
+def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """|x|^2 of every row."""
+    return jnp.einsum("...v,...v->...", rows, rows)
+
+
+def scale(each: Float[Array, "*batch"], rows: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """diag(each) rows; as an einsum, since its derivative then is a product too, faster than a sum on XLA's CPU."""
+    return jnp.einsum("...,...v->...v", each, rows)
+
+
+def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    """x / |x|, with finite values and gradients of every order at zero."""
+    return scale(jax.lax.rsqrt(square(x) + 1e-6), x)
+
+
+@jax.checkpoint
+def rms_norm(weight: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """x over its root mean square, times a weight for the last axes; in float32. The backward pass keeps x alone."""
+    y = upcast(x)
+    y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + 1e-6), y)
+    return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
+
+
+def zeros(params: PyTree) -> PyTree:
+    """An empty memory of every parameter, each call's its own: a state is donated, and no buffer can be twice."""
+    return jax.tree.map(jnp.zeros_like, upcast(params))
+
+
+def safe_sqrt(x: Array) -> Array:
+    """Square root, its derivative zero at zero."""
+    some = x > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, x, 1)), 0)
+
+
+@jax.custom_jvp
+def safe_divide(x: Array, by: Array) -> Array:
+    """x / by, and zero with derivatives of zero where `by` is zero."""
+    some = by != 0
+    return jnp.where(some, x / jnp.where(some, by, 1), 0)
+
+
+@safe_divide.defjvp
+def _safe_divide_jvp(primals, tangents):
+    """Without by^-2, which overflows in float32 where |by| < 1e-19."""
+    (x, by), (dx, dby) = primals, tangents
+    ratio = safe_divide(x, by)
+    return ratio, safe_divide(dx - ratio * dby, by)
+
+
+def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """Euclidean norm over some axes, which are kept."""
+    return safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
+
+
+def unit_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """x over its norm; zeros stay zeros."""
+    return safe_divide(x, safe_norm(x, axis))
