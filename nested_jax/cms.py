@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.checks import Count, NonNegative, check_fields
 from nested_jax.description import Description
-from nested_jax.errors import UserError, assert_choices
+from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested, nest
 from nested_jax.meta import mixflow_grad
 from nested_jax.numerics import rms_norm, upcast
@@ -30,9 +31,9 @@ from nested_jax.typing import Array, Bool, Float, Int, PyTree
 class CMSConfig:
     """The Continuum Memory System of every block. Levels run from slow to fast, so do `hidden` and `periods`."""
 
-    hidden: tuple[int, ...] = (256,)
+    hidden: tuple[Count, ...] = (256,)
     """Hidden width F of each level's MLP, from the slowest level to the fastest."""
-    periods: tuple[int, ...] = ()
+    periods: tuple[Count, ...] = ()
     """Tokens between two updates of each level, slowest first, each a multiple of the next. Fewer periods than levels:
     the slowest levels are frozen. Empty: all are, as in a Transformer."""
     variant: Literal["sequential", "nested", "independent"] = "sequential"
@@ -44,13 +45,13 @@ class CMSConfig:
     """Whether outer training differentiates through the inner gradients or takes them as constants."""
     scope: Literal["sequence", "batch"] = "sequence"
     """One set of fast weights for every sequence, or one for the whole batch (restarted when all its rows are)."""
-    blocks: int | None = None
+    blocks: Count | None = None
     """How many of the last blocks learn in context; None: all of them."""
     rule: Literal["sgd", "momentum", "adam"] = "sgd"
     """Inner rule of every level. `LanguageModel(..., rule=)` takes any optax transformation instead."""
-    rate: float = 0.1
+    rate: NonNegative = 0.1
     """Start of the inner learning rates, which are learned: one for each level of each block."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """Largest norm of a level's summed gradient, per set of fast weights; 0 for none."""
 
     @property
@@ -58,26 +59,22 @@ class CMSConfig:
         """How many levels, the slowest ones, do not learn in context."""
         return len(self.hidden) - len(self.periods)
 
-    def check(self) -> None:
-        """Raises UserError for the first value that cannot be."""
-        assert_choices(self, "cms")
-        if not self.hidden or min(self.hidden) < 1:
-            raise UserError(f"cms.hidden {self.hidden} needs one positive width for every level")
+    def __post_init__(self):
+        check_fields(self, "model.cms.")
+        if not self.hidden:
+            raise UserError("model.cms.hidden () has no level: give one hidden width a level")
         if self.frozen < 0:
-            raise UserError(f"cms.periods {self.periods} are more than the {len(self.hidden)} levels of cms.hidden")
-        for name in ("rate", "clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"cms.{name} {getattr(self, name)} must be a finite number and at least 0")
-        if self.periods and min(self.periods) < 1:
-            raise UserError(f"cms.periods {self.periods} must be positive numbers of tokens")
+            raise UserError(f"model.cms.periods {self.periods} are more than the {len(self.hidden)} levels of cms.hidden")
         for slow, fast in zip(self.periods, self.periods[1:], strict=False):
             if slow % fast:
-                raise UserError(f"cms.periods: {slow} is not a multiple of {fast}; choose periods that divide one another")
+                raise UserError(
+                    f"model.cms.periods: {slow} is not a multiple of {fast}: give periods that divide one another"
+                )
         if self.variant == "nested" and len(set(self.hidden)) > 1:
-            raise UserError(f"cms.hidden {self.hidden}: levels of a nested CMS restart from one another, give equal widths")
+            raise UserError(f"model.cms.hidden {self.hidden}: a nested CMS needs equal widths")
         if self.variant == "nested" and self.periods and self.frozen:
             raise UserError(
-                f"cms.periods {self.periods}: a nested CMS needs a period for each of its {len(self.hidden)} levels"
+                f"model.cms.periods {self.periods}: a nested CMS needs a period for each of its {len(self.hidden)} levels"
             )
 
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from nested_jax.checks import Count
 from nested_jax.errors import UserError, is_whole
 from nested_jax.typing import PyTree
 
-Checkpoint = Literal["none", "full", "sqrt", "log"] | int | tuple[int, ...]
+Checkpoint = Literal["none", "full", "sqrt", "log"] | Count | tuple[Count, ...]
 
 
 def scan(

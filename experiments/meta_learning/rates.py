@@ -106,7 +106,6 @@ class Rates:
         flags.assert_at_least(self, 2, "classes")
         flags.assert_at_least(self, 0, "amounts")
         flags.assert_seeds(self)
-        self.cms.check()
         if self.tokens % self.periods[0]:
             raise UserError(f"--tokens {self.tokens} must be a multiple of the slowest period, {self.periods[0]}")
         if sorted(self.grid) != list(self.grid):

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import tyro
-
+from nested_jax.checks import Count, Interval, Positive, check_fields
 from nested_jax.cms import CMSConfig
-from nested_jax.errors import UserError, assert_choices
+from nested_jax.errors import UserError
 
 Mixer = Literal[
     "self-modifying",
@@ -31,41 +30,39 @@ Mixer = Literal[
 class ModelConfig:
     """A language model: an embedding, `layers` blocks of (sequence layer, CMS), a head."""
 
-    vocabulary: int = 256
+    vocabulary: Count = 256
     """Number of tokens V."""
-    width: int = 128
+    width: Count = 128
     """Model width D."""
-    layers: int = 4
+    layers: Count = 4
     """Number of blocks L."""
-    heads: int = 4
+    heads: Count = 4
     """Heads H of the sequence layer; D must be a multiple."""
     mixer: Mixer = "self-modifying"
     """The sequence layer of every block."""
-    chunk: int = 64
+    chunk: Count = 64
     """Tokens between two refreshes of the main memory's errors (C_mem), and the length of one parallel product."""
-    projection_chunk: int | None = None
+    projection_chunk: Count | None = None
     """The same for the memories that make keys, values, rates and retention (C_proj); None: equal to `chunk`."""
-    memory_hidden: int = 32
+    memory_hidden: Count = 32
     """Hidden width of the deep memories' MLPs, per head."""
     momentum: bool = True
     """Whether the deep memories' writes carry momentum."""
     retention: Literal["zero", "initial"] = "initial"
     """Where a deep memory's content decays to: nothing, or its learned start."""
-    window: int = 256
+    window: Count = 256
     """Tokens that sliding-window attention looks back on."""
-    omega_window: int = 16
+    omega_window: Count = 16
     """Tokens that every update of an omega memory learns from."""
     omega_features: Literal["identity", "polynomial"] = "polynomial"
     """Feature map of an omega memory's keys and queries; polynomial adds their squares."""
-    lp_power: float = 3.0
+    lp_power: Annotated[float, Interval(least=1)] = 3.0
     """Power p of the l_p memory's objective."""
-    huber_threshold: float = 1.0
+    huber_threshold: Positive = 1.0
     """Norm of an error from which on the Huber memory's objective is linear."""
     cms: CMSConfig = field(default_factory=CMSConfig)
     """The feed-forward side of every block."""
-    memory_policy: Annotated[Literal["none", "full", "sqrt", "log"] | int, tyro.conf.arg(aliases=("--memory-policy",))] = (
-        "full"
-    )
+    memory_policy: Literal["none", "full", "sqrt", "log"] | Count = "full"
     """What the backward pass keeps of what learns while reading, the rest it computes again: full, the fast state before
     every chunk and every segment of the CMS; sqrt, log or a number, the states that `unroll` keeps of these; none,
     everything. Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
@@ -91,29 +88,14 @@ class ModelConfig:
         """Documents start on multiples of this many tokens: the longest period that counts from a document's start."""
         return math.lcm(self.reading, *self.cms.periods)
 
-    def check(self) -> None:
-        """Raises UserError for the first value that makes no model."""
-        assert_choices(self, "model")
-        for name in ("vocabulary", "width", "layers", "heads", "chunk", "memory_hidden", "window", "omega_window"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} {getattr(self, name)} must be at least 1")
-        policies = ("none", "full", "sqrt", "log")
-        if self.memory_policy not in policies and not (type(self.memory_policy) is int and self.memory_policy >= 1):
-            raise UserError(
-                f"model.memory_policy {self.memory_policy!r} is unknown: give one of {', '.join(policies)}, or a number of "
-                "segments of at least 1"
-            )
+    def __post_init__(self):
+        check_fields(self, "model.")
         if self.width % self.heads:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
-        if self.projection_chunk is not None and (self.projection_chunk < 1 or self.projection_chunk % self.chunk):
+        if self.projection_chunk is not None and self.projection_chunk % self.chunk:
             raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
-        if not 1 <= self.lp_power < math.inf:
-            raise UserError(f"model.lp_power {self.lp_power} must be a finite number and at least 1")
-        if not 0 < self.huber_threshold < math.inf:
-            raise UserError(f"model.huber_threshold {self.huber_threshold} must be a finite number and positive")
-        if self.cms.blocks is not None and not 0 < self.cms.blocks <= self.layers:
+        if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
-        self.cms.check()
 
 
 # Hidden widths of the CMS make the families of one size equal in parameters.

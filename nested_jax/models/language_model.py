@@ -47,8 +47,6 @@ class LanguageModel(nnx.Module):
         rule: inner rule of the CMS, any optax transformation at learning rate 1, or one for each level, slow to fast;
             the default is the config's.
 
-    Raises UserError (a ValueError) for a config that makes no model.
-
     >>> import jax.numpy as jnp
     >>> from nested_jax import LanguageModel, preset
     >>> model = LanguageModel(preset("tiny-transformer"), rngs=nnx.Rngs(0))
@@ -64,7 +62,6 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
         rule: optax.GradientTransformation | Sequence[optax.GradientTransformation] | None = None,
     ):
-        config.check()
         self.config = config
         self.rules = nnx.static(_rules(config, rule))
         V, D = config.vocabulary, config.width

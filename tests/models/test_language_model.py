@@ -268,13 +268,13 @@ def test_what_is_refused():
         (dict(periods=(6, 4)), "6 is not a multiple of 4"),
         (dict(periods=(8, 4, 2)), "more than the 2 levels"),
         (dict(variant="nested", hidden=(4, 5), periods=(8, 4)), "equal widths"),
-        (dict(lp_power=0.5), "model.lp_power 0.5 must be a finite number and at least 1"),
-        (dict(huber_threshold=0.0), "model.huber_threshold 0.0 must be a finite number and positive"),
-        (dict(mixer="hope"), "model.mixer 'hope' is unknown: give one of self-modifying, titans"),
-        (dict(variant="parallel"), "cms.variant 'parallel' is unknown: give one of sequential, nested, independent"),
+        (dict(lp_power=0.5), "model.lp_power 0.5: give a finite number of at least 1"),
+        (dict(huber_threshold=0.0), "model.huber_threshold 0.0: give a finite number above 0"),
+        (dict(mixer="hope"), "model.mixer 'hope': give one of self-modifying, titans"),
+        (dict(variant="parallel"), "model.cms.variant 'parallel': give one of sequential, nested, independent"),
         (dict(width=9), "width 9 is not a multiple of model.heads 2"),
         (dict(projection_chunk=6), "6 is not a multiple of model.chunk 4"),
-        (dict(blocks=0), "model.cms.blocks 0 must be from 1 to model.layers 2"),
+        (dict(blocks=0), "model.cms.blocks 0: give a whole number of at least 1 or None"),
         (dict(blocks=3), "model.cms.blocks 3 must be from 1 to model.layers 2"),
     ]:
         with pytest.raises(UserError, match=message):

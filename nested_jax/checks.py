@@ -1,0 +1,132 @@
+"""Checks of frozen dataclasses where an object is made: types, choices and ranges, read from the fields' annotations.
+
+A class calls `check_fields(self, "model.")` in its `__post_init__`, then checks what concerns several fields at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+from nested_jax.errors import UserError
+
+
+class Interval(NamedTuple):
+    """The range of a number, in a field's annotation: `Annotated[float, Interval(above=0)]`."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+    finite: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            self.least <= value <= self.most and self.above < value < self.below or (value == math.inf and not self.finite)
+        )
+
+    def __str__(self) -> str:
+        words = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if abs(bound) < math.inf)
+
+
+Count = Annotated[int, Interval(least=1)]  # a whole number of at least 1
+NonNegative = Annotated[float, Interval(least=0)]
+Positive = Annotated[float, Interval(above=0)]
+
+
+def check_fields(config: Any, label: str | Callable[[str], str]) -> None:
+    """Raises UserError, naming field, value and what it may be, for the first field that its annotation does not allow.
+
+    Args:
+        config: an object of a dataclass whose annotations are of bool, int, float, str, Literal, tuple, None, dataclasses,
+            unions of these, and numbers `Annotated` with an `Interval`. Other annotations are not checked.
+        label: what stands before a field's name in the error, or a function of the field's name.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Memory:
+    ...     chunk: Count
+    ...     rule: Literal["delta", "linear"] = "delta"
+    ...     def __post_init__(self):
+    ...         check_fields(self, "Memory: ")
+    >>> Memory(2.5)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: Memory: chunk 2.5: give a whole number of at least 1
+    >>> Memory(2, "dleta")
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: Memory: rule 'dleta': give one of delta, linear
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not allows(hint, value):
+            field = label(name) if callable(label) else f"{label}{name}"
+            raise UserError(f"{field} {value!r}: give {describe_hint(hint)}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def allows(hint: Any, value: Any) -> bool:
+    """Whether a value is of an annotation: True is no number, 2.0 no whole one, infinity only where an interval says so.
+
+    >>> allows(int, 2), allows(int, True), allows(float, 2), allows(tuple[Count, ...], (4, 0))
+    (True, False, True, False)
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
+        if not intervals or not _is_number(value):
+            return allows(arguments[0], value)
+        whole = arguments[0] is not int or isinstance(value, numbers.Integral)
+        return whole and all(value in interval for interval in intervals)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(allows(one, value) for one in arguments)
+    if origin is tuple:
+        same = len(arguments) == 2 and arguments[1] is Ellipsis
+        each = arguments[:1] * len(value) if same and isinstance(value, tuple) else arguments
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(allows, each, value))
+    if hint is int:
+        return _is_number(value) and isinstance(value, numbers.Integral)
+    if hint is float:
+        return _is_number(value) and math.isfinite(value)
+    if hint in (bool, str) or dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return value is None if hint is type(None) else True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def describe_hint(hint: Any) -> str:
+    """What an annotation allows, in words.
+
+    >>> describe_hint(tuple[Count, ...]), describe_hint(Literal["sqrt"] | Count | None)
+    ('a tuple, each a whole number of at least 1', 'sqrt, a whole number of at least 1, or None')
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
+        finite = all(interval.finite for interval in intervals)
+        plain = "a number" if arguments[0] is float and not finite else describe_hint(arguments[0])
+        return " ".join([plain, *filter(None, map(str, intervals))])
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        *first, last = map(describe_hint, arguments)
+        return f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
+    if origin is tuple:
+        return f"a tuple, each {describe_hint(arguments[0])}"
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string", type(None): "None"}
+    return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
