@@ -21,7 +21,7 @@ import numpy as np
 from nested_jax.description import Description
 from nested_jax.level import Level
 from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out, time_first
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, write
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_transposed, write
 from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
 from nested_jax.numerics import l2norm
 from nested_jax.remat import Checkpoint
@@ -85,7 +85,7 @@ class LinearMemory:
             mask = None if chunk.mask is None else chunk.mask[None, None]
             if self.rule == "oja":
                 written = write(memory, l2norm(v), -k, self.gates(rate, *retain), mask=mask)
-                return written.state, time_first(read_back(written, q))
+                return written.state, time_first(read_transposed(written, q))
             memory, y = chunked(memory, k, -v, self.gates(rate, *retain or [None]), q, mask=mask)
             return memory, time_first(y)
 
