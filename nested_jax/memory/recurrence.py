@@ -125,7 +125,7 @@ def chunked(
 
 
 class Decays(NamedTuple):
-    """What a chunk's retention and momentum leave, from one token to another and from the chunk's start (spec's A, c, ...)."""
+    """What a chunk's retention and momentum leave, from one token to another and from the chunk's start."""
 
     retained: Float[Array, "*batch C C"]  # A[t, s]: retention from after token s to after token t
     carried: Float[Array, "*batch C C"]  # c = A diag(m) Theta: the same for writes, through momentum

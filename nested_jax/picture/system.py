@@ -16,7 +16,7 @@ from flax import nnx
 from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
 from nested_jax.models.config import ModelConfig
-from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.module import LanguageModel
 from nested_jax.picture.component import Component, Picture, distinct
 from nested_jax.picture.graph import Graph
 from nested_jax.picture.memories import learned
