@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
 from nested_jax.memory import linear, reference
 from nested_jax.memory.omega import OmegaMemory
-from nested_jax.models.__main__ import table
 from nested_jax.models.block import sequence_layer
 
 IN_CONTEXT = dict(periods=(8, 4))
@@ -204,10 +202,6 @@ def test_presets_are_equal_in_parameters_within_a_size():
         assert max(counts) / min(counts) < 1.03, (size, counts)
     nominal = {"140m": 1.4e8, "340m": 3.4e8, "760m": 7.6e8, "1.3b": 1.3e9}
     assert all(sizes[size][0] == pytest.approx(count, rel=0.25) for size, count in nominal.items())
-
-
-def test_the_readme_has_the_table_of_parameters():
-    assert table() in Path(__file__, "../../../README.md").resolve().read_text()
 
 
 @pytest.mark.parametrize(
