@@ -217,7 +217,7 @@ def test_no_law_is_claimed_that_does_not_hold():
     assert found["v (Adan)"].rule == "m <- 0.92 m + phi(g)"  # of differences of gradients
     assert found["n (Adan)"].rule == "m <- 0.99 m + phi(g)"
     sam = rows(describe((MLP, optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)))))
-    assert (sam["cache (SAM)"].objective, sam["cache (SAM)"].rule) == ("", "")  # it holds weights
+    assert (sam["cache (SAM)"].objective, sam["cache (SAM)"].rule) == ("-<m, W> + 0.5 |m|^2", "m <- W")
     weights = describe((MLP, optim.generalized_gradient_descent(0.1))).components[-1]
     assert weights.rule == "W <- W - eta g"  # found by conjugate gradients, to rounding
     squares = next(c for c in describe((MLP, optax.contrib.prodigy(1.0))).components if c.name == "exp_avg_sq (Prodigy)")
@@ -230,7 +230,8 @@ def test_no_law_is_claimed_that_does_not_hold():
         (optax.scale(-0.1), "W <- W - eta g"),
         (optax.scale(0.1), "W <- W + eta g"),
         (optax.identity(), "W <- W + eta g"),
-        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "adds gradients and what comes of cache (SAM)"),
+        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), 
+         "adds gradients and what comes of cache (SAM), restarts every 2 steps"),
         (optax.noisy_sgd(0.1, key=jax.random.key(0)), "W <- W + f(g)"),
         (optax.lamb(0.1), "adds what comes of mu (Adam) and nu (Adam)"),
         (optax.adamw(0.1, mask={"up": True, "bias": False, "down": True}),
@@ -241,6 +242,121 @@ def test_no_law_is_claimed_that_does_not_hold():
 )  # fmt: skip
 def test_what_moves_the_weights(rule, said):
     assert next(c.rule for c in describe((MLP, rule)).components if c.parameters) == said
+
+
+VALUE = lambda params: {"value": 1.7}
+
+
+def field_of(name, field, rule, extra=None):
+    """A field of the first component whose name starts so."""
+    return next(getattr(c, field) for c in describe((MLP, rule), extra=extra).components if c.name.startswith(name))
+
+
+def test_a_system_of_one_level_has_no_faster_levels():
+    (weights,) = describe((MLP, optax.sgd(0.1))).components
+    assert weights.knowledge == ""
+    *_, weights = describe((LINEAR, optax.sgd(0.1))).components
+    assert weights.knowledge == "back-propagation through the faster levels"
+
+
+def held_maximum(period):
+    """A rule with a running maximum, computed at every `period` steps, that changes only where it is exceeded."""
+
+    def update(updates, state, params=None):
+        count, most = state
+        largest = jnp.maximum(most, optax.tree.norm(updates))
+        most = jnp.where(count % period == period - 1, largest, most)
+        return jax.tree.map(lambda g: -g / most, updates), (count + 1, most)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32), jnp.ones(()) / 100), update)
+
+
+def test_a_maximum_is_computed_where_it_does_not_change():
+    assert field_of("estim_lr", "frequency", optax.contrib.dadapt_adamw()) == 1
+    assert field_of("estim_lr", "frequency", optax.contrib.prodigy()) == 1
+    for period in (1, 3):
+        assert field_of("memory", "frequency", held_maximum(period)) == 1 / period
+
+
+@pytest.mark.parametrize(
+    ("rule", "decays"),
+    [
+        (optax.contrib.schedule_free_sgd(0.1), False),
+        (optax.contrib.schedule_free_adamw(0.1), False),
+        (optax.contrib.madgrad(0.1), False),
+        (optax.contrib.schedule_free_sgd(0.1, weight_decay=0.1), True),
+        (optax.contrib.schedule_free_adamw(0.1, weight_decay=0.01), True),
+        (optax.adamw(1e-3, weight_decay=1e-4), True),
+        (optax.contrib.madgrad(0.1, weight_decay=0.1), False),  # its decay is of the gradients
+    ],
+)
+def test_parameters_decay_if_they_are_pulled_to_zero_and_not_to_a_copy(rule, decays):
+    assert field_of("parameters", "rule", rule).endswith(", decays") == decays
+
+
+def test_a_forgetting_close_to_none_has_its_coefficient():
+    """1 - b2 of float32 has four digits: the objective's coefficient is one half."""
+    assert field_of("nu", "objective", optax.contrib.adopt(0.1)) == "-<m, g^2> + 0.5 |m|^2"
+    assert field_of("nu", "rule", optax.contrib.adopt(0.1)) == "m <- 0.9999 m + 0.0001 g^2"
+
+
+def test_half_steps_are_said():
+    """SAM leaves its parameters at every other step and starts the next from where they were."""
+    for sync in (2, 3):
+        rule = optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1)), sync_period=sync)
+        weights, cache = describe((MLP, rule)).components
+        assert weights.rule == f"adds gradients and what comes of cache (SAM), restarts every {sync} steps"
+        assert weights.knowledge == "initialisation: restarts from cache (SAM)" and weights.starts_from == ("cache (SAM)",)
+        assert (weights.level, cache.level, weights.frequency, cache.frequency) == (1, 2, 1, 1 / sync)
+        assert (cache.context, cache.rule) == ("weights", "m <- W")
+
+
+@pytest.mark.parametrize(
+    ("rule", "extra", "context", "said"),
+    [
+        (optax.polyak_sgd(), VALUE, "gradients and value", "W <- W - eta(g, value) g"),
+        (optax.polyak_sgd(max_learning_rate=1e9), VALUE, "gradients and value", "W <- W - eta(g, value) g"),
+        (optax.chain(optax.normalize_by_update_norm(), optax.scale(-0.1)), None, "gradients", "W <- W - eta(g) g"),
+        (
+            optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+            VALUE,
+            "gradients and value",
+            "W <- W - eta(value) g",
+        ),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), None, "gradients", "W <- W - eta g"),
+    ],
+)
+def test_a_rate_that_the_rule_computes_is_said(rule, extra, context, said):
+    assert field_of("parameters", "rule", rule, extra) == said
+    assert field_of("parameters", "context", rule, extra) == context
+
+
+def test_what_is_multiplied_by_zero_is_not_read():
+    """novograd and simplified_ademamix multiply by a decay, and a share of the gradient, that are zero by default."""
+    assert field_of("mu", "context", optax.novograd(0.1)) == "gradients and what comes of nu (Novograd)"
+    weighted = optax.novograd(0.1, weight_decay=0.1)
+    assert field_of("mu", "context", weighted) == "gradients, weights and what comes of nu (Novograd)"
+    rule = field_of("parameters", "rule", optax.contrib.simplified_ademamix(0.1))
+    assert rule == "adds what comes of m (SimplifiedAdEMAMix) and n (SimplifiedAdEMAMix)"
+
+
+def test_memories_of_weights_and_of_searches():
+    assert field_of("params", "rule", optax.lbfgs(0.1, linesearch=None)) == "m <- W"
+    objective = lambda params: sum(jnp.sum(w**4) for w in params.values())  # its second derivative is 12 W^2
+    hessian = field_of("nu", "rule", optax.contrib.sophia(0.1), lambda params: {"obj_fn": objective})
+    assert hessian == "m <- 0.99 m + 0.12 W^2"
+    value_fn = lambda params: sum(jnp.sum(w**2) for w in params.values())
+    extra = lambda params: {"value": value_fn(params), "grad": jax.grad(value_fn)(params), "value_fn": value_fn}
+    search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
+    loop, rate, weights = describe((MLP, search), extra=extra).components
+    assert loop.name == "inner loop of gradients and weights" and rate.needs == (loop.name,)
+    assert (rate.objective, rate.rule) == ("", "")  # it is multiplied by what the search finds
+    assert weights.needs == (rate.name,)
+
+
+def test_updates_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match="its updates have other shapes than the parameters; give"):
+        describe((MLP, optax.contrib.dpsgd(0.1, 1.0, 0.1, 0)))
 
 
 def test_numbers_are_printed_only_where_they_stay():
