@@ -1,10 +1,13 @@
 """describe: the paper's worked examples, what is derived from an update, what levels say of themselves, the renderings."""
 
+import ast
 import dataclasses
 import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +18,10 @@ import optax
 import pytest
 import rich.console
 from flax import nnx
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as Line
 
+import nested_jax
 from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
 from nested_jax.cli import Rule, main
 from nested_jax.errors import UserError
@@ -26,6 +32,7 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.meta.bilevel import descent
 from nested_jax.picture import Component, Picture
+from nested_jax.picture.component import closure
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import write_config
 from nested_jax.train.optimizer import optimizer
@@ -480,12 +487,27 @@ def test_a_new_level_describes_itself():
     assert "not stated" in describe(alone).markdown()
 
 
+def test_states_that_start_from_unknown_slower_states_are_unknown():
+    """In a nest the slower levels of the nest are known, and what is slower still is not."""
+    step = lambda state, context, slower: (state, state)
+    level = lambda period, init: Level(init, step, period, f"every {period}")
+    sizes = lambda nested: [c.state_bytes for c in describe(nested).components]
+    own = level(4, lambda slower: jnp.zeros(3))
+    assert sizes(nest(level(1, lambda slower: slower[0] + 1), own)) == [12, 12]
+    assert sizes(nest(level(1, lambda slower: slower[1] + 1), own)) == [None, 12]
+    assert sizes(nest(level(1, lambda slower: slower[-1]), level(4, lambda slower: slower[1:][0] * 2))) == [None, None]
+    assert sizes(nest(level(1, lambda slower: slower[:1]), own)) == [12, 12]
+    assert sizes(nest(nest(level(1, lambda slower: slower[1]), level(2, lambda slower: slower[0])), own)) == [12, 12, 12]
+
+
 def test_an_error_in_a_levels_own_code_is_not_hidden():
     step = lambda state, context, slower: (state, state)
     with pytest.raises(TypeError, match="unsupported operand"):
         describe(Level(lambda slower: jnp.zeros(3) + "a", step, 1))
     with pytest.raises(TypeError, match="positional argument"):
         describe(Level(lambda: jnp.zeros(3), step, 1))
+    with pytest.raises(IndexError, match="tuple index"):
+        describe(Level(lambda slower: (jnp.zeros(3),)[1], step, 1))
     with pytest.raises(IndexError, match="list index"):
         describe(Level(lambda slower: [jnp.zeros(3)][len(slower) + 1], step, 1))
 
@@ -639,6 +661,56 @@ def test_renderings():
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"level {i + 1}" for i in range(picture.levels)]
     places = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert places == sorted(places, reverse=True) and len(places) == len(picture.components)
+
+
+@pytest.mark.parametrize(
+    ("system", "tokens"),
+    [
+        ((preset("tiny-hope"), optax.contrib.muon(0.02)), 1024),
+        ((MATRICES, optim.m3(0.1, slow_period=4)), None),
+        ((preset("tiny-hope-attention"), optax.contrib.sam(optax.adam(0.1), optax.sgd(0.1))), 100),
+        ((MLP, optax.lbfgs(0.1, linesearch=None)), None),
+    ],
+)
+def test_no_arrow_of_the_figure_goes_through_a_text(system, tokens):
+    picture = describe(system, tokens_per_step=tokens)
+    figure = picture.plot()
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    texts = [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, *axes.get_legend().get_texts()]
+    boxes = {text.get_text(): text.get_window_extent() for text in texts}
+    arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) >= len(picture.components) - 3 and len(boxes) > 2 * len(picture.components)
+    for arrow in arrows:
+        path = arrow.get_transform().transform_path(arrow.get_path())
+        for line in path.to_polygons(closed_only=False):  # its shaft and its head
+            assert not [text for text, box in boxes.items() if Line(line).intersects_bbox(box, filled=False)]
+            assert all(axes.get_window_extent().contains(*point) for point in line)  # nothing is cut off
+    corners = [corner for box in boxes.values() for corner in (box.min, box.max)]
+    assert all(figure.bbox.contains(*corner) for corner in corners)
+
+
+def imports_of(path):
+    """The modules of this package that a file imports, in functions and for type checkers too."""
+    tree = ast.parse(path.read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    return {name for name in names if name and name.split(".")[0] == "nested_jax"}
+
+
+def test_imports_point_one_way():
+    root = Path(nested_jax.__file__).parent
+    modules = {f"nested_jax.picture.{path.stem}": imports_of(path) for path in (root / "picture").glob("[!_]*.py")}
+    reached = closure(modules)
+    assert not [name for name in modules if name in reached[name]]
+    for package in ("memory", "optim", "meta", "models", "jaxpr"):
+        assert not [path for path in (root / package).glob("*.py") if any("picture" in name for name in imports_of(path))]
+    lines = (root / "description.py").read_text()
+    assert set(re.findall(r"^(?:from|import) (\w+)", lines, re.MULTILINE)) == {"__future__", "collections", "dataclasses"}
+    heavy = {"rich", "matplotlib", "tyro", "tensorflow_datasets"}
+    code = "import sys, flax.nnx; others = {*sys.modules}; import nested_jax; print(*{*sys.modules} - others)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not heavy & {*said.split()}  # flax itself imports rich
 
 
 @pytest.mark.parametrize(

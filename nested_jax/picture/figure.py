@@ -30,12 +30,12 @@ def draw(components: Sequence[Component]) -> Figure:
     places = _places(components)
     x = {c.name: places[_key(c)] for c in components}
     y = {c.name: float(row) for row, c in enumerate(components)}
-    rows, width = len(components), max(places.values()) + 2.2
+    rows, width = len(components), max(max(places.values()), 1.0) + 2.2
     texts = [(c, ", ".join(filter(None, [c.objective or "objective not stated", _count(c)]))) for c in components]
     figure = Figure()
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.4, width - 0.4), ylim=(rows - 0.5, -0.5))
-    axes.set_xlabel("update frequency, logarithmic; close ones are set apart")
+    axes.set_xlabel("update frequency, logarithmic", loc="left")
     options = {
         "xycoords": ("axes fraction", "data"),
         "textcoords": "offset points",

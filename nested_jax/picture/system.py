@@ -234,6 +234,7 @@ class _Unknown(Exception):
     """The state of a slower level was read that is not known."""
 
 
+@jax.tree_util.register_pytree_node_class
 class _Slower(tuple):
     """The states of slower levels as far as they are known: `_Unknown` is raised for one that is not, and for any other."""
 
@@ -247,6 +248,13 @@ class _Slower(tuple):
         if state is _Unknown:
             raise _Unknown
         return state
+
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, states):
+        return cls(states)
 
 
 def _opened(level: Level, slower: _Slower, blocks: int, resets: tuple[_Fast, ...] = ()) -> tuple[PyTree, list[_Fast]]:
