@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from nested_jax.errors import UserError
+from nested_jax.jaxpr.transparent import transparent
 
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
@@ -80,7 +81,8 @@ def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Ca
     inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
     @jax.custom_vjp
-    def mixflow_gradient(*arguments):  # by this name those who read a jaxpr know that its derivative is the body's
+    @transparent
+    def mixflow_gradient(*arguments):
         return jax.grad(loss, argnums, has_aux)(*arguments)
 
     def forward(*arguments):
