@@ -23,7 +23,7 @@ from matplotlib.path import Path as Line
 
 import nested_jax
 from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
-from nested_jax.cli import Rule, main
+from nested_jax.cli import main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import view
@@ -33,7 +33,7 @@ from nested_jax.memory.titans import Titans
 from nested_jax.meta.bilevel import descent
 from nested_jax.picture import Component, Picture
 from nested_jax.picture.component import closure
-from nested_jax.train.config import TrainConfig
+from nested_jax.train.config import Optimizer, TrainConfig
 from nested_jax.train.folder import write_config
 from nested_jax.train.optimizer import optimizer
 
@@ -789,7 +789,7 @@ def test_command_line(tmp_path, capsys):
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
 
 
-@pytest.mark.parametrize("rule", typing.get_args(Rule))
+@pytest.mark.parametrize("rule", [*typing.get_args(Optimizer), "none"])
 def test_command_line_knows_every_rule_of_train(rule, tmp_path, capsys):
     assert main(["describe", "--preset", "tiny-linear", "--optimizer", rule]) == 0
     out = capsys.readouterr().out

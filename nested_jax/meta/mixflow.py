@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from nested_jax.errors import UserError
 from nested_jax.jaxpr.transparent import transparent
+from nested_jax.typing import Array
 
 
 def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
@@ -77,9 +78,6 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
 
 def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Callable:
     """Of a loss that closes over no traced values."""
-    is_none = lambda x: x is None
-    inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
     @jax.custom_vjp
     @transparent
     def mixflow_gradient(*arguments):
@@ -90,25 +88,35 @@ def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Ca
 
     def backward(arguments, cotangent):
         cotangent, of_aux = cotangent if has_aux else (cotangent, None)
-        smooth = jax.tree.map(lambda x: x if inexact(x) else None, arguments)  # integers and keys have no derivative
-        along = list(jax.tree.map(jnp.zeros_like, smooth))
-        pairs = [(argnums, cotangent)] if isinstance(argnums, int) else zip(argnums, cotangent, strict=True)
-        for i, v in pairs:
-            along[i] = jax.tree.map(jnp.add, along[i], v)
+        leaves, structure = jax.tree.flatten(arguments)
+        smooth = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]  # integers and keys have no derivative
+        direction = {i: jnp.zeros_like(leaves[i]) for i in smooth}
+        places = structure.unflatten(range(len(leaves)))
+        for number, v in [(argnums, cotangent)] if isinstance(argnums, int) else zip(argnums, cotangent, strict=True):
+            for i, part in zip(jax.tree.leaves(places[number]), jax.tree.leaves(v), strict=True):
+                direction[i] += part
 
-        def of(smooth):
-            result = loss(*jax.tree.map(lambda x, y: y if x is None else x, smooth, arguments, is_leaf=is_none))
+        def of(values):
+            merged = list(leaves)
+            for i, value in values.items():
+                merged[i] = value
+            result = loss(*structure.unflatten(merged))
             value, aux = result if has_aux else (result, None)
-            return value, [x for x in jax.tree.leaves(aux) if inexact(x)]
+            return value, [x for x in jax.tree.leaves(aux) if _is_inexact(x)]
 
-        def pulled(smooth, of_aux):
-            (value, _), pull = jax.vjp(of, smooth)
+        def pulled(values, of_aux):
+            (value, _), pull = jax.vjp(of, values)
             return pull((jnp.ones_like(value), of_aux))[0]
 
         # What it pulls back is linear in the cotangent of what else: that share is its derivative along it.
         of_aux = [c for c in jax.tree.leaves(of_aux) if c.dtype != jax.dtypes.float0]
-        point, direction = (smooth, jax.tree.map(jnp.zeros_like, of_aux)), (tuple(along), of_aux)
-        return jax.jvp(pulled, point, direction)[1]
+        point = {i: leaves[i] for i in smooth}, list(map(jnp.zeros_like, of_aux))
+        gradient = jax.jvp(pulled, point, (direction, of_aux))[1]
+        return structure.unflatten(map(gradient.get, range(len(leaves))))
 
     mixflow_gradient.defvjp(forward, backward)
     return mixflow_gradient
+
+
+def _is_inexact(x: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

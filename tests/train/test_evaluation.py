@@ -71,9 +71,8 @@ def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_pat
 
 
 @pytest.mark.parametrize(("window", "carry"), [(8, True), (24, True), (24, False)])
-def test_any_window_trains(window, carry, tmp_path, monkeypatch):
+def test_any_window_trains(window, carry, tmp_path):
     """Shorter than the alignment of 16, or no multiple of it, on documents of all lengths: every step is finite."""
-    monkeypatch.setenv("NESTED_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{i}.txt").write_bytes(text + b"%d" % i)
