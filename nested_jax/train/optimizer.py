@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax import optim
-from nested_jax.paths import path_name, resolve
+from nested_jax.paths import path_name, resolve_dimension_numbers
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import PyTree
 
@@ -44,7 +44,11 @@ class WithInputs(NamedTuple):
         >>> jax.tree.map(jnp.shape, rule.examples({"up": jnp.ones((3, 4, 8)), "norm": jnp.ones((3, 4))}))
         {'inputs': {'up': (3, 5, 4)}}
         """
-        leaves = zip(jax.tree_util.tree_leaves_with_path(parameters), resolve(self.matrices, parameters), strict=True)
+        leaves = zip(
+            jax.tree_util.tree_leaves_with_path(parameters),
+            resolve_dimension_numbers(self.matrices, parameters),
+            strict=True,
+        )
         ones = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
         return {"inputs": {path_name(path): ones(w) for (path, w), numbers in leaves if numbers}}
 
