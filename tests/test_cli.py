@@ -84,7 +84,10 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --preset tiny-hoep", "tiny-hoep.*tiny-hope"),
         ("train --preset", "--preset"),
         ("train --preset ''", "preset ''"),
-        ("train --seed 99999999999999999999", "--seed 99999999999999999999: give a whole number of at least 0 and below 4294967296$"),
+        (
+            "train --seed 99999999999999999999",
+            "--seed 99999999999999999999: give a whole number of at least 0 and below 4294967296$",
+        ),
         ("generate --seed 99999999999999999999", "--seed 99999999999999999999: give"),
         ("train --model.cms.rate nan", "cms.rate nan"),
         ("train --model.cms.clip -1", "cms.clip -1"),
@@ -266,9 +269,15 @@ def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
             metrics, lambda whole, line=line: whole.replace(whole.splitlines()[1], line), r"metrics.jsonl, line 2 is dam"
         )
     refused(
-        config, lambda whole: whole.replace('"width": 16', '"width": "16"'), "config.json is damaged.*model.width '16': give a whole number"
+        config,
+        lambda whole: whole.replace('"width": 16', '"width": "16"'),
+        "config.json is damaged.*model.width '16': give a whole number",
     )
-    refused(config, lambda whole: whole.replace('"attention"', '"junk"'), "config.json is damaged.*model.mixer 'junk': give one of")
+    refused(
+        config,
+        lambda whole: whole.replace('"attention"', '"junk"'),
+        "config.json is damaged.*model.mixer 'junk': give one of",
+    )
     refused(Path("a/checkpoints/4/files.json"), lambda whole: "[]", "checkpoints/4 is cut short: files.json has changed")
     Path("a/checkpoints").rename("elsewhere")
     code, _, err = say(f"{command} 5")
