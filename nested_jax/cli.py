@@ -93,7 +93,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
 
-    config, parameters, tokenizer, step = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, step = trained.load_run(flags.run_dir)
     data = flags.data or config.data
     documents = open_documents(data, "heldout")
     heldout = evaluation.HeldOut(config, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
@@ -109,7 +109,7 @@ def generate(argv: Sequence[str]) -> None:
     flags = _parse(Generation(), "generate", argv)
     from nested_jax.train import sample, trained
 
-    config, parameters, tokenizer, _ = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, _ = trained.load_run(flags.run_dir)
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "seed": flags.seed}
     print(flags.prompt, end="", flush=True)
     for text in sample.characters(tokenizer, sample.sample(config.model, parameters, tokenizer, flags.prompt, **options)):

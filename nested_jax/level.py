@@ -120,7 +120,8 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
         return Nested(slow_state, _restart(fast, state.fast, (slow_state, *slower)) if reset else state.fast)
 
     # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
-    due = (lambda state: slow.due(state.slow)) if slow.due else (lambda state: jnp.asarray(False))
+    slow_due = slow.due
+    due = (lambda state: slow_due(state.slow)) if slow_due else (lambda state: jnp.asarray(False))
     name = f"{fast.name} in {slow.name}"
     return Level(init, step, slow.period, name, due, restart, parts=(fast, slow, reset), tokens=slow.tokens)
 

@@ -212,7 +212,7 @@ def restart(
     config: CMSConfig, rows: Bool[Array, " B"], fresh: Nested | SegmentState, state: Nested | SegmentState
 ) -> Nested | SegmentState:
     """The CMS levels started anew in some rows of the batch; the sequence layers restart themselves."""
-    if not isinstance(state, Nested):
+    if not isinstance(state, Nested) or not isinstance(fresh, Nested):
         return state
 
     def choose(axis):

@@ -35,7 +35,7 @@ class OpenSegment(NamedTuple):
 class InContext(NamedTuple):
     """Fast state of the CMS that learns: the nest of its levels around the sequence layers, and the open segment."""
 
-    levels: Nested
+    levels: Nested | SegmentState
     open: OpenSegment
 
 
@@ -101,10 +101,11 @@ class Reader:
             state = self._close_if(position > 0, state, position, tokens[:, 0])
         outputs = []
         for piece in self._pieces(offset, length, known or multiple % group == 0):
-            cut = [None if part is None else part[:, piece.start : piece.end] for part in (x, tokens, reset)]
+            cut = slice(piece.start, piece.end)
+            starts = None if reset is None else reset[:, cut]
             following = tokens[:, piece.end] if piece.end < length else None
             read = self._read_segments if piece.whole else self._read_part
-            logits, state = read(state, piece, position + piece.start, *cut, following)
+            logits, state = read(state, piece, position + piece.start, x[:, cut], tokens[:, cut], starts, following)
             outputs.append(logits)
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1), state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def learn_in_context(
                     updates, memory[name] = rules[i].update(gradient[name], memory[name], fast[name])
                     rates = [block[name]["rate"] for block in blocks]
                     step = lambda w, u, rate: jax.tree.map(lambda w, u: w + rate * u, w, u)
-                    fast[name] = [step(*each) for each in zip(fast[name], updates, rates, strict=True)]
+                    fast[name] = [step(*each) for each in zip(fast[name], cast(list, updates), rates, strict=True)]
                     gradient[name] = jax.tree.map(jnp.zeros_like, gradient[name])
             for i, (slower, name) in enumerate(zip(names, names[1:], strict=False)):
                 if config.variant == "nested" and end % config.periods[i] == 0:

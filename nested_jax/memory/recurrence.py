@@ -235,7 +235,7 @@ def write(
     right = scale(kept, product)
     if anchor is not None:
         right += scale(1 - kept, inputs @ anchor.mT)
-    if decay.inertia is not None:
+    if decay.inertia is not None and state.momentum is not None:
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
     right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
     lower = _shift_rows(decay.retained) * (inputs @ scale(gates.erase, inputs).mT)
@@ -247,7 +247,7 @@ def write(
     if anchor is not None:
         weights += scale(1 - kept, anchor)
     momentum = None
-    if decay.inertia is not None:
+    if decay.inertia is not None and decay.coasting is not None and state.momentum is not None:
         weights += scale(decay.inertia[..., -1:], state.momentum)
         momentum = scale(decay.coasting[..., None], state.momentum) - scale(decay.last, written).mT @ inputs
     return Written(MemoryState(weights, momentum), state, anchor, inputs, written, erased, decay)
@@ -283,7 +283,7 @@ def read(chunk: Written, queries: Float[Array, "*#batch C K"], *, before: bool =
     outputs = scale(retention, queries @ chunk.before.weights.mT)
     if chunk.anchor is not None:
         outputs += scale(1 - retention, queries @ chunk.anchor.mT)
-    if inertia is not None:
+    if inertia is not None and chunk.before.momentum is not None:
         outputs += scale(inertia, queries @ chunk.before.momentum.mT)
     return outputs - (carried * overlap) @ chunk.written - (retained * overlap) @ chunk.erased
 
@@ -383,8 +383,10 @@ def _empty_slots(gates: Gates, mask: Array | None) -> tuple[Gates, Array]:
     """Gates that do nothing at empty slots, and the multiplier m of `+ S_t`."""
     if mask is None:
         return gates, jnp.ones_like(gates.write)
-    off = lambda gate, value: None if gate is None else jnp.where(mask, gate, value)
-    gates = Gates(off(gates.write, 0.0), off(gates.erase, 0.0), off(gates.retain, 1.0), off(gates.momentum, 1.0))
+    momentum = None if gates.momentum is None else jnp.where(mask, gates.momentum, 1.0)
+    gates = Gates(
+        jnp.where(mask, gates.write, 0.0), jnp.where(mask, gates.erase, 0.0), jnp.where(mask, gates.retain, 1.0), momentum
+    )
     return gates, mask.astype(gates.write.dtype)
 
 

@@ -164,7 +164,7 @@ def attention(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Floa
 
 def _convolve(taps: Float[Array, "W D"], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     padded = jnp.pad(x, ((CONVOLUTION - 1, 0), (0, 0)))
-    return sum(taps[i][None] * padded[i : i + len(x)] for i in range(CONVOLUTION))
+    return jnp.sum(jnp.stack([taps[i][None] * padded[i : i + len(x)] for i in range(CONVOLUTION)]), axis=0)
 
 
 def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> list[Array]:

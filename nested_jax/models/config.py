@@ -6,7 +6,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nested_jax.checks import Count, Interval, Positive, check_fields
 from nested_jax.cms import CMSConfig
@@ -105,7 +105,7 @@ class ModelConfig:
 
 
 # Hidden widths of the CMS make the families of one size equal in parameters.
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(vocabulary=256, width=128, layers=4, heads=4, memory_hidden=16),
     "140m": dict(vocabulary=32_000, width=768, layers=12, heads=12, memory_hidden=64),
     "340m": dict(vocabulary=32_000, width=1024, layers=24, heads=16, memory_hidden=64),

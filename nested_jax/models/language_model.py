@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from nested_jax import cms
 from nested_jax.cms.in_context import segment_state, with_segment
@@ -92,10 +94,10 @@ def init_state(
 def apply(
     config: ModelConfig,
     weights: PyTree,
-    tokens: Int[Array, "B T"],
+    tokens: ArrayLike,
     state: ModelState,
     *,
-    reset: Bool[Array, "B T"] | None = None,
+    reset: ArrayLike | None = None,
     multiple: int = 1,
     rules: Rules | None = None,
 ) -> tuple[Float[Array, "B T V"], ModelState]:
@@ -103,9 +105,9 @@ def apply(
 
     Args:
         config, weights, rules: as of `init_state`.
-        tokens: integers from 0 to V - 1.
+        tokens: integers (B, T) from 0 to V - 1.
         state: of `init_state`, or of the call before.
-        reset: true where a document starts: that row's fast state starts anew before the token. Documents start on
+        reset: (B, T), true where a document starts: that row's fast state starts anew before the token. Documents start on
             multiples of `config.alignment` tokens; elsewhere a reset is an error (NaN logits under `jit`).
         multiple: a promise that the tokens read so far are a multiple of this number, which lets a call under `jit`
             take the path of whole chunks and segments. A state whose position is known needs none.
@@ -125,19 +127,19 @@ def apply(
     >>> logits.shape, int(state.position)
     ((2, 8, 256), 8)
     """
-    tokens = _check_tokens(config, tokens, reset, state)
-    position = state.position if isinstance(state.position, jax.core.Tracer) else np.int32(state.position)
-    reset = _check_alignment(config, reset, position)
+    ids = _check_tokens(config, tokens, reset, state)
+    position = state.position if isinstance(state.position, Tracer) else np.int32(state.position)
+    starts = _check_alignment(config, reset, position)
     known = not isinstance(position, jax.Array)
     aligned = (int(position) if known else multiple) % config.reading == 0
-    x = embed(config, weights, tokens)
-    if reset is not None:
-        misplaced = reset & ((position + jnp.arange(x.shape[1])) % config.alignment != 0)[None]
+    x = embed(config, weights, ids)
+    if starts is not None:
+        misplaced = starts & ((position + jnp.arange(x.shape[1])) % config.alignment != 0)[None]
         x = jnp.where(misplaced.any(axis=1)[:, None, None], jnp.nan, x)
 
     def block(x, weights_and_mixer):
         weights, mixer = weights_and_mixer
-        mixer, x = mix(config, weights, mixer, x, position, reset, aligned)
+        mixer, x = mix(config, weights, mixer, x, position, starts, aligned)
         return cms.apply(config.cms, weights["cms"], (), x), mixer
 
     frozen, mixers, learning = config.layers - config.adapting, state.mixers, state.learning
@@ -146,14 +148,14 @@ def apply(
     if learning is None:
         logits, mixers = head(config, weights, x), after
     else:  # the first block that learns: its sequence layer comes before all CMS that learn
-        last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, reset, aligned)
+        last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
         last = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], last)
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
         reader = cms_reader(config, weights, len(x), rules)
         learning, grown = _reserve(learning, x.shape[1])
-        logits, learning = reader.read(learning, position, x, tokens, reset, multiple)
+        logits, learning = reader.read(learning, position, x, ids, starts, multiple)
         learning = _unbounded(learning) if grown else learning
-    return logits, ModelState(position + np.int32(tokens.shape[1]), mixers, learning)
+    return logits, ModelState(position + np.int32(ids.shape[1]), mixers, learning)
 
 
 def mix(
@@ -256,8 +258,9 @@ def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[
     rows = jax.tree.leaves(state.mixers)[0].shape[1]
     if rows != len(tokens):
         raise UserError(f"tokens have {len(tokens)} rows, the state {rows}: give init_state(batch_size={len(tokens)})")
-    if not isinstance(tokens, jax.core.Tracer):
-        least, most = np.min(tokens), np.max(tokens)
+    if not isinstance(tokens, Tracer):
+        values = np.asarray(tokens)
+        least, most = values.min(), values.max()
         if least < 0 or most >= config.vocabulary:
             wrong = least if least < 0 else most
             raise UserError(f"token {wrong} is out of range: the model's vocabulary has tokens 0 to {config.vocabulary - 1}")
@@ -266,7 +269,7 @@ def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[
 
 def _check_alignment(config: ModelConfig, reset, position: Position) -> Bool[Array, "B T"] | None:
     """The resets, where they are known on the grid of documents; None where there are none."""
-    if reset is None or isinstance(reset, jax.core.Tracer) or isinstance(position, jax.Array):
+    if reset is None or isinstance(reset, Tracer) or isinstance(position, jax.Array):
         return reset
     reset = np.asarray(reset)
     at = int(position) + np.arange(reset.shape[1])

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from nested_jax.errors import UserError
 from nested_jax.level import Level
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import ModelState, Rules, apply, cms_reader, init_state, init_weights
-from nested_jax.typing import Array, Bool, Float, Int
+from nested_jax.typing import Array, Float
 
 
 class LanguageModel(nnx.Module):
@@ -54,10 +55,10 @@ class LanguageModel(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: ArrayLike,
         state: ModelState,
         *,
-        reset: Bool[Array, "B T"] | None = None,
+        reset: ArrayLike | None = None,
         multiple: int = 1,
     ) -> tuple[Float[Array, "B T V"], ModelState]:
         """Logits of the next token at every token, and the state after the last, see `apply`."""

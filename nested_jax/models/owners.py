@@ -9,9 +9,10 @@ from nested_jax.level import Nested
 from nested_jax.memory.layer import LayerState
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import ModelState
+from nested_jax.typing import PyTree
 
 
-def state_owners(config: ModelConfig, state: ModelState) -> ModelState:
+def state_owners(config: ModelConfig, state: ModelState) -> PyTree:
     """What each leaf of a model's state belongs to, in words: a tree of the state's structure."""
     memories = "memories of the sequence layers, chunk {}"
     layers = "caches of the sequence layers" if config.attends else memories.format(config.chunk)
@@ -35,4 +36,4 @@ def state_owners(config: ModelConfig, state: ModelState) -> ModelState:
     if learning is not None:
         segment = label(f"open segment of the CMS, period {config.cms.periods[-1]}", learning.open)
         learning = InContext(levels(learning.levels), segment)
-    return ModelState("position", mixers(state.mixers), learning)
+    return state._replace(position="position", mixers=mixers(state.mixers), learning=learning)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from flax import nnx
 
 from nested_jax.data import load_tokenizer
 from nested_jax.errors import UserError
+from nested_jax.models.module import LanguageModel
 from nested_jax.train.checkpoint import CHECKPOINTS, Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
@@ -19,21 +22,33 @@ from nested_jax.typing import PyTree
 
 
 class Trained(NamedTuple):
-    """A model as a run's last checkpoint has it."""
+    """A model as a run's last checkpoint has it: `config` of the run, `params` as nested dicts, `tokenizer`, `step`."""
 
     config: TrainConfig
-    parameters: PyTree
+    params: PyTree
     tokenizer: Tokenizer
     step: int
 
+    @property
+    def model(self) -> LanguageModel:
+        """The model with the trained parameters."""
+        shell = nnx.eval_shape(lambda: LanguageModel(self.config.model, rngs=nnx.Rngs(0)))
+        return nnx.merge(nnx.split(shell, nnx.Param)[0], nnx.State(self.params))
 
-def load(folder: Path) -> Trained:
-    """Reads a run folder. Raises UserError where it holds no run, or no checkpoint that can be read."""
+
+def load_run(run_dir: str | os.PathLike) -> Trained:
+    """Reads a run folder, see `nested_jax.load`.
+
+    Raises:
+        UserError: the folder holds no run, or no checkpoint that can be read.
+    """
+    folder = Path(run_dir)
     config = read_config(folder)
     if config is None:
         raise UserError(f"--run-dir {folder} holds no run: make one with nested-jax train --run-dir {folder}")
-    if not (folder / CHECKPOINTS).is_dir() or (step := (checkpoints := Checkpoints(folder)).latest()) is None:
+    checkpoints = Checkpoints(folder) if (folder / CHECKPOINTS).is_dir() else None
+    if checkpoints is None or (step := checkpoints.latest()) is None:
         raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
-    parameters = checkpoints.restore_parameters(jax.eval_shape(lambda: init_params(config.model, config.seed)))
+    params = checkpoints.restore_parameters(jax.eval_shape(lambda: init_params(config.model, config.seed)))
     checkpoints.close()
-    return Trained(config, parameters, load_tokenizer(folder / TOKENIZER), step)
+    return Trained(config, params, load_tokenizer(folder / TOKENIZER), step)

@@ -167,7 +167,7 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
         state, y = call(weights, state, piece, position)
         assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
         assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == types
-    assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert {s.dtype for s in jax.tree.leaves(state)} - {jnp.dtype("int32")} == {jnp.dtype("float32")}
     assert len(traces) == 1
 
 

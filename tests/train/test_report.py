@@ -85,8 +85,8 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
     config = small(learning_rate=1e30, steps=20, checkpoint_every=1)
     with pytest.raises(NonFinite, match=r"step \d+, level .* is not finite; the checkpoint of step \d+ is kept; try"):
         quiet(config)
-    kept = trained.load(Path(config.run_dir))
-    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.parameters))
+    kept = trained.load_run(config.run_dir)
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
     with pytest.raises(NonFinite):
         quiet(config)
 
@@ -94,7 +94,7 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
 def test_a_sample_is_a_continuation_of_its_prompt(small, quiet):
     config = small(steps=1)
     quiet(config)
-    saved, parameters, tokenizer, _ = trained.load(Path(config.run_dir))
+    saved, parameters, tokenizer, _ = trained.load_run(config.run_dir)
     net = saved.model
     draw = lambda prompt, n, **options: list(sample(net, parameters, tokenizer, prompt, tokens=n, **options))
     assert draw("", 6) == draw("", 6) != draw("", 6, seed=1)

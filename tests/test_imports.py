@@ -1,0 +1,31 @@
+"""What an import of the package brings along, and its metadata."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import nested_jax
+
+HEAVY = ("tyro", "matplotlib", "tensorflow_datasets", "orbax", "grain", "tensorboardX", "sentencepiece")
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Modules that a fresh interpreter has after a statement."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_imports_no_command_line_plots_or_data_sets():
+    """Of rich and orbax no more than flax, jax and optax import themselves."""
+    others = loaded_by("import jax, optax, flax.nnx")
+    own = loaded_by("import nested_jax") - others
+    assert "nested_jax" in own
+    found = {name for name in own if name.split(".")[0] in (*HEAVY, "rich")}
+    assert not found, found
+
+
+def test_version_and_type_information():
+    assert nested_jax.__version__ == version("nested-jax")
+    assert (Path(nested_jax.__file__).parent / "py.typed").exists()
