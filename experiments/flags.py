@@ -1,18 +1,25 @@
-"""Flags of an experiment: what cannot be is told in one line, before anything is computed."""
+"""Command-line flags of an experiment: read, checked where the config is made, and refused in one line."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
+from nested_jax.checks import Count, Interval, Positive, check_fields
 from nested_jax.errors import UserError
+
+Seed = Annotated[int, Interval(least=0, below=2**31)]
+Counts, Rates, Seeds = tuple[Count, ...], tuple[Positive, ...], tuple[Seed, ...]
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a mistake of the user's is one line and exit code 2."""
+    """Calls a script's main; a UserError is printed as one line, with exit code 2."""
     try:
         main()
     except UserError as error:
@@ -20,35 +27,64 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def assert_each(config: Any, fits: Callable[[np.ndarray], np.ndarray], words: str, *names: str) -> None:
-    """Raises UserError for the first of these flags without a number, or with one that is not finite or does not fit."""
-    for name in names:
-        values = np.ravel(np.array(getattr(config, name), float))
-        if not values.size or not (np.isfinite(values) & fits(values)).all():
-            raise UserError(f"{_given(config, name)} must be {words}")
+def parse(kind: type) -> Any:
+    """The config that the command line gives.
+
+    Raises:
+        UserError: the config's own error, which tyro would print in a box.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause := cause.__context__:
+            if isinstance(cause, UserError):
+                raise cause from None
+        print(box.getvalue(), end="", file=sys.stderr)
+        raise
 
 
-def assert_positive(config: Any, *names: str) -> None:
-    assert_each(config, lambda values: values > 0, "above 0", *names)
+def check(config: Any, *distinct: str) -> None:
+    """Checks a config's fields against their annotations, and that those named have values, each once.
 
-
-def assert_at_least(config: Any, low: float, *names: str) -> None:
-    assert_each(config, lambda values: values >= low, f"at least {low}", *names)
-
-
-def assert_seeds(config: Any) -> None:
-    assert_each(config, lambda values: (values >= 0) & (values < 2**31), "at least 0 and below 2**31", "seeds")
-    assert_distinct(config, "seeds")
-
-
-def assert_distinct(config: Any, *names: str) -> None:
-    """Raises UserError for the first of these flags that has nothing, or something twice."""
-    for name in names:
+    Raises:
+        UserError: the flag, its value and what to give.
+    """
+    check_fields(config, flag)
+    for name in distinct:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
-            raise UserError(f"{_given(config, name)}: give one or more, each once")
+            raise UserError(f"{given(config, name)}: give one or more, each once")
 
 
-def _given(config: Any, name: str) -> str:
+def check_known(config: Any, name: str, known: Iterable[str]) -> None:
+    """Raises UserError if a field has a value that is not among the known ones."""
+    known = tuple(known)
+    for value in getattr(config, name):
+        if value not in known:
+            raise UserError(f"{flag(name)} {value!r}: give one of {', '.join(known)}")
+
+
+def check_rising(config: Any, *names: str) -> None:
+    """Raises UserError for the first field whose numbers do not rise."""
+    for name in names:
+        values = getattr(config, name)
+        if any(low >= high for low, high in zip(values, values[1:], strict=False)):
+            raise UserError(f"{given(config, name)}: give numbers that rise")
+
+
+def flag(name: str) -> str:
+    """The flag of a field.
+
+    >>> flag("test_tasks")
+    '--test-tasks'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def given(config: Any, name: str) -> str:
+    """A flag with its values, as on the command line."""
     values = np.ravel(getattr(config, name)).tolist()
-    return f"--{name.replace('_', '-')} {' '.join(map(str, values)) or '(none)'}"
+    return f"{flag(name)} {' '.join(map(str, values)) or '(none)'}"

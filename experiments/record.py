@@ -1,6 +1,6 @@
-"""What an experiment leaves in results/ beside its script: NAME.json with its command, a table NAME.md, a figure NAME.png.
+"""Results of an experiment: NAME.json with the command and config, a table NAME.md, a figure NAME.png.
 
-A path is that of NAME, without a suffix. Long experiments are kept run by run.
+`path` is results/NAME without a suffix. Long experiments are saved after every run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,32 @@ from matplotlib.figure import Figure
 from nested_jax.errors import UserError
 
 matplotlib.use("agg")
-LISTS = ("presets", "optimizers", "rates", "further", "seeds")  # they say which runs there are, the other flags what one is
+LISTS = ("presets", "optimizers", "rates", "further", "seeds")  # which runs to make; all other flags are about each run
+
+
+def start(path: Path, config: Any) -> dict[str, Any]:
+    """Results that hold the running command, as from the repository's root, the config and the version of JAX.
+
+    Raises:
+        UserError: there can be no folder for the results.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} is no folder for results, {error.strerror}: make it one") from None
+    script = f"experiments/{path.parents[1].name}/{Path(sys.argv[0]).name}"
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    choices = {name: value for name, value in dataclasses.asdict(config).items() if name != "fresh"}
+    return {"command": command, "config": json.loads(json.dumps(choices)), "jax": jax.__version__}
 
 
 def begin(path: Path, config: Any) -> dict[str, Any]:
-    """Results without any: the command line that is running, as from the repository's root, and its config.
+    """`start`, where results of another config are replaced only if `config.fresh`.
 
-    Raises UserError if results cannot be written there, or without `fresh` would replace another config's.
+    Raises:
+        UserError: there are results of another config, or they cannot be read.
     """
-    results = _new(path, config)
+    results = start(path, config)
     kept = None if config.fresh else _kept(path)
     if kept and kept["config"] != results["config"]:
         raise UserError(f"{path}.json was made with other flags: give those, or --fresh to replace it")
@@ -41,11 +58,14 @@ def begin(path: Path, config: Any) -> dict[str, Any]:
 
 
 def resume(path: Path, config: Any) -> dict[str, Any]:
-    """What there is of this config's runs, which may be more than those that were made; with `fresh`, none.
+    """The results so far, with their runs; with `config.fresh` there are none.
 
-    Raises UserError if the runs are another config's, or would not all be this one's.
+    Lists of runs (`LISTS`) may be longer than those of the results.
+
+    Raises:
+        UserError: the results are of another config, or cannot be read.
     """
-    results = _new(path, config) | {"runs": []}
+    results = start(path, config) | {"runs": []}
     kept = None if config.fresh else _kept(path)
     if not kept:
         return results
@@ -58,17 +78,6 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     return results | {"runs": kept["runs"]}
 
 
-def _new(path: Path, config: Any) -> dict[str, Any]:
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} is no folder for results, {error.strerror}: make it one") from None
-    script = f"experiments/{path.parents[1].name}/{Path(sys.argv[0]).name}"
-    command = shlex.join(["python", script, *sys.argv[1:]])
-    choices = {name: value for name, value in dataclasses.asdict(config).items() if name != "fresh"}
-    return {"command": command, "config": json.loads(json.dumps(choices)), "jax": jax.__version__}
-
-
 def _kept(path: Path) -> dict[str, Any] | None:
     try:
         return {"config": {}} | json.loads(Path(f"{path}.json").read_text())
@@ -79,7 +88,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def once(path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]], **choices: Any) -> dict[str, Any]:
-    """The run of some choices: found in the results, or made and written to NAME.json."""
+    """The run of these choices: the one in the results, or a new one, saved to NAME.json."""
     for row in results["runs"]:
         if all(row[key] == value for key, value in choices.items()):
             return row
@@ -91,10 +100,10 @@ def once(path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]]
 
 
 def in_one_go(path: Path, config: Any, measure: Callable, table: Callable, figure: Callable) -> None:
-    """Measures what a config says, with the seconds it took, and writes it and what is shown of it at the end."""
-    results, begun = begin(path, config), time.monotonic()
+    """Measures, and writes the results with the seconds taken."""
+    results, started = begin(path, config), time.monotonic()
     results |= measure(config)
-    results["seconds"] = round(time.monotonic() - begun)
+    results["seconds"] = round(time.monotonic() - started)
     finish(path, results, table(results), figure(results))
 
 
@@ -106,7 +115,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def strict(value: Any) -> Any:
-    """Of results, what JSON has: what is no finite number is null, which `np.array(..., float)` reads as NaN.
+    """Results with null for every number that is not finite, which `np.array(..., float)` reads as NaN.
 
     >>> strict({"error": (0.5, float("nan"), [float("inf")])})
     {'error': [0.5, None, [None]]}
@@ -128,7 +137,7 @@ def finish(path: Path, results: dict[str, Any], table: str, figure: Figure) -> N
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
-    """The lines of a table whose first columns are words, the others numbers.
+    """The lines of a table: the first columns are words, aligned left, the others numbers, aligned right.
 
     >>> markdown(["rule", "loss"], [["gd", "0.5"]])
     ['| rule | loss |', '|---|---:|', '| gd | 0.5 |']
@@ -138,7 +147,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "", kind: str = "f") -> str:
-    """Mean and standard deviation; of one value that alone.
+    """Mean ± standard deviation; of one value the mean alone.
 
     >>> spread([1.0, 2.0]), spread([0.25], 1, "+"), spread([10.0, 20.0], kind="g")
     ('1.500 ± 0.707', '+0.2', '15 ± 7.07')
@@ -148,12 +157,12 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "", kind: str =
 
 
 def deviations(values: Sequence[float]) -> np.ndarray:
-    """Standard deviation along the leading axis; of one value zero."""
+    """Standard deviation along the leading axis; zero of one value."""
     return np.std(np.array(values, float), axis=0, ddof=min(1, len(values) - 1))
 
 
 def band(ax: Axes, x: Sequence[float], curves: np.ndarray, geometric: bool = False, **line: Any) -> None:
-    """Draws the mean of curves, (curves, points), and one standard deviation around it; geometric: of their logarithms."""
+    """Draws the mean of curves (curves, points) ± one standard deviation; `geometric`: both of the logarithms."""
     curves = np.array(curves, float)
     curves = np.log(curves) if geometric else curves
     mean, deviation = curves.mean(0), deviations(curves)

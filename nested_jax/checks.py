@@ -131,6 +131,7 @@ def describe_hint(hint: Any) -> str:
         *first, last = map(describe_hint, arguments)
         return f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
     if origin is tuple:
-        return f"a tuple, each {describe_hint(arguments[0])}"
+        count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"a tuple{count}, each {describe_hint(arguments[0])}"
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string", type(None): "None"}
     return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"

@@ -93,10 +93,10 @@ def evaluate(argv: Sequence[str]) -> None:
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
 
-    config, net, parameters, tokenizer, step = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, step = trained.load(Path(flags.run_dir))
     data = flags.data or config.data
     documents = open_documents(data, "heldout")
-    heldout = evaluation.HeldOut(config, net, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
+    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
     bits = heldout.bits_per_byte(parameters)
     print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
     print(f"  unigram entropy  {heldout.entropies.unigram:.3f}")
@@ -109,10 +109,10 @@ def generate(argv: Sequence[str]) -> None:
     flags = _parse(Generation(), "generate", argv)
     from nested_jax.train import sample, trained
 
-    _, net, parameters, tokenizer, _ = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, _ = trained.load(Path(flags.run_dir))
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "seed": flags.seed}
     print(flags.prompt, end="", flush=True)
-    for text in sample.characters(tokenizer, sample.sample(net, parameters, tokenizer, flags.prompt, **options)):
+    for text in sample.characters(tokenizer, sample.sample(config.model, parameters, tokenizer, flags.prompt, **options)):
         print(text, end="", flush=True)
     print()
 

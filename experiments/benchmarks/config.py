@@ -1,12 +1,20 @@
-"""What is measured: dataclasses whose fields are the flags of run.py, optimizers.py and meta.py."""
+"""Configs of the benchmarks; their fields are the flags of run.py, optimizers.py and meta.py."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from flax import nnx
 
 from nested_jax import CMSConfig, LanguageModel, ModelConfig
+from nested_jax.checks import Count
+from nested_jax.errors import UserError
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from flags import Counts
 
 HOPE = ModelConfig(
     vocabulary=4096, width=256, layers=4, heads=4, chunk=64, memory_hidden=16, cms=CMSConfig(hidden=(512, 512))
@@ -17,20 +25,25 @@ HOPE = ModelConfig(
 class Config:
     """Time Hope against a Transformer++ of as many parameters, on this machine."""
 
-    lengths: tuple[int, ...] = (512, 2048, 16_384)
+    lengths: Counts = (512, 2048, 16_384)
     """Tokens T of a row."""
-    batches: tuple[int, ...] = (2, 1, 1)
+    batch_sizes: Counts = (2, 1, 1)
     """Rows B at each length."""
-    rounds: tuple[int, ...] = (9, 7, 3)
+    rounds: Counts = (9, 7, 3)
     """Timed rounds at each length; in a round, every model takes one step."""
-    contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144)
-    """Tokens read before the decoding of single tokens is timed."""
-    decode_tokens: int = 64
+    contexts: Counts = (1024, 4096, 16_384, 65_536, 262_144)
+    """Tokens of context before the decoding of single tokens is timed."""
+    decode_tokens: Count = 64
     """Tokens decoded at each context in a round."""
-    decode_rounds: int = 25
-    """Rounds of decoding; in a round, every context has its turn."""
+    decode_rounds: Count = 25
+    """Rounds of decoding; in a round, every context is timed once."""
     hope: ModelConfig = HOPE
     """Hope, its CMS frozen."""
+
+    def __post_init__(self):
+        flags.check(self, "lengths", "contexts")
+        if not len(self.lengths) == len(self.batch_sizes) == len(self.rounds):
+            raise UserError(f"{flags.given(self, 'lengths')}: give as many --batch-sizes and --rounds")
 
 
 def transformer(hope: ModelConfig) -> ModelConfig:
@@ -51,37 +64,45 @@ def parameters(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class OptimizersConfig:
-    """Updates of one square matrix by every optimizer, in turns."""
+    """Time updates of one square matrix by every optimizer."""
 
-    width: int = 1024
+    width: Count = 1024
     """Rows and columns of the matrix."""
-    slow_period: int = 8
+    slow_period: Count = 8
     """Steps between two steps of m3's slow memory; so many updates are timed together."""
-    steps: int = 5
-    """Of Newton-Schulz, in Muon and in m3."""
-    rounds: int = 9
-    """Turns of each optimizer that count."""
+    steps: Count = 5
+    """Newton-Schulz steps, in Muon and in m3."""
+    rounds: Count = 9
+    """Timed rounds."""
+
+    def __post_init__(self):
+        flags.check(self)
 
 
 @dataclass(frozen=True)
 class MetaConfig:
     """Memory and time of derivatives through inner loops."""
 
-    width: int = 256
+    width: Count = 256
     """Width of the MLP memory, and of the Transformer."""
-    rows: int = 32
-    """Keys and values that the MLP memory learns from at each step."""
-    lengths: tuple[int, ...] = (64, 256, 1024, 4096)
+    rows: Count = 32
+    """Pairs of keys and values in a batch of the MLP memory."""
+    lengths: Counts = (64, 256, 1024, 4096)
     """Inner steps T of the MLP memory whose memory is counted."""
-    timed: int = 1024
+    timed: Count = 1024
     """Inner steps of the MLP memory that are timed, one of `lengths`."""
-    layers: int = 4
-    """Layers of the Transformer that is the inner model of mixflow_grad."""
-    batch: int = 4
-    """Its rows at each step."""
-    tokens: int = 256
-    """Its tokens of a row."""
-    steps: int = 8
-    """Its inner steps."""
-    rounds: int = 5
-    """Timed rounds, in each of which everything has its turn."""
+    layers: Count = 4
+    """Layers of the Transformer, the inner model of mixflow_grad."""
+    batch_size: Count = 4
+    """Rows B of a Transformer's batch."""
+    tokens: Count = 256
+    """Tokens T of a row."""
+    steps: Count = 8
+    """Inner steps of the Transformer."""
+    rounds: Count = 5
+    """Timed rounds; in a round, everything is timed once."""
+
+    def __post_init__(self):
+        flags.check(self, "lengths")
+        if self.timed not in self.lengths:
+            raise UserError(f"--timed {self.timed}: give one of {flags.given(self, 'lengths')}")

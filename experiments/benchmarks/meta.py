@@ -1,45 +1,45 @@
-"""python experiments/benchmarks/meta.py: memory and time of inner loops' derivatives; results/meta.{json, md, png}."""
+"""Cost of derivatives through inner loops: `python experiments/benchmarks/meta.py` writes results/meta.*."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# For the compiler of a TPU that is not there, where libtpu is installed.
+# libtpu, if installed, compiles for a TPU that is not attached.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import config as settings  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import matplotlib  # noqa: E402
-import tyro  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
-from run import RESULTS, alternate  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from nested_jax.meta import mixflow_grad, unroll  # noqa: E402
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags  # noqa: E402
+from record import finish, start  # noqa: E402
+from timing import alternate  # noqa: E402
 
+RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = ("none", "full", "sqrt", "log")
 RATE = 0.05
 GRAINS = {"layers": "each layer and each step", "halves": "each half of a layer, each step, and steps by twos"}
 TPU = "v5e:2x2"
-Inputs = tuple[Callable, tuple]
+Call = tuple[Callable, tuple]  # a function and its arguments
 
 
-def mlp_memory(config: settings.MetaConfig, length: int, checkpoint: str) -> Inputs:
-    """The gradient, by its start, of the mean loss of an MLP memory that learns T batches of pairs; its arguments."""
+def mlp_memory(config: settings.MetaConfig, length: int, checkpoint: str) -> Call:
+    """The gradient with respect to its start of an MLP memory's mean loss over T batches of pairs."""
     D = config.width
     start = [jax.random.normal(jax.random.key(i), (D, D)) * D**-0.5 for i in range(2)]
     pairs = tuple(jax.random.normal(jax.random.key(i), (length, config.rows, D)) for i in (2, 3))
@@ -55,11 +55,11 @@ def mlp_memory(config: settings.MetaConfig, length: int, checkpoint: str) -> Inp
     return jax.grad(lambda start, pairs: unroll(step, start, pairs, checkpoint=checkpoint)[1].mean()), (start, pairs)
 
 
-def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> Inputs:
-    """Value and gradient, by start and rate, of a Transformer's loss after steps of gradient descent; its arguments.
+def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> Call:
+    """Value and gradient with respect to start and rate of a Transformer's loss after steps of gradient descent.
 
-    The backward passes compute again, with either inner gradient, what GRAINS says: a layer as a whole, or attention and
-    MLP apart; every inner step, from the state before it or from the state before two.
+    `grain` is what backward passes recompute: "layers" a layer and an inner step at a time, "halves" attention and MLP
+    apart and two inner steps at a time.
     """
     D, heads, vocabulary = config.width, config.width // 64, 256
     keys = jax.random.split(jax.random.key(0), 6)
@@ -67,10 +67,10 @@ def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> 
     shapes = {"qkv": (D, 3 * D), "out": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}
     blocks = {name: draw(key, config.layers, *shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
     start = {"embedding": draw(keys[4], vocabulary, D), "blocks": blocks}
-    text = jax.random.randint(keys[5], (config.steps, config.batch, config.tokens + 1), 0, vocabulary)
+    text = jax.random.randint(keys[5], (config.steps, config.batch_size, config.tokens + 1), 0, vocabulary)
     norm = lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
-    again = lambda part: jax.checkpoint(part, prevent_cse=False)
+    recompute = lambda part: jax.checkpoint(part, prevent_cse=False)
 
     def attention(x, w):
         split = (norm(x) @ w["qkv"]).reshape(*x.shape[:2], 3 * heads, D // heads)
@@ -81,9 +81,9 @@ def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> 
         return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"]
 
     if grain == "halves":
-        layer, kept = lambda x, w: (again(mlp)(again(attention)(x, w), w), None), (config.steps // 2, 2)
+        layer, kept = lambda x, w: (recompute(mlp)(recompute(attention)(x, w), w), None), (config.steps // 2, 2)
     else:
-        layer, kept = again(lambda x, w: (mlp(attention(x, w), w), None)), "full"
+        layer, kept = recompute(lambda x, w: (mlp(attention(x, w), w), None)), "full"
 
     def loss(w, tokens):
         x, _ = jax.lax.scan(layer, w["embedding"][tokens[:, :-1]], w["blocks"])
@@ -97,26 +97,26 @@ def transformer(config: settings.MetaConfig, gradient: Callable, grain: str) -> 
     return jax.value_and_grad(outer, (0, 1)), (start, RATE, text)
 
 
-def compile_for(device: jax.Device | None, made: Inputs) -> tuple[jax.stages.Compiled, float]:
-    """Compiled for this machine or another device, and its temporary memory in MB, as the compiler has planned it."""
+def compile_for(device: jax.Device | None, made: Call) -> tuple[jax.stages.Compiled, float]:
+    """A call compiled for this machine or another device, and its temporary memory in MB as planned by the compiler."""
     function, arguments = made
     if device:
-        elsewhere = SingleDeviceSharding(device)
-        shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=elsewhere)
+        sharding = SingleDeviceSharding(device)
+        shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
         arguments = jax.tree.map(shape, arguments)
     compiled = jax.jit(function).lower(*arguments).compile()
     return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def tpu() -> jax.Device | None:
-    """A TPU to compile for, if libtpu is installed; it need not be there."""
+    """A TPU to compile for, if libtpu is installed."""
     if importlib.util.find_spec("libtpu") is None:
         return None
     return topologies.get_topology_desc(platform="tpu", topology_name=TPU).devices[0]
 
 
 def torch_unroll(config: settings.MetaConfig) -> list[dict]:
-    """The same MLP memory by torch.func, if torch is installed: each length in a process of its own."""
+    """The MLP memory by torch.func, if torch is installed, each length in its own process."""
     if importlib.util.find_spec("torch") is None:
         return []
     script = Path(__file__).with_name("torch_unroll.py")
@@ -129,7 +129,6 @@ def torch_unroll(config: settings.MetaConfig) -> list[dict]:
 
 
 def measure(config: settings.MetaConfig) -> dict:
-    """All numbers, as written to meta.json."""
     unrolled, calls = [], {}
     for length in config.lengths:
         for checkpoint in CHECKPOINTS:
@@ -140,15 +139,8 @@ def measure(config: settings.MetaConfig) -> dict:
             if length == config.timed:
                 calls[checkpoint] = lambda run=compiled, arguments=made[1]: run(*arguments)
     times = alternate(calls, config.rounds)
-    results = {
-        "command": shlex.join(["python", "experiments/benchmarks/meta.py", *sys.argv[1:]]),
-        "config": dataclasses.asdict(config),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0]),
-        "unroll": unrolled,
-        "unroll_seconds": times,
-        "torch": torch_unroll(config),
-    }
+    device = str(jax.devices()[0])
+    results = {"device": device, "unroll": unrolled, "unroll_seconds": times, "torch": torch_unroll(config)}
 
     inner, calls = {"mixflow_grad": mixflow_grad, "jax.grad": jax.grad}, {}
     devices = {"CPU": None} | ({f"TPU {TPU.split(':')[0]}, compiled only": device} if (device := tpu()) else {})
@@ -157,7 +149,7 @@ def measure(config: settings.MetaConfig) -> dict:
         for grain, name in itertools.product(GRAINS, inner):
             made = transformer(config, inner[name], grain)
             compiled, megabytes = compile_for(device, made)
-            row = {"again": grain, "gradient": name, "device": where, "temporary_mb": megabytes}
+            row = {"grain": grain, "gradient": name, "device": where, "temporary_mb": megabytes}
             results["mixflow"].append(row)
             print(row, flush=True)
             if device is None:
@@ -187,25 +179,25 @@ def table(results: dict) -> str:
         by = {row["steps"]: row for row in results["torch"]}
         cells = "".join(f" {by[length]['resident_mb']:,.0f} |" if length in by else " - |" for length in lengths)
         seconds = statistics.median(by[timed]["seconds"])
-        lines.append(f"| torch.func, resident |{cells} {seconds:.2f} | - |")  # by a process of its own, not in turn
+        lines.append(f"| torch.func, resident |{cells} {seconds:.2f} | - |")  # no ratio: not timed in the same rounds
     share = at["none", timed] / at["sqrt", timed]
     lines += [
         "",
         f'"sqrt" takes {share:.1f} times less than "none" at {timed:,} steps.',
         "",
         f"Through {config['steps']} steps of a Transformer ({config['layers']} layers, width {config['width']}, "
-        f"{config['batch']} x {config['tokens']} tokens):",
+        f"{config['batch_size']} x {config['tokens']} tokens):",
         "",
-        "| again | compiler | `jax.grad`, MB | `mixflow_grad`, MB | ratio | `jax.grad`, s | `mixflow_grad`, s | time |",
+        "| recomputed | compiler | `jax.grad`, MB | `mixflow_grad`, MB | ratio | `jax.grad`, s | `mixflow_grad`, s | time |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for ours, plain in _pairs(results):
         a, b = ours["temporary_mb"], plain["temporary_mb"]
         took = " - | - | - |"
         if ours["device"] == "CPU":
-            x, y = (statistics.median(results["mixflow_seconds"][f"{r['again']} {r['gradient']}"]) for r in (ours, plain))
+            x, y = (statistics.median(results["mixflow_seconds"][f"{r['grain']} {r['gradient']}"]) for r in (ours, plain))
             took = f" {y:.1f} | {x:.1f} | {x / y:.2f} |"
-        lines.append(f"| {GRAINS[ours['again']]} | {ours['device']} | {b:,.0f} | {a:,.0f} | {b / a:.2f} |{took}")
+        lines.append(f"| {GRAINS[ours['grain']]} | {ours['device']} | {b:,.0f} | {a:,.0f} | {b / a:.2f} |{took}")
     return "\n".join(lines) + "\n"
 
 
@@ -215,7 +207,7 @@ def _pairs(results: dict) -> list[tuple[dict, dict]]:
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Memory over length of the MLP memory, and of both gradients of the Transformer."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for checkpoint in CHECKPOINTS:
@@ -238,22 +230,19 @@ def figure(results: dict, path: Path) -> None:
         heights = [pair[which]["temporary_mb"] for pair in pairs]
         bars = right.bar([i + shift for i in range(len(pairs))], heights, 0.36, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
-    label = lambda row: f"{row['again']}\n{row['device']}".replace(", ", "\n")
+    label = lambda row: f"{row['grain']}\n{row['device']}".replace(", ", "\n")
     right.set_xticks(range(len(pairs)), [label(ours) for ours, _ in pairs], fontsize=8)
     right.set(ylabel="temporary memory, MB", title=f"Transformer, {results['config']['steps']} inner steps")
     right.set_ylim(0, 1.25 * max(row["temporary_mb"] for row in results["mixflow"]))
     right.legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=150)
+    return fig
 
 
 def main() -> None:
-    results = measure(tyro.cli(settings.MetaConfig))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "meta.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "meta.md").write_text(table(results))
-    figure(results, RESULTS / "meta.png")
-    print(table(results))
+    config = flags.parse(settings.MetaConfig)
+    results = start(RESULTS / "meta", config) | measure(config)
+    finish(RESULTS / "meta", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -1,24 +1,25 @@
-"""python experiments/benchmarks/optimizers.py: times updates; writes results/optimizers.{json, md, png}."""
+"""Cost of an optimizer's update: `python experiments/benchmarks/optimizers.py` writes results/optimizers.*."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
+import sys
 from pathlib import Path
 
 import config as settings
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
 import optax
-import tyro
-from run import RESULTS, alternate
+from matplotlib.figure import Figure
 
 from nested_jax import optim
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import finish, start
+from timing import alternate
 
+RESULTS = Path(__file__).parent / "results"
 BASE = "optax.contrib.muon"
 
 
@@ -38,15 +39,15 @@ def rules(config: settings.OptimizersConfig) -> dict[str, optax.GradientTransfor
 
 
 def cycle(rule: optax.GradientTransformation, config: settings.OptimizersConfig):
-    """A call that makes one slow period's updates, and its state's bytes a parameter."""
+    """A call that makes the updates of one slow period, and the state's bytes a parameter."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (config.width, config.width))}
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     update = jax.jit(rule.update)
-    held = rule.init(params)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(held)) / params["kernel"].size
+    initial = rule.init(params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(initial)) / params["kernel"].size
 
     def call():
-        state = held
+        state = initial
         for _ in range(config.slow_period):
             updates, state = update(gradients, state, params)
         return updates, state
@@ -60,9 +61,6 @@ def measure(config: settings.OptimizersConfig) -> dict:
     times = {name: [s / config.slow_period for s in own] for name, own in turns.items()}
     base = statistics.median(times[BASE])
     return {
-        "command": "python experiments/benchmarks/optimizers.py",
-        "config": dataclasses.asdict(config),
-        "jax": jax.__version__,
         "optax": optax.__version__,
         "rows": [
             {
@@ -85,7 +83,7 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     rows = results["rows"][::-1]
     base = next(row["median_seconds"] for row in rows if row["optimizer"] == BASE)
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -94,17 +92,14 @@ def figure(results: dict, path: Path) -> None:
     ax.axvline(1.25, color="tab:red", linestyle=":", label="aim for m3: 1.25")
     ax.set(xlabel="time of an update, Muon's median = 1", xlim=(0, None))
     ax.legend()
-    fig.savefig(path, dpi=120)
+    return fig
 
 
 def main() -> None:
-    results = measure(tyro.cli(settings.OptimizersConfig))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "optimizers.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "optimizers.md").write_text(table(results))
-    figure(results, RESULTS / "optimizers.png")
-    print(table(results))
+    config = flags.parse(settings.OptimizersConfig)
+    results = start(RESULTS / "optimizers", config) | measure(config)
+    finish(RESULTS / "optimizers", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -1,10 +1,10 @@
-"""python experiments/benchmarks/run.py: times the models, and writes results/{benchmarks.json, table.md, figure.png}."""
+"""Speed of the models: `python experiments/benchmarks/run.py` writes results/benchmarks.*."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,64 +12,47 @@ from pathlib import Path
 import config as settings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import optax
-import tyro
 from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from nested_jax import LanguageModel, ModelConfig
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator, StrMethodFormatter  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import finish, start
+from timing import alternate
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begun
-
-
-def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, each turn begun by the next; after one turn that does not count."""
-    names = list(calls)
-    times = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            taken = seconds(calls[name])
-            if turn:
-                times[name].append(taken)
-    return times
-
-
-def step(config: ModelConfig, rows: int, length: int) -> tuple[Callable[[], object], dict]:
-    """Forward and backward pass of a batch of random tokens, compiled, and what the compiler says of it."""
+def step(config: ModelConfig, batch_size: int, length: int) -> tuple[Callable[[], object], dict]:
+    """Compiled forward and backward pass of a batch of random tokens; its parameters, compile time and memory."""
     net, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
-    text = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocabulary)
+    text = jax.random.randint(jax.random.key(1), (batch_size, length + 1), 0, config.vocabulary)
 
     def loss(weights, text):
         model = nnx.merge(net, weights)
-        logits, _ = model(text[:, :-1], model.init_state(rows, max_length=length))
+        logits, _ = model(text[:, :-1], model.init_state(batch_size, max_length=length))
         return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     compiled = jax.jit(jax.value_and_grad(loss)).lower(weights, text).compile()
     facts = {
         "parameters": settings.parameters(config),
-        "compile_s": round(time.perf_counter() - begun, 1),
+        "compile_s": round(time.perf_counter() - started, 1),
         "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6),
     }
     return lambda: compiled(weights, text), facts
 
 
-def operations(config: ModelConfig, rows: int, length: int) -> float:
-    """Multiplications and additions of a Transformer++'s forward and backward pass; half of the causal scores counted."""
+def operations(config: ModelConfig, batch_size: int, length: int) -> float:
+    """Floating-point operations of a Transformer++'s forward and backward pass; half of the scores are masked."""
     embedding = 0 if config.tie_embeddings else config.vocabulary * config.width
     scores = 6 * config.layers * length * config.width
-    return rows * length * (6 * (settings.parameters(config) - embedding) + scores)
+    return batch_size * length * (6 * (settings.parameters(config) - embedding) + scores)
 
 
 def matrix_rate(size: int = 1024, rounds: int = 9) -> float:
@@ -80,7 +63,7 @@ def matrix_rate(size: int = 1024, rounds: int = 9) -> float:
 
 
 def decoding(config: ModelConfig, contexts: tuple[int, ...], tokens: int, rounds: int) -> list[dict]:
-    """Seconds for one more token after contexts of several lengths, all of them read."""
+    """Milliseconds a decoded token after contexts of several lengths."""
     net, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
     piece = 1024
     text = jax.random.randint(jax.random.key(1), (1, piece), 0, config.vocabulary)
@@ -107,34 +90,26 @@ def decoding(config: ModelConfig, contexts: tuple[int, ...], tokens: int, rounds
 
 
 def measure(config: settings.Config) -> dict:
-    """All numbers, as written to benchmarks.json."""
     hope, transformer = config.hope, settings.transformer(config.hope)
-    results: dict = {
-        "command": "python experiments/benchmarks/run.py",
-        "config": dataclasses.asdict(config),
-        "transformer": dataclasses.asdict(transformer),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0]),
-        "training": [],
-    }
-    for length, rows, rounds in zip(config.lengths, config.batches, config.rounds, strict=True):
+    results: dict = {"transformer": dataclasses.asdict(transformer), "device": str(jax.devices()[0]), "training": []}
+    for length, batch_size, rounds in zip(config.lengths, config.batch_sizes, config.rounds, strict=True):
         models = {"transformer": transformer, "hope": hope}
         if length == config.lengths[0]:
             models["hope in context"] = settings.in_context(hope)
-        steps = {name: step(model, rows, length) for name, model in models.items()}
+        steps = {name: step(model, batch_size, length) for name, model in models.items()}
         rate = matrix_rate()
         times = alternate({name: call for name, (call, _) in steps.items()}, rounds)
         middle = {name: statistics.median(t) for name, t in times.items()}
-        achieved = operations(transformer, rows, length) / middle["transformer"]
+        achieved = operations(transformer, batch_size, length) / middle["transformer"]
         for name, (_, facts) in steps.items():
             results["training"].append(
                 {
                     "model": name,
                     "length": length,
-                    "rows": rows,
+                    "rows": batch_size,
                     **facts,
                     "seconds": times[name],
-                    "tokens_per_s": rows * length / middle[name],
+                    "tokens_per_s": batch_size * length / middle[name],
                     "times_transformer": middle["transformer"] / middle[name],
                     "step_over_frozen": middle[name] / middle["hope"],
                     "of_matrix_rate": achieved / rate if name == "transformer" else None,
@@ -166,7 +141,7 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(results: dict, path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Training speed and decoding latency over length."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name in ("hope", "transformer"):
@@ -183,17 +158,14 @@ def figure(results: dict, path: Path) -> None:
     right.plot([row["context"] for row in decoded], [row["ms_per_token"] for row in decoded], "o-")
     right.set(xscale="log", xlabel="tokens of context", ylabel="ms per token", title="Hope, decoding")
     right.set_ylim(0, 1.2 * max(row["ms_per_token"] for row in decoded))
-    fig.savefig(path, dpi=150)
+    return fig
 
 
 def main() -> None:
-    results = measure(tyro.cli(settings.Config))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "table.md").write_text(table(results))
-    figure(results, RESULTS / "figure.png")
-    print(table(results))
+    config = flags.parse(settings.Config)
+    results = start(RESULTS / "benchmarks", config) | measure(config)
+    finish(RESULTS / "benchmarks", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

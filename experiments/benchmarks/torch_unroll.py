@@ -1,6 +1,6 @@
-"""python experiments/benchmarks/torch_unroll.py STEPS WIDTH ROWS ROUNDS: the MLP memory of meta.py, unrolled by torch.func.
+"""The MLP memory of meta.py, unrolled by torch.func: `torch_unroll.py STEPS WIDTH ROWS ROUNDS`.
 
-Prints JSON: seconds of every round, and by how much the first one raised the process's largest resident memory, in MB.
+Prints JSON: seconds of every round, and the growth of the process's peak resident memory in the first, in MB.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def main() -> None:
             w, total = tuple(a - RATE * g for a, g in zip(w, gradient, strict=True)), total + value
         return total / count
 
-    # Not `ru_maxrss`, in which a process begins with what its parent held.
+    # Not `ru_maxrss`, which starts at the parent's resident memory.
     peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-    grad(lambda w: outer(w, 2))(start)  # what torch loads once
+    grad(lambda w: outer(w, 2))(start)  # loads what torch loads once
     before, seconds = peak(), []
     for turn in range(rounds):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         grad(outer)(start)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
         if turn == 0:
             resident = peak() - before
     print(json.dumps({"steps": steps, "torch": torch.__version__, "resident_mb": resident, "seconds": seconds}))

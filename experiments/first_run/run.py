@@ -1,33 +1,31 @@
-"""python experiments/first_run/run.py: trains from each seed, and writes results/{first_run.json, table.md, figure.png}."""
+"""Result of the first command: `python experiments/first_run/run.py` writes results/first_run.*."""
 
 from __future__ import annotations
 
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import config as settings
-import jax
-import matplotlib
-import tyro
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from nested_jax.train.record import read_rows
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import finish, markdown, spread, start
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def train(preset: str, seed: int, folder: Path) -> dict:
-    """One run by the command line, as a user makes it."""
-    flags = ["--preset", preset, "--seed", str(seed)]
-    subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *flags, "--run-dir", str(folder)], check=True)
+    """One run of the command line."""
+    choices = ["--preset", preset, "--seed", str(seed)]
+    subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *choices, "--run-dir", str(folder)], check=True)
     return {
-        "command": " ".join(["nested-jax train --fresh", *flags]),
+        "command": " ".join(["nested-jax train --fresh", *choices]),
         "preset": preset,
         "seed": seed,
         "rows": read_rows(folder),
@@ -38,26 +36,25 @@ def heldout(run: dict) -> list[dict]:
     return [row for row in run["rows"] if "heldout_bits_per_byte" in row]
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: what each seed came to, and the spread."""
-    lines = ["| preset | seed | held-out bits per byte | unigram, bigram entropy |", "|---|---:|---:|---:|"]
+def table(results: dict) -> str:
+    """Markdown: the result of each seed, and their mean."""
+    runs, cells = results["runs"], []
     for run in runs:
         last = heldout(run)[-1]
-        lines.append(
-            f"| {run['preset']} | {run['seed']} | {last['heldout_bits_per_byte']:.3f} "
-            f"| {last['unigram']:.3f}, {last['bigram']:.3f} |"
-        )
-    lines.append("")
+        entropies = f"{last['unigram']:.3f}, {last['bigram']:.3f}"
+        cells.append([run["preset"], str(run["seed"]), f"{last['heldout_bits_per_byte']:.3f}", entropies])
+    lines = [*markdown(("preset", "seed", "held-out bits per byte", "unigram, bigram entropy"), cells), ""]
     for preset in dict.fromkeys(run["preset"] for run in runs):
         ends = [heldout(run)[-1]["heldout_bits_per_byte"] for run in runs if run["preset"] == preset]
-        spread = f" ± {statistics.stdev(ends):.3f} (standard deviation)" if len(ends) > 1 else ""
-        between = f"{min(ends):.3f} to {max(ends):.3f}"
-        lines.append(f"`{preset}`: {statistics.mean(ends):.3f}{spread}, {len(ends)} seeds, {between}.")
+        lines.append(
+            f"`{preset}`: {spread(ends)} (standard deviation), {len(ends)} seeds, {min(ends):.3f} to {max(ends):.3f}."
+        )
     return "\n".join(lines) + "\n"
 
 
-def figure(runs: list[dict], path: Path) -> None:
+def figure(results: dict) -> Figure:
     """Held-out bits per byte over steps, a line for each run."""
+    runs = results["runs"]
     fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     colors = dict(zip(dict.fromkeys(run["preset"] for run in runs), plt.cm.tab10.colors, strict=False))
     for run in runs:
@@ -68,20 +65,17 @@ def figure(runs: list[dict], path: Path) -> None:
         axes.axhline(heldout(runs[0])[-1][name], color="gray", linestyle=dashes, label=f"{name} entropy")
     axes.set(xlabel="step", ylabel="held-out bits per byte")
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
-    fig.savefig(path, dpi=150)
+    return fig
 
 
 def main() -> None:
-    config = tyro.cli(settings.Config)
+    config = flags.parse(settings.Config)
+    results = start(RESULTS / "first_run", config)
     with tempfile.TemporaryDirectory() as folder:
         runs = [train(p, s, Path(folder, f"{p}-{s}")) for p in config.presets for s in config.seeds]
-    RESULTS.mkdir(exist_ok=True)
-    record = {"command": "python experiments/first_run/run.py", "jax": jax.__version__, "runs": runs}
-    (RESULTS / "first_run.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "table.md").write_text(table(runs))
-    figure(runs, RESULTS / "figure.png")
-    print(table(runs))
+    results["runs"] = runs
+    finish(RESULTS / "first_run", results, table(results), figure(results))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

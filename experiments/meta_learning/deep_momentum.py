@@ -1,4 +1,4 @@
-"""python experiments/meta_learning/deep_momentum.py: what other tasks taught; writes results/deep_momentum.*."""
+"""Meta-learned deep momentum: `python experiments/meta_learning/deep_momentum.py` writes results/deep_momentum.*."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from nested_jax import optim
@@ -29,7 +28,7 @@ from record import band, in_one_go, markdown, spread
 RESULTS = Path(__file__).parent / "results"
 TRAINING, TUNING, TEST = 1, 2, 3  # of a seed's tasks
 MOMENTUM, DEEP = "momentum", "deep momentum"
-# Of each, where its rates come from and what else is meta-learned.
+# Meta-learned optimizers, each with the tuned optimizer from whose rates it starts.
 LEARNED = {
     "momentum, meta-learned rate and decay": MOMENTUM,
     "momentum of matrix @ gradient, all meta-learned": MOMENTUM,
@@ -44,7 +43,7 @@ MATRIX, START, FROZEN, BOTH = (list(LEARNED)[i] for i in (1, 3, 4, 5))
 
 
 class Task(NamedTuple):
-    """A regression y = x target + noise, x = root z, whose directions are rotated and of many sizes, and all matter."""
+    """A regression y = x target + noise, x = root z, z standard normal; targets weigh all directions of x equally."""
 
     root: jax.Array  # (N, N)
     target: jax.Array  # (N, M)
@@ -55,7 +54,7 @@ def family(geometries: int) -> str:
 
 
 def draw(config: settings.DeepMomentum, geometries: jax.Array, of_roots: jax.Array, key: jax.Array) -> Task:
-    """A task of a family, whose inputs have one of so many covariances."""
+    """A task whose input covariance is one of `geometries`."""
     of_root, of_target = jax.random.split(key)
     index = jax.random.randint(of_root, (), 0, geometries)
     shape = (config.inputs, config.inputs)
@@ -74,13 +73,13 @@ def examples(config: settings.DeepMomentum, task: Task, key: jax.Array) -> tuple
 
 
 def excess(weights: jax.Array, task: Task) -> jax.Array:
-    """Expected squared error, noise apart, relative to that of zero weights."""
+    """Expected squared error without noise, relative to that of zero weights."""
     squares = lambda w: jnp.sum((task.root.T @ w) ** 2)
     return squares(weights - task.target) / squares(task.target)
 
 
 def rule(name: str) -> Callable[[dict], optax.GradientTransformation]:
-    """What is learned -> optimizer."""
+    """A function of the meta-parameters that returns the optimizer."""
 
     def make(meta):
         rate, decay = jnp.exp(meta["log_rate"]), jax.nn.sigmoid(meta["decay"])
@@ -99,13 +98,13 @@ def rule(name: str) -> Callable[[dict], optax.GradientTransformation]:
 
 
 def level(config: settings.DeepMomentum, name: str):
-    """Descent on the batches of a task from zero weights, by an optimizer that is learned."""
+    """Descent on the batches of a task from zero weights, by an optimizer of the meta-parameters."""
     loss = lambda weights, batch, meta: jnp.sum((batch[0] @ weights - batch[1]) ** 2) / (2 * config.examples)
     return descent(loss, rule(name), start=lambda meta: jnp.zeros((config.inputs, config.outputs)))
 
 
 def descend(config: settings.DeepMomentum, name: str, steps: int, meta: dict, task: Task, key: jax.Array) -> jax.Array:
-    """Excess error after 0, 1, ... steps."""
+    """Excess error (steps + 1,) after 0, 1, ... steps."""
     learner, slower = level(config, name), (meta,)
 
     def step(state, i):
@@ -118,7 +117,7 @@ def descend(config: settings.DeepMomentum, name: str, steps: int, meta: dict, ta
 
 
 def tasks_of(config: settings.DeepMomentum, geometries: jax.Array, seed: jax.Array, which: int, count: int, i: int = 0):
-    """Tasks of a seed and the keys of their batches: those of training, of update i, of tuning, and of the test."""
+    """Tasks of a seed and the keys of their batches, for TRAINING (meta-update i), TUNING or TEST."""
     key = jax.random.key(seed)
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, which), i), count))
     draw_one = functools.partial(draw, config, geometries, jax.random.fold_in(key, 0))
@@ -126,7 +125,7 @@ def tasks_of(config: settings.DeepMomentum, geometries: jax.Array, seed: jax.Arr
 
 
 def log_mean(errors: jax.Array) -> jax.Array:
-    """Mean logarithm over tasks, an error that is too large or no number counting as 1e6."""
+    """Mean logarithm over tasks; errors that are above 1e6 or not finite count as 1e6."""
     return jnp.log(jnp.clip(jnp.nan_to_num(errors, nan=1e6, posinf=1e6), 1e-12, 1e6)).mean(0)
 
 
@@ -136,7 +135,7 @@ def logit(decay: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def tune(config: settings.DeepMomentum, name: str, steps: int, geometries: jax.Array, seeds: jax.Array) -> dict:
-    """Of each seed, the rates and decays of the grid with the least mean logarithm of the error after the steps."""
+    """The rates and decays of the grid with the least mean logarithm of the error after the steps, for each seed."""
     rates, decays = (config.rates, config.decays) if name == MOMENTUM else (config.deep_rates, config.deep_decays)
     memory_rates = (1.0,) if name == MOMENTUM else config.memory_rates
     grid = jnp.stack(jnp.meshgrid(*map(jnp.array, (rates, decays, memory_rates)), indexing="ij"), -1).reshape(-1, 3)
@@ -158,41 +157,41 @@ def tune(config: settings.DeepMomentum, name: str, steps: int, geometries: jax.A
 
 
 def first_start(config: settings.DeepMomentum, seed: jax.Array):
-    """The default start of a deep momentum, whose input layer each seed draws anew."""
+    """The default start of a deep momentum, with an input layer drawn from the seed."""
     start = deep_momentum_start(jnp.zeros((config.inputs, config.outputs)), config.hidden)
     return start._replace(up=jax.random.normal(jax.random.fold_in(jax.random.key(seed), 4), start.up.shape))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def learn(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds: jax.Array, tuned: dict):
-    """Of each seed, what is meta-learned, from what was tuned on, and the outer losses."""
+    """Meta-parameters after meta-learning, which starts from the tuned ones, and the outer losses, for each seed."""
 
     def outer(meta, state, emitted, task):
         return jnp.log(excess(state.params, task) + 1e-6)
 
-    found = hypergradient(outer, level(config, name), checkpoint="none")
+    slope = hypergradient(outer, level(config, name), checkpoint="none")
 
     def one(seed, meta):
-        meta = meta | {"decay": jnp.maximum(meta["decay"], -2.0)}  # of 0 a sigmoid has no slope
+        meta = meta | {"decay": jnp.maximum(meta["decay"], -2.0)}  # at decay 0 the sigmoid has no gradient
         if name == MATRIX:
             meta |= {"matrix": jnp.eye(config.inputs)}
-        if name == BOTH:  # a decay of 0.5 doubles steps
+        if name == BOTH:  # the outer decay starts at 0.5, which doubles steps
             meta |= {"outer_decay": jnp.zeros(()), "log_rate": meta["log_rate"] - jnp.log(2.0)}
         schedule = optax.cosine_decay_schedule(config.meta_rate, config.iterations)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
         def step(carry, i):
             meta, state = carry
-            tasks, keys = tasks_of(config, geometries, seed, TRAINING, config.batch, i)
+            tasks, keys = tasks_of(config, geometries, seed, TRAINING, config.batch_size, i)
             each = jax.vmap(
                 lambda task, key: jax.vmap(lambda k: examples(config, task, k))(jax.random.split(key, config.steps))
             )
-            got = jax.vmap(found, (None, 0, 0))(meta, each(tasks, keys), tasks)
-            gradient = jax.tree.map(lambda g: jnp.nan_to_num(g).mean(0), got.gradient)
+            result = jax.vmap(slope, (None, 0, 0))(meta, each(tasks, keys), tasks)
+            gradient = jax.tree.map(lambda g: jnp.nan_to_num(g).mean(0), result.gradient)
             if name not in (START, FROZEN, BOTH) and "start" in gradient:
                 gradient["start"] = jax.tree.map(jnp.zeros_like, gradient["start"])
             updates, state = adam.update(gradient, state)
-            return (optax.apply_updates(meta, updates), state), got.value.mean()
+            return (optax.apply_updates(meta, updates), state), result.value.mean()
 
         (meta, _), losses = jax.lax.scan(step, (meta, adam.init(meta)), jnp.arange(config.iterations))
         return meta, losses
@@ -202,7 +201,7 @@ def learn(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def test(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds: jax.Array, metas: dict):
-    """Of each seed, the geometric mean of the error over held-out tasks after 0, 1, ... steps, and how many end above 1."""
+    """Geometric mean over test tasks of the error after 0, 1, ... steps, and the share that ends above 1, for each seed."""
 
     def one(seed, meta):
         tasks, keys = tasks_of(config, geometries, seed, TEST, config.test_tasks)
@@ -214,7 +213,7 @@ def test(config: settings.DeepMomentum, name: str, geometries: jax.Array, seeds:
 
 def measure(config: settings.DeepMomentum) -> dict:
     rows, seeds = [], jnp.array(config.seeds)
-    number = lambda geometries: jnp.array(geometries or jnp.iinfo(jnp.int32).max)  # so many that each is one's own
+    number = lambda geometries: jnp.array(geometries or jnp.iinfo(jnp.int32).max)  # 0: each task has its own
 
     def add(geometries, title, name, metas, losses=None):
         errors, lost = test(config, name, number(geometries), seeds, metas)
@@ -245,7 +244,7 @@ def measure(config: settings.DeepMomentum) -> dict:
 
 
 def at_edge(config: dict, row: dict) -> dict[str, int]:
-    """Of so many seeds, what was tuned is the grid's least or largest; a decay's least, 0, is no edge."""
+    """Number of seeds whose tuned value is the grid's smallest or largest; decay 0 is not an edge."""
     if row["training"] is not None:
         return {}
     deep = "memory_rate" in row
@@ -256,7 +255,7 @@ def at_edge(config: dict, row: dict) -> dict[str, int]:
 
 
 def behind_from(errors: np.ndarray, base: np.ndarray) -> str:
-    """The step from which on an error's geometric mean over seeds stays above another's, if there is one."""
+    """The step from which an error's geometric mean over seeds stays above the baseline's, if any."""
     ahead = np.flatnonzero(np.log(errors).mean(0) <= np.log(base).mean(0))
     return "" if ahead[-1] == errors.shape[1] - 1 else str(ahead[-1] + 1)
 
@@ -269,7 +268,7 @@ def table(results: dict) -> str:
     heads += ["rate", "decay", "memory's rate", "and decay"]
     lines = []
     for geometries in config["geometries"]:
-        lines += [f"{family(geometries)}: relative error in thousandths after so many steps:", ""]
+        lines += [f"{family(geometries)}: relative error in thousandths, by number of steps:", ""]
         rows, cells = [row for row in results["rows"] if row["geometries"] == geometries], []
         other = next(np.array(row["errors"]) for row in rows if row["optimizer"] == base)
         for row in rows:
@@ -281,12 +280,12 @@ def table(results: dict) -> str:
                 line.append(mean + (f" ({edge[key]} at the edge)" if edge.get(key) else ""))
             cells.append(line)
         lines += [*markdown(heads, cells), ""]
-    lines.append("At the edge: of so many seeds it is the least or the largest tried.")
+    lines.append("At the edge: number of seeds whose value is the smallest or largest tried.")
     return "\n".join(lines) + "\n"
 
 
 def figure(results: dict) -> Figure:
-    """Errors over steps in every family of tasks."""
+    """Errors by step in every family of tasks."""
     config = results["config"]
     shape = {"ncols": len(config["geometries"]), "figsize": (14, 4.8), "layout": "constrained"}
     fig, (axes,) = plt.subplots(1, **shape, sharey=True, squeeze=False)
@@ -303,8 +302,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(settings.DeepMomentum)
-    config.check()
+    config = flags.parse(settings.DeepMomentum)
     in_one_go(RESULTS / "deep_momentum", config, measure, table, figure)
 
 

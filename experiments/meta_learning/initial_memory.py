@@ -1,7 +1,4 @@
-"""python experiments/meta_learning/initial_memory.py: starts of a memory, learned or not, for in-context regression.
-
-Writes results/initial_memory.{json, md, png}.
-"""
+"""Starts of a memory: `python experiments/meta_learning/initial_memory.py` writes results/initial_memory.*."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from nested_jax import Level, run
-from nested_jax.errors import UserError, assert_choice
+from nested_jax.checks import Count, Interval, Positive
+from nested_jax.errors import UserError
 from nested_jax.memory.deep import (
     Deep,
     Rule,
@@ -39,82 +36,75 @@ from nested_jax.typing import Array, Float, PyTree
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
+from flags import Seeds
 from record import band, in_one_go, markdown, spread
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("common mean", "mean zero", "common features")
-BEST = {"linear": "zero", "deep": "by hand"}  # the start that others are held against
+BASELINES = {"linear": "zero", "deep": "zero output"}
 STARTS = {  # of each kind of memory: (name, whether the start is learned)
     "linear": (("zero", False), ("random", False), ("learned", True)),
-    "deep": (("zero", False), ("half zero", False), ("by hand", False), ("random", False), ("learned", True)),
+    "deep": (("zero", False), ("half zero", False), ("zero output", False), ("random", False), ("learned", True)),
 }
 
 
 @dataclass(frozen=True)
 class InitialMemory:
-    """Zero, random and meta-learned starts of a memory that reads pairs (x, y) of a task and predicts y of the next x."""
+    """Zero, random and meta-learned starts of a memory that reads pairs (x, y) of a task and predicts the next y."""
 
     fresh: bool = False
     """Replace results of other flags."""
     memories: tuple[str, ...] = tuple(STARTS)
     """linear: a matrix with the delta rule. deep: the residual two-layer MLP of Titans."""
     families: tuple[str, ...] = FAMILIES
-    """common mean: matrices around one. mean zero: around zero. common features: A silu(B x), A around zero, B the same."""
-    width: int = 8
+    """common mean: y = W x, W around a shared mean. mean zero: W around 0. common features: y = A silu(B x), A around 0,
+    B shared."""
+    width: Count = 8
     """Entries of x and of y."""
-    hidden: int = 16
+    hidden: Count = 16
     """Hidden units of the deep memory, and features of the last family."""
-    pairs: int = 40
-    """Pairs of a task: y is predicted after 0, 1, ... pairs - 1 of them. A multiple of chunk."""
-    chunk: int = 8
-    """Pairs that the linear memory reads in one parallel product, which gives what it would give pair by pair."""
-    shared: float = 0.8
-    """Share of a task's squared norm that is the family's mean, of the first family."""
-    noise: float = 0.2
-    """Norm of the noise on y, whose own norm is about 1."""
-    steps: int = 1200
+    pairs: Count = 40
+    """Pairs of a task; y is predicted after 0, 1, ... pairs - 1 of them. A multiple of `chunk`."""
+    chunk: Count = 8
+    """Pairs that the linear memory reads in one parallel product, with the values of pair-by-pair reading."""
+    shared: Annotated[float, Interval(least=0, most=1)] = 0.8
+    """Share of a task's squared norm that is the family's mean, in the first family."""
+    noise: Positive = 0.2
+    """Norm of the noise on y; that of y is about 1."""
+    steps: Count = 1200
     """Meta-updates: of the write rate and the retention of every memory, and of the learned start."""
-    batch: int = 8
-    """Tasks of a meta-update, fresh ones."""
-    meta_rate: float = 0.03
+    batch_size: Count = 8
+    """Tasks of a meta-update, new at each."""
+    meta_rate: Positive = 0.03
     """Adam's rate in the meta-updates, falling to zero along a cosine."""
-    tuning: int = 128
-    """Tasks on which it is chosen where retention decays to: the start or zero."""
-    held_out: int = 256
-    """Tasks that count; none of them was learned from."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Seeds that count, of the family, its tasks and the random starts."""
+    tuning: Count = 128
+    """Tasks on which the target of retention, the start or zero, is chosen."""
+    held_out: Count = 256
+    """Held-out tasks."""
+    seeds: Seeds = (0, 1, 2, 3, 4, 5)
+    """Seeds of the family, its tasks and the random starts."""
 
-    def check(self) -> None:
-        """Raises UserError for the first flag that cannot be."""
-        flags.assert_distinct(self, "memories", "families")
-        for name, known in (("memories", STARTS), ("families", FAMILIES)):
-            for value in getattr(self, name):
-                assert_choice(f"--{name}", value, tuple(known))
-        flags.assert_positive(self, "width", "hidden", "pairs", "chunk", "noise", "steps", "batch", "meta_rate", "tuning")
-        flags.assert_positive(self, "held_out")
-        flags.assert_each(self, lambda share: (share >= 0) & (share <= 1), "at least 0 and at most 1", "shared")
-        flags.assert_seeds(self)
+    def __post_init__(self):
+        flags.check(self, "memories", "families", "seeds")
+        flags.check_known(self, "memories", STARTS)
+        flags.check_known(self, "families", FAMILIES)
         if "linear" in self.memories and self.pairs % self.chunk:
-            raise UserError(f"--pairs {self.pairs} must be a multiple of --chunk {self.chunk}")
+            raise UserError(f"--pairs {self.pairs}: give a multiple of --chunk {self.chunk}")
         if "deep" in self.memories and self.hidden < 2 * self.width:
-            raise UserError(f"--hidden {self.hidden} must be at least twice --width {self.width}, for the start by hand")
+            raise UserError(f"--hidden {self.hidden}: give at least twice --width {self.width}, for the zero-output start")
 
 
 class Family(NamedTuple):
-    """What tasks share: features f(x) = silu(B x) / scale, or x where there is no B, the maps' mean, and what is their own.
-
-    own is the share of a task's squared norm that is not the mean's.
-    """
+    """What tasks y = W f(x) share: the mean of W, and features f(x) = silu(B x) / scale, or x without B."""
 
     mean: Float[Array, "V F"]
-    own: Array
-    features: Float[Array, "F K"] | None
+    own: Array  # share of W's squared norm that is not the mean's
+    features: Float[Array, "F K"] | None  # B
     scale: Array
 
 
 class Pairs(NamedTuple):
-    """Pairs of B tasks; targets are values without their noise."""
+    """T pairs of each of B tasks; targets are values without noise."""
 
     keys: Float[Array, "T B K"]
     values: Float[Array, "T B V"]
@@ -126,7 +116,7 @@ def features(family: Family, x: Float[Array, "... K"]) -> Float[Array, "... F"]:
 
 
 def unit(key: Array, *shape: int) -> Array:
-    """Vectors of norm 1 in all directions."""
+    """Vectors uniform on the unit sphere."""
     x = jax.random.normal(key, shape)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -142,7 +132,7 @@ def draw_family(config: InitialMemory, name: str, key: Array) -> Family:
 
 
 def draw_tasks(config: InitialMemory, family: Family, tasks: int, key: Array) -> Pairs:
-    """y = W f(x) + noise, |x| = 1, and the mean of |W f(x)|^2 over tasks and x is 1."""
+    """Tasks y = W f(x) + noise with |x| = 1; the mean of |W f(x)|^2 over tasks and x is 1."""
     maps, keys, noise = jax.random.split(key, 3)
     own = jax.random.normal(maps, (tasks, *family.mean.shape)) * jnp.sqrt(family.own / config.width)
     x = unit(keys, config.pairs, tasks, config.width)
@@ -151,7 +141,7 @@ def draw_tasks(config: InitialMemory, family: Family, tasks: int, key: Array) ->
 
 
 def bayes(config: InitialMemory, family: Family, tasks: Pairs) -> Float[Array, "T B V"]:
-    """The best prediction of every y from the pairs before it, by one who knows the family: a Kalman filter's."""
+    """The optimal prediction of every y from earlier pairs, given the family: a Kalman filter's."""
     F = family.mean.shape[1]
 
     def one(f, y):
@@ -168,10 +158,10 @@ def bayes(config: InitialMemory, family: Family, tasks: Pairs) -> Float[Array, "
 
 
 def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
-    """A memory that reads `Pairs` and emits what it held at each key before it read the value.
+    """A memory that reads `Pairs` and emits its prediction at each key before it reads the value.
 
-    Its slower level's state is {start, rate, retain}: the start, the logarithm of the write rate eta, the logit of the
-    retention alpha. Both kinds take the proximal step eta / (1 + eta |x|^2), and alpha leads to anchored times the start.
+    The slower level's state is {start, rate, retain}: the start, the logarithm of the write rate eta, the logit of the
+    retention alpha. Both kinds take the proximal step eta / (1 + eta |x|^2) and decay to `anchored` times the start.
     """
     gates = lambda meta: (jnp.exp(meta["rate"]), jax.nn.sigmoid(meta["retain"]))
 
@@ -181,7 +171,7 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
         keys, values = pairs.keys.swapaxes(0, 1), pairs.values.swapaxes(0, 1)
         full = lambda gate: jnp.full((1, keys.shape[1]), gate)
         rate = rate / (1 + rate)
-        # The delta rule on what retention left: its error is alpha W x + (1 - alpha) anchor x - v.
+        # The delta rule after retention: its error is alpha W x + (1 - alpha) anchor x - v.
         errors = (1 - retain) * jnp.matmul(keys, anchor.swapaxes(1, 2)) - values
         written = write(state, keys, errors, Gates(full(rate), full(retain * rate), full(retain)), anchor=anchor)
         return written.state, read(written, keys, before=True).swapaxes(0, 1)
@@ -192,8 +182,8 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
         keys, values = pairs.keys.swapaxes(0, 1)[:, None], pairs.values.swapaxes(0, 1)[:, None, None]
         strengths = Strengths(*(jnp.full((1, 1, keys.shape[2]), gate) for gate in (rate, retain)), None)
         rule = Rule(erase="none", read="before")
-        running, held = learn(running, snapshot, anchor, look(snapshot, keys), values, strengths, rule, None, keys)
-        return running, held[:, 0].swapaxes(0, 1), pairs.keys.shape[0]
+        running, outputs = learn(running, snapshot, anchor, look(snapshot, keys), values, strengths, rule, None, keys)
+        return running, outputs[:, 0].swapaxes(0, 1), pairs.keys.shape[0]
 
     heads = lambda start: Deep(start["first"][None, None], start["second"][None, None])
     tasks = lambda slower: slower[0]["tasks"].shape[0]
@@ -206,17 +196,17 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
 
 
 def draw_start(config: InitialMemory, kind: str, name: str, key: Array) -> PyTree:
-    """The start of a name; a learned one begins as the random one.
+    """The initial weights of a start; a learned start begins as the random one.
 
-    Of the deep memory M(z) = z + W_1 silu(W_2 z): zero and half zero (W_1 alone) hold M(z) = z. By hand M(z) = 0, with both
-    layers at work, since silu(z) - silu(-z) = z: W_2 = (I, -I), W_1 = (-I, I), for which hidden is to be twice width.
+    Of the deep memory M(z) = z + W_1 silu(W_2 z), zero (both layers) and half zero (W_1 = 0) give M(z) = z. Zero output
+    gives M(z) = 0 with non-zero layers, W_2 = (I, -I) and W_1 = (-I, I), since silu(z) - silu(-z) = z.
     """
     K = config.width
     if kind == "linear":
         start = K**-0.5 * jax.random.normal(key, (K, K))
         return jnp.zeros_like(start) if name == "zero" else start
     start = jax.tree.map(lambda w: w[0, 0], deep_start(key, 1, 1, K, config.hidden))
-    if name == "by hand":
+    if name == "zero output":
         both = jnp.concatenate([jnp.eye(K), -jnp.eye(K)])
         second = jnp.zeros_like(start["second"]).at[:, : 2 * K].set(-both.T)
         return {"first": start["first"].at[: 2 * K].set(both), "second": second}
@@ -226,27 +216,27 @@ def draw_start(config: InitialMemory, kind: str, name: str, key: Array) -> PyTre
 
 def predictions(config: InitialMemory, kind: str, anchored: Array, meta: PyTree, pairs: Pairs) -> Float[Array, "T B V"]:
     slower = (meta | {"tasks": jnp.zeros(pairs.keys.shape[1])},)
-    _, held = run(memory(config, kind, anchored), None, pairs, slower=slower)
-    return held.reshape(pairs.values.shape)
+    _, emitted = run(memory(config, kind, anchored), None, pairs, slower=slower)
+    return emitted.reshape(pairs.values.shape)
 
 
-def surprise(meta, state, held, values):
-    """The outer loss: the mean of |prediction - y|^2 over tasks and over what was read before, from nothing on."""
-    return jnp.mean(jnp.sum((held.reshape(values.shape) - values) ** 2, -1))
+def outer_loss(meta, state, emitted, values):
+    """The outer loss: the mean of |prediction - y|^2 over tasks and pairs."""
+    return jnp.mean(jnp.sum((emitted.reshape(values.shape) - values) ** 2, -1))
 
 
 def meta_learn(
     config: InitialMemory, kind: str, family: Family, learned: Array, anchored: Array, start: PyTree, key: Array
 ) -> PyTree:
-    """{start, rate, retain} after the meta-updates; the start stays where `learned` is 0."""
+    """{start, rate, retain} after the meta-updates; the start is constant if `learned` is 0."""
     meta = {"start": start, "rate": jnp.log(0.5), "retain": jnp.full((), 4.0)}
     adam = optax.adam(optax.cosine_decay_schedule(config.meta_rate, config.steps))
-    slope = hypergradient(surprise, memory(config, kind, anchored), checkpoint="none")
+    slope = hypergradient(outer_loss, memory(config, kind, anchored), checkpoint="none")
 
     def step(carry, key):
         meta, state = carry
-        pairs = draw_tasks(config, family, config.batch, key)
-        found = slope(meta | {"tasks": jnp.zeros(config.batch)}, pairs, pairs.values)
+        pairs = draw_tasks(config, family, config.batch_size, key)
+        found = slope(meta | {"tasks": jnp.zeros(config.batch_size)}, pairs, pairs.values)
         gradient = {part: found.gradient[part] for part in meta}
         updates, state = adam.update(gradient, state)
         updates["start"] = jax.tree.map(lambda u: learned * u, updates["start"])
@@ -257,13 +247,13 @@ def meta_learn(
 
 
 def keys_of(seed: Array) -> Array:
-    """Of a seed: keys of the family, the tasks that are learned from, those of the choice, held-out ones, and the starts."""
+    """Keys of a seed: of the family, the training, tuning and held-out tasks, and the starts."""
     return jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def measure_seeds(config: InitialMemory, kind: str, families: Family, seeds: Array) -> tuple[dict, Array]:
-    """Of every start, anchored or not, and seed: what was learned and errors; and the errors of who knows the family."""
+    """Rates, retention and errors by start, anchor and seed; and the errors of `bayes` by seed."""
     starts = STARTS[kind]
 
     def one_seed(family, seed):
@@ -274,9 +264,9 @@ def measure_seeds(config: InitialMemory, kind: str, families: Family, seeds: Arr
 
         def one(start, learned, anchored):
             meta = meta_learn(config, kind, family, learned, anchored, start, train)
-            held = functools.partial(predictions, config, kind, anchored, meta)
+            predict = functools.partial(predictions, config, kind, anchored, meta)
             found = {"rate": jnp.exp(meta["rate"]), "retain": jax.nn.sigmoid(meta["retain"])}
-            return found | {"tuning": error(held(tuning), tuning).mean(), "error": error(held(held_out), held_out)}
+            return found | {"tuning": error(predict(tuning), tuning).mean(), "error": error(predict(held_out), held_out)}
 
         drawn = jax.tree.map(lambda *each: jnp.stack(each), *(draw_start(config, kind, s, begins) for s, _ in starts))
         learned = jnp.array([float(learned) for _, learned in starts])
@@ -310,19 +300,19 @@ def pick(results: dict, memory: str, family: str, start: str) -> dict:
 
 
 def columns(config: dict) -> list[int]:
-    """Numbers of pairs read that the table shows."""
+    """Numbers of read pairs that the table shows."""
     return [n for n in (0, 1, 2, 4, 8, 16, 32) if n < config["pairs"]]
 
 
 def table(results: dict) -> str:
     config, cells = results["config"], []
     heads = ["family", "memory", "start", *(f"{n} read" for n in columns(config)), "mean"]
-    heads += ["less than zero or by hand, same seed", "eta", "alpha, to"]
+    heads += ["less than zero or zero output, same seed", "eta", "alpha, to"]
     for family in config["families"]:
         for row in (r for r in results["rows"] if r["family"] == family):
             error, more = np.array(row["error"], float), ["", "", ""]
             if row["memory"]:
-                against = BEST[row["memory"]]
+                against = BASELINES[row["memory"]]
                 other = np.array(pick(results, row["memory"], family, against)["error"], float)
                 less = "" if row["start"] == against else spread((other - error).mean(1), sign="+")
                 more = [less, spread(row["rate"]), f"{np.mean(row['retain']):.3f}, {row['decays_to']}"]
@@ -330,18 +320,18 @@ def table(results: dict) -> str:
             cells.append([family, row["memory"], row["start"], *means, *more])
     note = (
         f"Squared error of the noiseless y, whose mean square is 1; {len(config['seeds'])} seeds, {config['held_out']} "
-        "held-out tasks each; ± is the standard deviation over seeds. Bayes knows the family."
+        "held-out tasks each; ± is the standard deviation over seeds. Bayes: optimal prediction given the family."
     )
     return "\n".join([*markdown(heads, cells, words=3), "", note]) + "\n"
 
 
 def figure(results: dict) -> Figure:
-    """Error by the number of pairs read."""
+    """Error by number of read pairs."""
     config = results["config"]
     memories, families = config["memories"], config["families"]
     size = (4.0 * len(families) + 1.8, 3.4 * len(memories))
     fig, axes = plt.subplots(len(memories), len(families), figsize=size, sharex=True, sharey=True, squeeze=False)
-    colours = {"zero": "C0", "half zero": "C4", "by hand": "C2", "random": "C1", "learned": "C3"}
+    colours = {"zero": "C0", "half zero": "C4", "zero output": "C2", "random": "C1", "learned": "C3"}
     reads = np.arange(config["pairs"])
     for line, kind in zip(axes, memories, strict=True):
         for ax, family in zip(line, families, strict=True):
@@ -349,7 +339,7 @@ def figure(results: dict) -> Figure:
                 error = pick(results, kind, family, start)["error"]
                 band(ax, reads, error, color=colours[start], label=f"{start} start")
             best = np.mean(pick(results, "", family, "Bayes")["error"], 0)
-            ax.plot(reads, best, color="gray", linestyle="--", label="Bayes, told the family")
+            ax.plot(reads, best, color="gray", linestyle="--", label="Bayes, family known")
             ax.set(yscale="log", title=f"{kind} memory, {family}")
     for ax in axes[-1]:
         ax.set_xlabel("pairs read")
@@ -362,8 +352,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(InitialMemory)
-    config.check()
+    config = flags.parse(InitialMemory)
     in_one_go(RESULTS / "initial_memory", config, measure, table, figure)
 
 

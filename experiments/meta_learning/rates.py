@@ -1,6 +1,6 @@
-"""python experiments/meta_learning/rates.py: learned rates of a CMS's levels on streams that change at two time scales.
+"""Learned rates of a CMS's levels: `python experiments/meta_learning/rates.py` writes results/rates.*.
 
-Writes results/rates.{json, md, png}, with --variant nested and --clip 1 results/rates_nested_clipped.*.
+With --variant nested and --clip 1 the results are results/rates_nested_clipped.*.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from nested_jax import Level, cms, run
+from nested_jax.checks import Count, Interval, NonNegative, Positive
 from nested_jax.cms import CMSConfig, Segment
-from nested_jax.errors import UserError, assert_choice
+from nested_jax.errors import UserError
 from nested_jax.meta import hypergradient
 from nested_jax.typing import Array, Float, Int, PyTree
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
+from flags import Seeds
 from record import band, deviations, in_one_go, markdown, spread
 
 RESULTS = Path(__file__).parent / "results"
 NEVER = 2**30  # tokens
-CONDITIONS = {  # tokens between two draws of the components that change; none: only the fixed part is there
+CONDITIONS = {  # tokens between two draws of each redrawn component; (): the fixed one alone
     "16 and 256": (16, 256),
     "16 and 16": (16, 16),
     "64 and 64": (64, 64),
@@ -42,78 +43,71 @@ CONDITIONS = {  # tokens between two draws of the components that change; none: 
 }
 SHARES = {"all levels, one rate": (1, 1, 1), "slow alone": (1, 0, 0), "middle alone": (0, 1, 0), "fast alone": (0, 0, 1)}
 LEVELS = ("slow", "middle", "fast")
-OVER = 2.0  # bits a token, far above chance: weights have overflowed, or are about to
+OVERFLOW = 2.0  # bits a token from which the weights count as overflowing; chance is 1
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of a three-level CMS, meta-learned on streams whose classes are those of a map that changes as they go on."""
+    """Meta-learn the rates of a three-level CMS on streams whose classes are given by a changing map."""
 
     fresh: bool = False
     """Replace results of other flags."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
-    """What changes how often."""
+    """How often the components of the map change, by name."""
     variant: Literal["independent", "sequential", "nested"] = "independent"
-    """Of the CMS. independent: levels side by side, alike but for their periods."""
-    width: int = 4
+    """Variant of the CMS. independent: a sum of levels that differ in period only."""
+    width: Count = 4
     """Entries of x."""
-    classes: int = 2
+    classes: Annotated[int, Interval(least=2)] = 2
     """Classes of y."""
-    hidden: int = 16
+    hidden: Count = 16
     """Hidden units of a level."""
-    periods: tuple[int, int, int] = (64, 16, 4)
+    periods: tuple[Count, Count, Count] = (64, 16, 4)
     """Tokens between two updates of the levels, slow to fast."""
-    clip: float = 0.0
-    """Largest norm of the summed gradient of a level's step; 0 for none."""
-    tokens: int = 512
+    clip: NonNegative = 0.0
+    """Largest norm of a level's summed gradient; 0 for none."""
+    tokens: Count = 512
     """Tokens of a stream."""
-    amounts: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Standard deviation of the fixed part of the map and of the two that are redrawn."""
-    fits: int = 500
-    """Updates in which the start, all slow weights, is fitted to single pairs: it knows the fixed part."""
-    starts: tuple[tuple[float, float, float], ...] = ((0.02, 0.02, 0.02), (0.3, 0.05, 0.01), (0.01, 0.05, 0.3))
-    """Rates, slow to fast, from which they are learned."""
-    steps: int = 150
+    amounts: tuple[NonNegative, NonNegative, NonNegative] = (1.0, 1.0, 1.0)
+    """Standard deviation of the fixed component of the map and of the two that are redrawn."""
+    fits: Count = 500
+    """Updates in which the slow weights are fitted to single pairs, which teach them the fixed component."""
+    starts: tuple[tuple[Positive, Positive, Positive], ...] = ((0.02, 0.02, 0.02), (0.3, 0.05, 0.01), (0.01, 0.05, 0.3))
+    """Initial rates, slow to fast."""
+    steps: Count = 150
     """Meta-updates."""
-    batch: int = 4
-    """Streams of a meta-update, fresh ones."""
-    meta_rate: float = 0.1
+    batch_size: Count = 4
+    """Streams of a meta-update, new at each."""
+    meta_rate: Positive = 0.1
     """Adam's rate for the logarithms of the rates, falling to zero along a cosine."""
-    meta_clip: float = 0.1
-    """Largest norm of a meta-gradient: near rates at which the CMS overflows it has no bound. Where it is no number, all
+    meta_clip: Positive = 0.1
+    """Largest norm of a meta-gradient, which is unbounded near rates at which the CMS overflows. If it is not finite, all
     rates are lowered."""
-    grid: tuple[float, ...] = (
+    grid: tuple[Positive, ...] = (
         *(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7),
         *(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 10.0, 14.0),
     )
-    """Rates tried where levels share one, or one level learns alone; rising."""
-    held_out: int = 48
-    """Streams of every seed on which it chooses that rate, and as many others that count."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds that count, of the fixed part, the start and the streams."""
+    """Rates tried where levels share one rate or one level learns alone; rising."""
+    held_out: Count = 48
+    """Tuning streams of every seed, on which that rate is chosen, and number of held-out ones."""
+    seeds: Seeds = (0, 1, 2, 3, 4)
+    """Seeds of the fixed component, the slow weights and the streams."""
 
     @property
     def cms(self) -> CMSConfig:
         return CMSConfig(hidden=(self.hidden,) * 3, periods=self.periods, variant=self.variant, clip=self.clip)
 
-    def check(self) -> None:
-        """Raises UserError for the first flag that cannot be."""
-        flags.assert_distinct(self, "conditions", "grid")
-        for condition in self.conditions:
-            assert_choice("--conditions", condition, tuple(CONDITIONS))
-        flags.assert_positive(self, "width", "hidden", "tokens", "fits", "starts", "steps", "batch")
-        flags.assert_positive(self, "meta_rate", "meta_clip", "grid", "held_out")
-        flags.assert_at_least(self, 2, "classes")
-        flags.assert_at_least(self, 0, "amounts")
-        flags.assert_seeds(self)
+    def __post_init__(self):
+        flags.check(self, "conditions", "starts", "grid", "seeds")
+        flags.check_known(self, "conditions", CONDITIONS)
+        flags.check_rising(self, "grid")
         if self.tokens % self.periods[0]:
-            raise UserError(f"--tokens {self.tokens} must be a multiple of the slowest period, {self.periods[0]}")
-        if sorted(self.grid) != list(self.grid):
-            raise UserError(f"--grid {' '.join(map(str, self.grid))} must rise")
+            raise UserError(f"--tokens {self.tokens}: give a multiple of the slowest period, {self.periods[0]}")
+        _ = self.cms  # periods are checked there
 
 
 class World(NamedTuple):
-    """What streams are of: the fixed part, the standard deviation of the three, after how many tokens two are redrawn."""
+    """The fixed component of a map, the standard deviations of all three, and the periods in tokens of the two redrawn."""
 
     fixed: Float[Array, "V D"]
     amounts: Float[Array, " 3"]
@@ -127,10 +121,7 @@ def draw_world(config: Rates, condition: str, key: Array) -> World:
 
 
 def maps(config: Rates, world: World, key: Array) -> Float[Array, "3 T V D"]:
-    """The parts of a stream's map at every token: the fixed one, and two that are redrawn at their periods.
-
-    A stream begins anywhere in a period.
-    """
+    """The three components of a stream's map at every token; the stream starts at a random place of each period."""
     begins, draws = jax.random.split(key)
     phase = jax.random.randint(begins, (2,), 0, world.scales)
     count = (jnp.arange(config.tokens)[None] + phase[:, None]) // world.scales[:, None]
@@ -141,20 +132,20 @@ def maps(config: Rates, world: World, key: Array) -> Float[Array, "3 T V D"]:
 
 
 def stream(config: Rates, world: World, key: Array) -> tuple[Float[Array, "T D"], Int[Array, " T"]]:
-    """x, normal, and its class, the largest entry of the map of x."""
+    """Normal x, and its class: the largest entry of the map of x."""
     inputs, changes = jax.random.split(key)
     x = jax.random.normal(inputs, (config.tokens, config.width))
     return x, jnp.einsum("tvd,td->tv", maps(config, world, changes).sum(0), x).argmax(-1)
 
 
 def segments(config: Rates, world: World, streams: int, key: Array) -> Segment:
-    """Streams side by side, as the CMS's context."""
+    """A batch of streams, as the context of the CMS."""
     x, y = jax.vmap(lambda key: stream(config, world, key), out_axes=1)(jax.random.split(key, streams))
     return Segment(x, y, jnp.ones(config.tokens, bool), None)
 
 
 def fit_start(config: Rates, world: World, key: Array) -> dict[str, PyTree]:
-    """Slow weights {cms, head} fitted to pairs each of a map of its own, with Adam: what is known before a stream begins."""
+    """Slow weights {cms, head}, fitted by Adam to single pairs, each of its own map."""
     first, last, draws = jax.random.split(key, 3)
     weights = {"cms": cms.init_weights(first, config.cms, config.width)}
     weights["head"] = config.width**-0.5 * jax.random.normal(last, (config.width, config.classes))
@@ -179,7 +170,7 @@ def fit_start(config: Rates, world: World, key: Array) -> dict[str, PyTree]:
 
 
 def learner(config: Rates, weights: PyTree, streams: int) -> Level:
-    """The CMS of one block between x and a head, as a level whose slower level's state is the rates, slow to fast."""
+    """The CMS of one block between x and a head, as a level whose slower level holds the rates, slow to fast."""
 
     def level(rates) -> Level:
         block = jax.tree.map(lambda w: w[None], weights["cms"])
@@ -202,7 +193,7 @@ def logits(emitted: cms.Emitted, config: Rates) -> Float[Array, "T B V"]:
 
 
 def predictions(config: Rates, weights: PyTree, rates: Float[Array, " 3"], context: Segment) -> Float[Array, "T B V"]:
-    """Logits of every token's class, of weights that have learned from the segments before it."""
+    """Logits of every token's class, after learning from all earlier segments."""
     _, emitted = run(learner(config, weights, context.inputs.shape[1]), None, context, slower=(rates,))
     return logits(emitted, config)
 
@@ -213,7 +204,7 @@ def entropy(config: Rates, emitted: cms.Emitted, targets: Int[Array, "T B"]) -> 
 
 
 def slope(config: Rates, weights: PyTree, streams: int):
-    """(logarithms of the rates, context) -> `Hypergradient` through everything that is learned in the streams."""
+    """(logarithms of the rates, context) -> `Hypergradient` through all updates within the streams."""
     inner = learner(config, weights, streams)
     level = Level(
         lambda slower: inner.init((jnp.exp(slower[0]),)),
@@ -221,22 +212,22 @@ def slope(config: Rates, weights: PyTree, streams: int):
         inner.period,
     )
     outer = lambda meta, state, emitted, targets: entropy(config, emitted, targets)
-    found = hypergradient(outer, level)
-    return lambda meta, context: found(meta, context, context.targets)
+    gradient = hypergradient(outer, level)
+    return lambda meta, context: gradient(meta, context, context.targets)
 
 
 def keys_of(seed: Array) -> Array:
-    """Of a seed: keys of the fixed part, the start, the streams that are learned from, those of the choice, and held-out."""
+    """Keys of a seed: of the fixed component, the slow weights, and the training, tuning and held-out streams."""
     return jax.random.split(jax.random.fold_in(jax.random.key(2), seed), 5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def prepare(config: Rates, worlds: World, seeds: Array) -> tuple[PyTree, Segment, Segment, Segment]:
-    """Of every seed: the start, and the streams: of each meta-update, of the choice, held-out."""
+    """Slow weights, and streams of each meta-update, for tuning and held-out, for every seed."""
 
     def one(world, seed):
         _, start, learn, tune, count = keys_of(seed)
-        meta = jax.vmap(lambda key: segments(config, world, config.batch, key))(jax.random.split(learn, config.steps))
+        meta = jax.vmap(lambda key: segments(config, world, config.batch_size, key))(jax.random.split(learn, config.steps))
         tuning, held_out = (segments(config, world, config.held_out, key) for key in (tune, count))
         return fit_start(config, world, start), meta, tuning, held_out
 
@@ -245,16 +236,17 @@ def prepare(config: Rates, worlds: World, seeds: Array) -> tuple[PyTree, Segment
 
 @functools.partial(jax.jit, static_argnums=0)
 def meta_learn(config: Rates, weights: PyTree, streams: Segment) -> Float[Array, "seeds starts steps 3"]:
-    """The rates after each meta-update, from every start of them."""
+    """The rates after each meta-update, from every start."""
 
     def one(start, weights, streams):
-        adam = optax.adam(optax.cosine_decay_schedule(config.meta_rate, config.steps), b2=0.95)  # forgets an overflow soon
+        # b2 is below its default, so that large gradients near overflow are soon forgotten.
+        adam = optax.adam(optax.cosine_decay_schedule(config.meta_rate, config.steps), b2=0.95)
         adam = optax.chain(optax.clip_by_global_norm(config.meta_clip), adam)
-        found = slope(config, weights, config.batch)
+        hyper = slope(config, weights, config.batch_size)
 
         def step(carry, context):
             meta, state = carry
-            gradient = found(meta, context).gradient
+            gradient = hyper(meta, context).gradient
             gradient = jnp.where(jnp.isfinite(gradient).all(), gradient, 1.0)
             updates, state = adam.update(gradient, state)
             meta = optax.apply_updates(meta, updates)
@@ -267,7 +259,7 @@ def meta_learn(config: Rates, weights: PyTree, streams: Segment) -> Float[Array,
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(config: Rates, weights: PyTree, rates: Float[Array, "seeds 3"], streams: Segment) -> dict[str, Array]:
-    """Bits a token and share of wrong classes of every seed."""
+    """Bits a token and error rate of every seed."""
 
     def one(weights, rates, streams):
         guess = predictions(config, weights, rates, streams)
@@ -278,7 +270,7 @@ def evaluate(config: Rates, weights: PyTree, rates: Float[Array, "seeds 3"], str
 
 
 def best(config: Rates, bits: np.ndarray) -> np.ndarray:
-    """Of bits (grid, seeds), the rate of every seed's least, of which what is no finite number is the most."""
+    """The rate of every seed with the least bits (grid, seeds); bits that are not finite count as infinite."""
     return np.array(config.grid)[np.where(np.isfinite(bits), bits, np.inf).argmin(0)]
 
 
@@ -291,7 +283,7 @@ def measure(config: Rates) -> dict:
         prepared[condition], learned[condition] = (weights, held_out), path[:, :, -1]
         row = {"condition": condition, "rates": path[:, :, -1].tolist()}
         if not rows:
-            row["path"] = path.tolist()  # what the figure shows
+            row["path"] = path.tolist()  # for the figure
 
         shared = lambda share, rates: np.outer(rates, share).astype(np.float32)
         bits = lambda rates: np.asarray(evaluate(config, weights, rates, tuning)["bits"])  # noqa: B023
@@ -308,7 +300,7 @@ def measure(config: Rates) -> dict:
             row[what]["learned"] = np.stack([values[what] for values in own], 1).tolist()  # seeds, starts
         rows.append(row)
         print(time.strftime("%H:%M:%S"), condition, np.median(row["rates"], (0, 1)).round(4), flush=True)
-    # Rates that were learned in one condition (the mean of logarithms over starts), on streams of another.
+    # Rates learned in one condition (geometric mean over starts), on streams of another.
     transfer = {}
     for to, (weights, held_out) in prepared.items():
         bits = lambda rates: evaluate(config, weights, np.exp(np.log(rates).mean(1)), held_out)["bits"]  # noqa: B023
@@ -317,8 +309,8 @@ def measure(config: Rates) -> dict:
 
 
 def overflows(bits) -> np.ndarray:
-    """Whether a seed's bits are too many, with several starts those of any."""
-    over = ~(np.array(bits, float) < OVER)
+    """Whether a seed's bits overflow, from any of its starts."""
+    over = ~(np.array(bits, float) < OVERFLOW)
     return over.reshape(len(over), -1).any(1)
 
 
@@ -347,7 +339,7 @@ def table(results: dict) -> str:
         cells.append([row["condition"], *own, *(tuned(row["chosen"][name]) for name in SHARES)])
     lines = markdown(heads, cells)
     names = ("frozen", *SHARES)
-    for what, unit in (("bits", "held-out bits a token"), ("wrong", "share of wrong classes, held-out")):
+    for what, unit in (("bits", "held-out bits a token"), ("wrong", "error rate, held-out")):
         heads, cells = [unit, "learned rates", *names, "less than one rate, same seed", "less than fast alone"], []
         for row in results["rows"]:
             own, over = np.array(row[what]["learned"], float).mean(1), overflows(row["bits"]["learned"])
@@ -367,16 +359,16 @@ def table(results: dict) -> str:
     note = (
         f"`{results['command']}`. {len(config['seeds'])} seeds, {len(config['starts'])} starts of the rates, "
         f"{config['held_out']} held-out streams of {config['tokens']} tokens each; ± (×/÷ of rates) is the standard "
-        "deviation over seeds, of each seed's mean over starts. One rate, and that of a level alone, is each seed's choice "
-        "on as many other streams; at the edge: of so many seeds it is the least or the largest tried. Apart: largest over "
-        "smallest rate among the starts, by level, mean over seeds. Overflow: of so many seeds, more than "
-        f"{OVER:g} bits a token from any start."
+        "deviation over seeds, of each seed's mean over starts. One rate, and that of a level alone, is each seed's best "
+        "on as many tuning streams; at the edge: number of seeds whose rate is the smallest or largest tried. Apart: "
+        "largest over smallest rate among the starts, by level, mean over seeds. Overflow: number of seeds with more than "
+        f"{OVERFLOW:g} bits a token from any start."
     )
     return "\n".join(lines) + "\n\n" + note + "\n"
 
 
 def figure(results: dict) -> Figure:
-    """Rates as they are learned in the first condition; learned rates in all; what they gain."""
+    """Rates by meta-update in the first condition; learned rates and their gain in all conditions."""
     config, rows = results["config"], results["rows"]
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
     traced = np.array(rows[0]["path"], float)  # seeds, starts, steps, levels
@@ -404,7 +396,7 @@ def figure(results: dict) -> Figure:
         for x in at[np.isnan(gains).any(0)]:
             right.text(x, 0.01, "overflows", rotation=90, ha="center", va="bottom", fontsize="x-small")
     right.axhline(0, color="black", linewidth=0.8)
-    right.set(ylabel="held-out bits a token less than frozen", title="what learning in context gains")
+    right.set(ylabel="held-out bits a token less than frozen", title="gain of learning in context")
     right.legend(fontsize="small")
     for ax in (middle, right):
         ax.set_xticks(range(len(rows)), [row["condition"] for row in rows], rotation=25, ha="right")
@@ -413,8 +405,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(Rates)
-    config.check()
+    config = flags.parse(Rates)
     name = "rates" + f"_{config.variant}" * (config.variant != Rates.variant) + "_clipped" * (config.clip > 0)
     in_one_go(RESULTS / name, config, measure, table, figure)
 

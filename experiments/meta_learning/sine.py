@@ -1,4 +1,4 @@
-"""python experiments/meta_learning/sine.py: sines from few points; writes results/sine.{json, md, png}."""
+"""Sines from few points: `python experiments/meta_learning/sine.py` writes results/sine.*."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from nested_jax.meta import maml
@@ -30,14 +29,14 @@ PUBLISHED = "MAML, published code's first start"
 
 
 class Points(NamedTuple):
-    """Inputs and what the sine is there."""
+    """Points of a sine."""
 
-    x: jax.Array
-    y: jax.Array
+    x: jax.Array  # (K,)
+    y: jax.Array  # (K,)
 
 
 def draw(config: settings.Sine, shots: int, queries: int, key: jax.Array) -> tuple[Points, Points]:
-    """The shots of a task and other points of it: amplitude sin(x - phase)."""
+    """Shots and queries of one task, y = amplitude sin(x - phase)."""
     keys = jax.random.split(key, 3)
     uniform = lambda key, shape, ends: jax.random.uniform(key, shape, minval=ends[0], maxval=ends[1])
     amplitude, phase = uniform(keys[0], (), config.amplitude), uniform(keys[1], (), config.phase)
@@ -47,9 +46,9 @@ def draw(config: settings.Sine, shots: int, queries: int, key: jax.Array) -> tup
 
 
 def init(config: settings.Sine, key: jax.Array, published: bool = False) -> list[tuple[jax.Array, jax.Array]]:
-    """Kernels and biases, uniform within 1 / sqrt(inputs) of a layer.
+    """Kernels and biases, uniform in ± 1 / sqrt(inputs of the layer).
 
-    Published: as in the code of the paper, normal within two standard deviations of 0.01, and zero.
+    `published`: as in the paper's code, kernels normal, truncated at two standard deviations of 0.01, and biases zero.
     """
     widths, layers = (1, *config.hidden, 1), []
     for i, shape in enumerate(zip(widths, widths[1:], strict=False)):
@@ -72,21 +71,21 @@ def error(params: list[tuple[jax.Array, jax.Array]], points: Points) -> jax.Arra
 
 
 def rule(log_rates) -> optax.GradientTransformation:
-    """Gradient descent at exp(log_rates): one for all parameters, or one for each."""
+    """Gradient descent at exp(log_rates), one rate for all parameters or one for each."""
     step = lambda r, g: -jnp.exp(r) * g
     return optax.stateless(lambda g, _: jax.tree.map(step, jax.tree.broadcast(log_rates, g), g))
 
 
 def means(losses: jax.Array) -> jax.Array:
-    """Of so many parts of the training, without what is left at its end."""
+    """Means of the loss over CHUNKS equal parts of the training; the remainder at its end is dropped."""
     return losses[: len(losses) // settings.CHUNKS * settings.CHUNKS].reshape(settings.CHUNKS, -1).mean(1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
-    """Of each seed, a start, the logarithms of its rates, and means of the loss over parts of the training.
+    """The start, the logarithms of its rates and `means` of the loss, for each seed.
 
-    Pretraining is MAML whose adaptation takes no step.
+    Pretraining is MAML without an inner step.
     """
     adapt = maml(error, rule, 0 if method == PRETRAINED else 1, first_order="first order" in method)
 
@@ -104,7 +103,7 @@ def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
 
         def step(carry, i):
             meta, state = carry
-            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), config.batch)
+            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), config.batch_size)
             tasks = jax.vmap(functools.partial(draw, config, shots, shots))(keys)
             loss, gradient = jax.value_and_grad(outer)(meta, tasks)
             updates, state = adam.update(gradient, state)
@@ -118,22 +117,22 @@ def train(config: settings.Sine, method: str, shots: int, seeds: jax.Array):
 
 
 def held_out(config: settings.Sine, seed: jax.Array, tuning: bool) -> tuple[Points, Points]:
-    """Tasks of a seed that are not trained on: most shots, of which K-shot learning has the first K, and queries."""
+    """Tuning or test tasks of a seed: shots, of which K-shot learning uses the first K, and queries."""
     keys = jax.random.fold_in(jax.random.key(seed), 2 if tuning else 3)
     keys = jax.random.split(keys, config.tuning_tasks if tuning else config.test_tasks)
     return jax.vmap(functools.partial(draw, config, max(config.shots), config.queries))(keys)
 
 
 def descend(config: settings.Sine, start, log_rates, shots: Points, queries: Points) -> jax.Array:
-    """Error on the queries after 0, 1, ... steps on the shots."""
-    adapt = maml(error, rule, 1)  # gradient descent has no state: ten steps are ten times one
+    """Error on the queries after 0, 1, ... steps of gradient descent on the shots."""
+    adapt = maml(error, rule, 1)  # gradient descent has no state, so n steps are n times one
     step = lambda params, _: (adapt(params, shots, log_rates), error(params, queries))
     return jax.lax.scan(step, start, None, length=config.steps + 1)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def test(config: settings.Sine, shots: int, seeds: jax.Array, starts, log_rates) -> dict[str, jax.Array]:
-    """Of each seed, after 0, 1, ... steps on its test tasks, at its rates: mean and median error, the share above 100."""
+    """Mean and median error on each seed's test tasks after 0, 1, ... steps, and the share of errors above 100."""
 
     def one(seed, start, log_rates):
         each = errors_of(config, shots, False, seed, start, log_rates)
@@ -145,7 +144,7 @@ def test(config: settings.Sine, shots: int, seeds: jax.Array, starts, log_rates)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def test_tuned(config: settings.Sine, shots: int, seeds: jax.Array, starts):
-    """The same at the rate of the grid that is best, on the tuning tasks, for each number of steps; and these rates."""
+    """Mean errors on test tasks at the rates best on tuning tasks, and these rates, by number of steps, for each seed."""
 
     def one(seed, start):
         rates = jnp.array(config.rates)
@@ -159,7 +158,7 @@ def test_tuned(config: settings.Sine, shots: int, seeds: jax.Array, starts):
 
 
 def errors_of(config: settings.Sine, shots: int, tuning: bool, seed, start, log_rates) -> jax.Array:
-    """Errors on held-out tasks of a seed after 0, 1, ... steps on their first so many shots."""
+    """Errors (tasks, steps + 1) on held-out tasks of a seed after 0, 1, ... steps on their first `shots` points."""
     points, queries = held_out(config, seed, tuning)
     points = jax.tree.map(lambda p: p[:, :shots], points)
     return jax.vmap(lambda *task: descend(config, start, log_rates, *task))(points, queries)
@@ -195,7 +194,7 @@ def measure(config: settings.Sine) -> dict:
 
 
 def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
-    """What is compared at so many shots: name, row, and which of its errors."""
+    """What the table and figure compare at a number of shots: name, row, key of the errors."""
     rows = [row for row in results["rows"] if row["shots"] == shots]
     most = max(results["config"]["shots"])
     found = []
@@ -216,7 +215,7 @@ def chosen(results: dict, shots: int) -> list[tuple[str, dict, str]]:
 def table(results: dict) -> str:
     config = results["config"]
     counts, last = [n for n in (0, 1, 5, 10) if n <= config["steps"]], config["steps"]
-    cell = lambda values: spread(values) if np.max(values) < 100 else "> 100"  # also of what is no number
+    cell = lambda values: spread(values) if np.max(values) < 100 else "> 100"  # also NaN
 
     def tuned(rates):
         edge = np.isclose(rates[:, None], (min(config["rates"]), max(config["rates"]))).sum()
@@ -225,7 +224,7 @@ def table(results: dict) -> str:
     heads = ["start", *map(str, counts), f"{last}, median task", f"{last}, above 100", "inner rate"]
     lines = []
     for shots in config["shots"]:
-        lines += [f"{shots}-shot, mean squared error after so many steps:", ""]
+        lines += [f"{shots}-shot, mean squared error by number of steps:", ""]
         cells = []
         for name, row, kind in chosen(results, shots):
             line = [name, *(cell(errors) for errors in np.array(row[kind], float)[:, counts].T)]
@@ -237,15 +236,15 @@ def table(results: dict) -> str:
             cells.append(line)
         lines += [*markdown(heads, cells), ""]
     lines.append(
-        "The inner rate is the mean over seeds; of learned rates, that of the median over kernels and biases of each one's "
-        "median; of a tuned rate, the median for each number of steps, at the edge: of so many seeds it is the least or the "
+        "Inner rate: mean over seeds; of learned rates, the median over kernels and biases of the median in each; of tuned "
+        "rates, the median over seeds for each number of steps. At the edge: number of seeds whose rate is the smallest or "
         "largest tried."
     )
     return "\n".join(lines) + "\n"
 
 
 def figure(results: dict) -> Figure:
-    """Errors over steps for every number of shots, and the meta-training loss."""
+    """Errors by step for every number of shots, and the meta-training loss."""
     config = results["config"]
     fig, axes = plt.subplots(1, len(config["shots"]) + 1, figsize=(15, 4.2), layout="constrained")
     names = [f"{RANDOM}, rate tuned", f"{PRETRAINED}, rate tuned", *MAML]
@@ -268,8 +267,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(settings.Sine)
-    config.check()
+    config = flags.parse(settings.Sine)
     in_one_go(RESULTS / "sine", config, measure, table, figure)
 
 

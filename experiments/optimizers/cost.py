@@ -1,34 +1,28 @@
-"""What an optimizer costs: time of updates in turns, bytes of its state."""
+"""Cost of an optimizer: time of an update and bytes of its state."""
 
 from __future__ import annotations
 
 import functools
 import statistics
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from nested_jax.typing import PyTree
 
-
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, in turns, each turn begun by the next; after one turn that does not count."""
-    names, times = list(calls), {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            begun = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            if turn:
-                times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(own) for name, own in times.items()}
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from timing import alternate
 
 
 def costs(updates: dict[str, tuple[Callable, PyTree, PyTree]], together: int, rounds: int) -> list[dict]:
-    """A row for each optimizer: seconds of an update, so many timed together, and bytes of state for every parameter.
+    """A row for each optimizer: median seconds of an update, and bytes of state for every parameter.
 
-    Of each there are a compiled (params, state) -> (params, state), and those it begins with.
+    Args:
+        updates: of each optimizer a compiled (params, state) -> (params, state), params and state.
+        together: updates that are timed as one.
+        rounds: rounds in which every optimizer is timed once.
     """
 
     def call(update, *carry):
@@ -36,10 +30,14 @@ def costs(updates: dict[str, tuple[Callable, PyTree, PyTree]], together: int, ro
             carry = update(*carry)
         return carry
 
-    times = in_turns({name: functools.partial(call, *one) for name, one in updates.items()}, rounds)
-    size = {name: state_bytes(state, params) for name, (_, params, state) in updates.items()}
+    times = alternate({name: functools.partial(call, *one) for name, one in updates.items()}, rounds)
     return [
-        {"optimizer": name, "seconds": times[name] / together, "state_bytes_per_parameter": size[name]} for name in updates
+        {
+            "optimizer": name,
+            "seconds": statistics.median(times[name]) / together,
+            "state_bytes_per_parameter": state_bytes(state, params),
+        }
+        for name, (_, params, state) in updates.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""python experiments/optimizers/orthogonal.py: tasks one after the other; writes results/orthogonal.{json, md, png}."""
+"""Tasks in sequence: `python experiments/optimizers/orthogonal.py` writes results/orthogonal.*."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from cost import costs
 from matplotlib.figure import Figure
 
@@ -38,7 +37,7 @@ RULES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation
     "m3, slow period 64": lambda rate: optim.m3(rate, second_moment=False, slow_period=64),
     "m3, second moment": optim.m3,
     "adamw": optax.adamw,
-    "gd, told the old subspaces": lambda rate: optax.chain(off_the_old(), optax.sgd(rate)),
+    "gd, old subspaces known": lambda rate: optax.chain(remove_old(), optax.sgd(rate)),
 }
 
 
@@ -48,11 +47,11 @@ class Tasks(NamedTuple):
     bases: jax.Array  # (tasks, in, dimension), orthonormal columns
     variances: jax.Array  # (dimension,)
     target: jax.Array  # (in, out)
-    old: jax.Array  # (tasks, in, in): projection onto the subspaces of the tasks before
+    old: jax.Array  # (tasks, in, in): projection onto the subspaces of earlier tasks
 
 
 def draw(config: settings.Orthogonal, overlap, key: jax.Array) -> Tasks:
-    """Tasks whose subspaces have principal angles of one cosine, the overlap, and do not lie along the axes."""
+    """Tasks whose subspaces are rotated at random, with the overlap as the cosine of all principal angles."""
     n, d = config.tasks, config.dimension
     turn, solution = jax.random.split(key)
     axes = jnp.linalg.qr(jax.random.normal(turn, (d * (n + 1),) * 2))[0].reshape(-1, n + 1, d)
@@ -66,8 +65,8 @@ def draw(config: settings.Orthogonal, overlap, key: jax.Array) -> Tasks:
     return Tasks(bases, variances * d / variances.sum(), target, old)
 
 
-def unknown(tasks: Tasks, weights: jax.Array) -> jax.Array:
-    """Each task's expected squared error without noise, over that of a matrix of zeros, (tasks,): 0 known, 1 not taught."""
+def relative_error(tasks: Tasks, weights: jax.Array) -> jax.Array:
+    """Each task's expected squared error without noise, relative to that of zero weights, (tasks,)."""
 
     def errors(weights):
         along = jnp.swapaxes(tasks.bases, -2, -1) @ (weights - tasks.target)
@@ -76,24 +75,24 @@ def unknown(tasks: Tasks, weights: jax.Array) -> jax.Array:
     return errors(weights) / errors(jnp.zeros_like(weights))
 
 
-def off_the_old() -> optax.GradientTransformationExtraArgs:
-    """Takes from gradients what lies in the subspaces of the tasks before, which it has to be given: `old`."""
+def remove_old() -> optax.GradientTransformationExtraArgs:
+    """Projects gradients off the subspaces of earlier tasks; `update` takes the projection `old` onto them."""
     update = lambda updates, state, params=None, *, old: (updates - old @ updates, state)
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def teach(config: settings.Orthogonal, name: str, falling: bool, overlap, rate, seed):
-    """Errors of all tasks after each, (stages, tasks), and the share of updates outside its subspace, (stages, steps)."""
-    begin, stream = jax.random.split(jax.random.key(seed))
-    tasks = draw(config, overlap, begin)
+def train_tasks(config: settings.Orthogonal, name: str, falling: bool, overlap, rate, seed):
+    """Errors of all tasks after each task (tasks, tasks); share of updates outside the task's subspace (tasks, steps)."""
+    of_tasks, stream = jax.random.split(jax.random.key(seed))
+    tasks = draw(config, overlap, of_tasks)
     schedule = lambda count: rate * (1 - count % config.steps / config.steps) if falling else rate
     rule = optax.with_extra_args_support(RULES[name](schedule))
 
     def loss(weights, basis, key):
         one, two = jax.random.split(key)
-        x = jax.random.normal(one, (config.batch, config.dimension)) * jnp.sqrt(tasks.variances)[None] @ basis.T
-        noise = config.noise * jax.random.normal(two, (config.batch, config.outputs))
-        return jnp.sum((x @ (weights - tasks.target) - noise) ** 2) / (2 * config.batch)
+        x = jax.random.normal(one, (config.batch_size, config.dimension)) * jnp.sqrt(tasks.variances)[None] @ basis.T
+        noise = config.noise * jax.random.normal(two, (config.batch_size, config.outputs))
+        return jnp.sum((x @ (weights - tasks.target) - noise) ** 2) / (2 * config.batch_size)
 
     def stage(carry, task):
         basis, old, key = task
@@ -106,7 +105,7 @@ def teach(config: settings.Orthogonal, name: str, falling: bool, overlap, rate, 
             return (weights + updates, state), jnp.sum(leaving**2) / jnp.maximum(jnp.sum(updates**2), 1e-30)
 
         carry, shares = jax.lax.scan(step, carry, jax.random.split(key, config.steps))
-        return carry, (unknown(tasks, carry[0]), shares)
+        return carry, (relative_error(tasks, carry[0]), shares)
 
     weights = jnp.zeros_like(tasks.target)
     keys = jax.random.split(stream, config.tasks)
@@ -114,16 +113,16 @@ def teach(config: settings.Orthogonal, name: str, falling: bool, overlap, rate, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def teach_all(config: settings.Orthogonal, name: str, falling: bool, overlap, rates, seeds):
-    """`teach` for all rates and seeds, leaves (rates, seeds, ...)."""
-    one = functools.partial(teach, config, name, falling, overlap)
+def train_all(config: settings.Orthogonal, name: str, falling: bool, overlap, rates, seeds):
+    """`train_tasks` for all rates and seeds, leaves (rates, seeds, ...)."""
+    one = functools.partial(train_tasks, config, name, falling, overlap)
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(rates, seeds)
 
 
 def setting(config: settings.Orthogonal, name: str, schedule: str, overlap: float) -> dict:
-    """One optimizer's learning rate, chosen on seeds of its own, and what comes of it on others."""
+    """One optimizer's learning rate, chosen on the tuning seeds, and its results on the test seeds."""
     falling = schedule == "falling"
-    run = lambda rates, seeds: teach_all(config, name, falling, overlap, jnp.array(rates), jnp.array(seeds))
+    run = lambda rates, seeds: train_all(config, name, falling, overlap, jnp.array(rates), jnp.array(seeds))
     ends = run(config.rates, config.tuning_seeds)[0][:, :, -1].mean((1, 2))
     rate = config.rates[int(jnp.argmin(jnp.where(jnp.isfinite(ends), ends, jnp.inf)))]
     errors, shares = (np.asarray(x[0]) for x in run((rate,), config.seeds))
@@ -167,8 +166,8 @@ def measure(config: settings.Orthogonal) -> dict:
 
 
 def table(results: dict) -> str:
-    """Markdown: a table for every setting, one of costs."""
-    heads = ("optimizer", "each when taught", "task 1 at the end", "all at the end", "more than gd", "leaving", "rate")
+    """Markdown: a table of every setting, and one of costs."""
+    heads = ("optimizer", "each when trained", "task 1 at the end", "all at the end", "more than gd", "leaving", "rate")
     lines = []
     for schedule in results["config"]["schedules"]:
         for overlap in results["config"]["overlaps"]:
@@ -188,7 +187,7 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """What is lost of task 1 while others are taught, and what share of updates leaves the subspace of their task."""
+    """Error of task 1 while others are trained, and the share of updates outside the trained task's subspace."""
     overlaps = results["config"]["overlaps"]
     fig, axes = plt.subplots(2, len(overlaps), figsize=(5 * len(overlaps), 7.5), layout="constrained", squeeze=False)
     colors = dict(zip(RULES, plt.cm.tab20.colors, strict=False))
@@ -200,16 +199,14 @@ def figure(results: dict) -> Figure:
             stages = range(1, len(row["first_after_each"]) + 1)
             column[0].plot(stages, row["first_after_each"], ".-", **style)
             column[1].plot(np.maximum(row["leaving_by_step"], 1e-6), **style)
-        column[0].set(
-            xlabel="tasks taught", ylabel="task 1: 0 known, 1 not taught", yscale="log", title=f"overlap {overlap:g}"
-        )
-        column[1].set(xlabel="step of a later task", ylabel="share of the update leaving the task's subspace", yscale="log")
+        column[0].set(xlabel="tasks trained", ylabel="relative error of task 1", yscale="log", title=f"overlap {overlap:g}")
+        column[1].set(xlabel="step of a later task", ylabel="share of the update outside the task's subspace", yscale="log")
     axes[0, -1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 
 def main() -> None:
-    config = tyro.cli(settings.Orthogonal)
+    config = flags.parse(settings.Orthogonal)
     results = begin(RESULTS / "orthogonal", config) | measure(config)
     finish(RESULTS / "orthogonal", results, table(results), figure(results))
 

@@ -1,4 +1,4 @@
-"""python experiments/optimizers/surface.py: descents of the paper's toy surface; writes results/surface.{json, md, png}."""
+"""Descents on the paper's toy surface: `python experiments/optimizers/surface.py` writes results/surface.*."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from nested_jax import optim
@@ -33,9 +32,9 @@ def psi(config: settings.Surface, frequency: float, point: jax.Array) -> jax.Arr
 
 
 def rules(config: settings.Surface) -> dict[str, tuple[Callable, tuple[int, ...]]]:
-    """Of each name, (learning rate, decay) -> rule, and the shape that a point has for it.
+    """Of each name, (learning rate, decay) -> rule, and the shape of a point.
 
-    Delta momentum erases along the gradient of a matrix, here (2, 1), and entry by entry in a vector.
+    Delta momentum erases along the gradient if a point is a matrix, (2, 1), and entry by entry if it is a vector, (2,).
     """
     delta = lambda **options: lambda rate, decay: optim.delta_momentum(rate, decay, **options)
     return {
@@ -48,7 +47,7 @@ def rules(config: settings.Surface) -> dict[str, tuple[Callable, tuple[int, ...]
 
 
 def descend(config: settings.Surface, name: str, frequency, rate, decay, start):
-    """Points (steps, 2) and values of psi (steps,) of one descent, from its start on."""
+    """Points (steps, 2) and values of psi (steps,) of one descent, the start first."""
     make, shape = rules(config)[name]
     rule, slope = make(rate, decay), jax.value_and_grad(functools.partial(psi, config, frequency))
 
@@ -64,11 +63,11 @@ def descend(config: settings.Surface, name: str, frequency, rate, decay, start):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def arrival(config: settings.Surface, name: str, frequency, rate, decay, starts):
-    """Steps until psi is within the tolerance for good, of every start; `config.steps` if at the end it is not."""
+    """Steps of every start after which psi stays within the tolerance; `config.steps` if it never does."""
 
     def one(start):
         _, values = descend(config, name, frequency, rate, decay, start)
-        outside = ~(values <= config.tolerance)  # what is not a number is outside
+        outside = ~(values <= config.tolerance)  # also NaN
         return jnp.max(jnp.where(outside, jnp.arange(1, config.steps + 1), 0))
 
     return jax.vmap(one)(starts)
@@ -109,7 +108,7 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict, config: settings.Surface) -> Figure:
-    """Trajectories from one start on one of the surfaces, psi along them, and the arrivals of all starts."""
+    """Trajectories from one start, psi along them, and steps to arrival from all starts, on one surface."""
     frequency = config.shown
     rows = {row["optimizer"]: row for row in results["rows"] if row["frequency"] == frequency}
     start = jnp.array([-0.8, 0.8]) * config.box
@@ -134,7 +133,7 @@ def figure(results: dict, config: settings.Surface) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(settings.Surface)
+    config = flags.parse(settings.Surface)
     results = begin(RESULTS / "surface", config) | measure(config)
     finish(RESULTS / "surface", results, table(results), figure(results, config))
 

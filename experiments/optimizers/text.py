@@ -1,4 +1,4 @@
-"""python experiments/optimizers/text.py: language models on the default text; writes results/text.{json, md, png}."""
+"""Optimizers of language models on the default text: `python experiments/optimizers/text.py` writes results/text.*."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import config as settings
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from tuning import chosen, counted, tried, tuned
@@ -30,12 +29,12 @@ BITS = "heldout_bits_per_byte"
 
 
 def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: int) -> dict:
-    """One run, as `nested-jax train` makes it; held-out bits per byte are None if it came to what is no number."""
-    flags = {"optimizer": optimizer, "learning_rate": rate, "seed": seed, "steps": config.steps, "batch": config.batch}
-    flags |= {"window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes, "sample_tokens": 0}
-    flags |= {"checkpoint_every": config.steps, "log_every": 5}
+    """One run, as of `nested-jax train`; its held-out bits per byte are None if a loss was not finite."""
+    choices = {"optimizer": optimizer, "learning_rate": rate, "seed": seed, "steps": config.steps}
+    choices |= {"batch": config.batch_size, "window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes}
+    choices |= {"sample_tokens": 0, "checkpoint_every": config.steps, "log_every": 5}
     with tempfile.TemporaryDirectory() as folder:
-        made = TrainConfig.from_preset(preset, **flags)
+        made = TrainConfig.from_preset(preset, **choices)
         row = {"train": command(made)}
         try:
             train(dataclasses.replace(made, run_dir=folder), Console(quiet=True))
@@ -55,7 +54,7 @@ def measure(config: settings.Text, results: dict) -> dict:
 
 
 def entropies(results: dict) -> dict:
-    """A row that has those of the held-out text: any of a run that came to its end."""
+    """A row with the entropies of the held-out text: that of any run that ended."""
     return next(row for row in results["runs"] if row[BITS])
 
 
@@ -81,7 +80,7 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """Bits per byte of training batches, mean over seeds, and held-out bits per byte of every run."""
+    """Bits per byte of training batches, mean ± standard deviation over seeds, and held-out bits per byte of every run."""
     presets, optimizers = results["config"]["presets"], results["config"]["optimizers"]
     fig, axes = plt.subplots(2, len(presets), figsize=(5 * len(presets), 7), layout="constrained", squeeze=False)
     for (above, below), preset in zip(axes.T, presets, strict=True):
@@ -102,7 +101,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(settings.Text)
+    config = flags.parse(settings.Text)
     results = measure(config, resume(RESULTS / "text", config))
     finish(RESULTS / "text", results, table(results), figure(results))
 

@@ -1,4 +1,4 @@
-"""An optimizer's learning rate is chosen on a seed of its own, its result measured on others."""
+"""An optimizer's learning rate is chosen on the tuning seed, its result measured on test seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def tuned(run: Callable[..., dict], config: Any, by: str, further: Sequence[float] = (), **choices: Any) -> list[dict]:
-    """Runs at all rates on the tuning seed, then on all seeds at the rate with the least `by`, of which NaN is the most.
+    """Runs at all rates on the tuning seed, then on all test seeds at the rate with the least `by`.
 
-    Further rates are tried one by one, as long as the largest so far is the best.
+    NaN and None count as infinite. Further rates are tried in turn while the largest tried is the best.
     """
     value = lambda row: row[by] if row[by] is not None and math.isfinite(row[by]) else math.inf
     at = lambda rate: run(**choices, rate=rate, seed=config.tuning_seed)
@@ -30,12 +30,12 @@ def tried(results: dict, **choices: Any) -> list[dict]:
 
 
 def counted(results: dict, **choices: Any) -> list[dict]:
-    """The runs of these choices that are no trials."""
+    """The runs of these choices on the test seeds."""
     seeds = results["config"]["seeds"]
     return [row for row in results["runs"] if choices.items() <= row.items() and row["seed"] in seeds]
 
 
 def chosen(results: dict, **choices: Any) -> str:
-    """The rate of the runs that count, and whether no lower or no higher one was tried."""
+    """The rate of the runs on test seeds, marked if it is the smallest or largest that was tried."""
     rate, rates = counted(results, **choices)[0]["rate"], [row["rate"] for row in tried(results, **choices)]
     return f"{rate:g}" + (" (edge)" if rate in (rates[0], rates[-1]) else "")

@@ -1,6 +1,6 @@
-"""python experiments/optimizers/vision.py: digits by a vision Transformer; writes results/vision.{json, md, png}.
+"""Optimizers of a vision Transformer on digits: `python experiments/optimizers/vision.py` writes results/vision.*.
 
-Needs the packages of `pip install -e ".[experiments]"`.
+Needs `pip install -e ".[experiments]"`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from cost import costs
 from flax import nnx
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tuning import chosen, counted, tried, tuned
+from vision_transformer import VisionTransformer
 
 from nested_jax import optim
-from nested_jax.errors import UserError
-from nested_jax.models.vision import VisionTransformer
 from nested_jax.typing import PyTree
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
@@ -43,7 +41,7 @@ class Images(NamedTuple):
 
 
 def digits(config: settings.Vision) -> tuple[Images, Images, Images]:
-    """Images to train on, to choose by and to test on: the same for all runs."""
+    """Training, validation and test images, the same for all runs."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     images, labels = data.images[order, ..., None], data.target[order]
@@ -54,19 +52,17 @@ def digits(config: settings.Vision) -> tuple[Images, Images, Images]:
 
 
 def optimizer(config: settings.Vision, name: str, rate) -> optax.GradientTransformation:
-    """A rule at its scheduled rate. Updates of matrices are of the size of AdamW's, but for m3's second moment."""
+    """A rule at its scheduled rate, matrix updates scaled to AdamW's size, except by m3 with its second moment."""
     shape = optax.warmup_cosine_decay_schedule(1 / config.warmup, 1.0, config.warmup, config.steps, end_value=0.1)
     schedule = lambda count: rate * shape(count)
     adamw = functools.partial(optax.adamw, schedule, b2=0.95)
     around = {"consistent_rms": 0.2, "weight_decay": config.weight_decay, "dimension_numbers": MATRICES}
-    match name:
-        case "adamw":
-            return adamw(weight_decay=config.weight_decay, mask=matrix)
-        case "muon":
-            return optim.nonlinear_momentum(schedule, **around, vectors=adamw(weight_decay=0.0))
-        case "m3" | "m3, second moment":
-            return optim.m3(schedule, **around, vectors=adamw(weight_decay=0.0), second_moment=name != "m3")
-    raise UserError(f"--optimizers {name!r} is unknown: give adamw, muon, m3 or 'm3, second moment'")
+    if name == "adamw":
+        return adamw(weight_decay=config.weight_decay, mask=matrix)
+    around["vectors"] = adamw(weight_decay=0.0)
+    if name == "muon":
+        return optim.nonlinear_momentum(schedule, **around)
+    return optim.m3(schedule, **around, second_moment=name != "m3")
 
 
 def matrix(params: PyTree) -> PyTree:
@@ -79,7 +75,7 @@ class Model(NamedTuple):
 
     init: Callable  # (rate, seed) -> (weights, state)
     step: Callable  # (rate, weights, state, images) -> (weights, state, loss)
-    loss: Callable  # (weights, images) -> (loss, share of images that are right)
+    loss: Callable  # (weights, images) -> (loss, accuracy)
 
 
 def model(config: settings.Vision, name: str) -> Model:
@@ -113,7 +109,7 @@ def trainer(config: settings.Vision, name: str) -> Callable:
         weights, state = init(rate, seed)
 
         def one(carry, key):
-            chosen = jax.random.choice(key, len(train.labels), (config.batch,), replace=False)
+            chosen = jax.random.choice(key, len(train.labels), (config.batch_size,), replace=False)
             *carry, value = step(rate, *carry, jax.tree.map(lambda x: x[chosen], train))
             return tuple(carry), value
 
@@ -125,8 +121,8 @@ def trainer(config: settings.Vision, name: str) -> Callable:
 
 
 def cost(config: settings.Vision, train: Images) -> list[dict]:
-    """Seconds of a training step, in turns, and bytes of the optimizer's state for every parameter."""
-    updates, batch = {}, jax.tree.map(lambda x: x[: config.batch], train)
+    """Seconds of a training step and bytes of the optimizer's state for every parameter."""
+    updates, batch = {}, jax.tree.map(lambda x: x[: config.batch_size], train)
     for name in config.optimizers:
         init, step, _ = model(config, name)
         step = jax.jit(step)
@@ -164,7 +160,7 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """Training losses, mean and standard deviation over seeds, over steps and over time; test losses by rate tried."""
+    """Training loss ± its standard deviation over seeds, by step and by time; validation loss by rate."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for price in results["cost"]:
         name, width = price["optimizer"], min(10, results["config"]["steps"])
@@ -183,7 +179,7 @@ def figure(results: dict) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(settings.Vision)
+    config = flags.parse(settings.Vision)
     results = measure(config, resume(RESULTS / "vision", config))
     finish(RESULTS / "vision", results, table(results), figure(results))
 

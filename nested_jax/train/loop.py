@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from rich.console import Console
 
 from nested_jax.data import NgramEntropies
@@ -22,7 +21,7 @@ from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import TrainState, network, start
+from nested_jax.train.state import TrainState, init_train_state
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 from nested_jax.train.text import TOKENIZER, Text, open_text
@@ -49,7 +48,6 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     console, folder = console or Console(), Path(config.run_dir)
     found = folders.stamp(folder)
     saved = folders.resumable(folder, config)
-    net = network(config.model)
     state, progress = None, {"tokens": 0, "seconds": 0.0}
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -57,12 +55,12 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         if saved:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
             if checkpoints.latest() is not None:
-                state, progress = checkpoints.restore(jax.eval_shape(lambda: start(config)))
+                state, progress = checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
             assert_resumable(folder, saved, state)
-        text = open_text(config, net, folder if saved else None)
+        text = open_text(config, folder if saved else None)
         if saved:
             folders.assert_same_text(folder, text.fingerprint)
         elif config.fresh and (aside := folders.set_aside(folder)):
@@ -77,12 +75,12 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         if checkpoints is None:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         if state is None:
-            state = jax.jit(lambda: start(config))()
+            state = jax.jit(lambda: init_train_state(config))()
         else:
             text.batches.set_state(progress["data"])
         state = jax.device_put(state, jax.devices()[0])  # committed, whether new or restored: one program for both
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
-        run = _Run(config, console, net, text, checkpoints, record, state, progress)
+        run = _Run(config, console, text, checkpoints, record, state, progress)
         run.print_start()
         run.update(interruption)
         interruption.release()
@@ -97,14 +95,13 @@ class _Run:
         self,
         config: TrainConfig,
         console: Console,
-        net: nnx.GraphDef,
         text: Text,
         checkpoints: Checkpoints,
         record: Record,
         state: TrainState,
         progress: dict[str, Any],
     ):
-        self.config, self.console, self.net, self.text = config, console, net, text
+        self.config, self.console, self.text = config, console, text
         self.checkpoints, self.record = checkpoints, record
         self.state, self.step, self.tokens = state, int(state.step), progress["tokens"]
         self._start = time.monotonic() - progress["seconds"]
@@ -140,7 +137,7 @@ class _Run:
             NonFinite: as `train`.
         """
         config = self.config
-        update = jax.jit(train_step(self.net, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
+        update = jax.jit(train_step(config.model, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
         rate = learning_rate(config)
         with Display(self.console, self.step, config.steps) as display:
             self._evaluate(interruption, display)  # in case a signal has stopped it before
@@ -175,7 +172,7 @@ class _Run:
         row = self.record.heldout(self.step) or {}
         bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
-        ids = sample(self.net, self.state.parameters, self.text.tokenizer, **options)
+        ids = sample(self.config.model, self.state.parameters, self.text.tokenizer, **options)
         folder = Path(config.run_dir)
         report.draw(folder, self.record.rows, heldout.entropies)
         report.write(

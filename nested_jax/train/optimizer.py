@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax import optim
-from nested_jax.paths import path_name, resolve
+from nested_jax.paths import path_name, resolve_dimension_numbers
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import PyTree
 
@@ -54,9 +55,10 @@ class WithInputs(NamedTuple):
         >>> jax.tree.map(jnp.shape, rule.examples({"up": jnp.ones((3, 4, 8)), "norm": jnp.ones((3, 4))}))
         {'inputs': {'up': (3, 5, 4)}}
         """
-        leaves = zip(jax.tree_util.tree_leaves_with_path(params), resolve(self.matrices, params), strict=True)
+        numbers = resolve_dimension_numbers(self.matrices, params)
+        leaves = zip(jax.tree_util.tree_leaves_with_path(params), numbers, strict=True)
         ones = lambda w: jnp.ones((*w.shape[:-2], 5, w.shape[-2]))
-        return {"inputs": {path_name(path): ones(w) for (path, w), numbers in leaves if numbers}}
+        return {"inputs": {path_name(path): ones(w) for (path, w), number in leaves if number}}
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation | WithInputs:
@@ -137,7 +139,7 @@ def decayed(params: PyTree) -> PyTree:
     """
 
     def matrix(path, leaf):
-        names = {key.key for key in path}
+        names = set(map(attrgetter("key"), path))
         stacked = "blocks" in names
         return leaf.ndim - stacked >= 2 and not names & {"start", "norm"}
 

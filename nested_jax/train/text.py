@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import grain
-from flax import nnx
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
 from nested_jax.errors import UserError
@@ -30,12 +29,11 @@ class Text(NamedTuple):
     """A digest of the documents."""
 
 
-def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Text:
+def open_text(config: TrainConfig, folder: Path | None) -> Text:
     """Opens the text of a config.
 
     Args:
         config: of the run.
-        net: the model without its parameters.
         folder: the folder of a run to resume, which has the tokenizer; None for a new run.
 
     Returns:
@@ -56,7 +54,7 @@ def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Te
         carry=config.carry,
     )
     heldout_documents = open_documents(config.data, "heldout")
-    heldout = HeldOut(config, net, tokenizer, heldout_documents, limit=config.eval_bytes)
+    heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes)
     return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents))
 
 

@@ -1,41 +1,38 @@
-"""An experiment's modules, for one test, in which results that are kept stay as they are."""
+"""Fixtures for the tests of experiments: modules by name; committed results stay as they are."""
 
-import importlib
+import functools
 import json
-import sys
 import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import scripts
 from matplotlib.image import imread
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+def pytest_collection_modifyitems(items):
+    """Marks every test of this folder."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.experiments)
 
 
-def kept():
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in EXPERIMENTS.glob("*/results/*")}
+def committed():
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in scripts.EXPERIMENTS.glob("*/results/*")}
 
 
 @pytest.fixture
-def load(request, monkeypatch):
-    """Imports modules, which have plain names for one another, from FOLDER of the test's module or another folder."""
-    before = kept()
-
-    def load(name, folder=request.module.FOLDER):
-        monkeypatch.syspath_prepend(str(EXPERIMENTS))
-        monkeypatch.syspath_prepend(str(EXPERIMENTS / folder))
-        return importlib.import_module(name)
-
-    yield load
-    for path in EXPERIMENTS.rglob("*.py"):
-        sys.modules.pop(path.stem, None)
-    assert kept() == before
+def load(request):
+    """`scripts.load`, by default from FOLDER of the test's module."""
+    before = committed()
+    yield functools.partial(scripts.load, folder=request.module.FOLDER)
+    assert committed() == before
 
 
 @pytest.fixture
 def written(load, tmp_path):
-    """Measures a config and writes it into a folder of the test's; gives what its JSON has, and its table."""
+    """Measures a config and writes the results into a temporary folder; returns those of the JSON, and the table."""
 
     def written(module, config):
         path = tmp_path / "experiments" / "results" / "small"
@@ -56,7 +53,7 @@ def written(load, tmp_path):
 
 
 def first(rows):
-    """Of results, what is of the first seed."""
+    """The results of the first seed."""
     if isinstance(rows, dict):
         return {key: first(value) for key, value in rows.items()}
     return rows[:1] if isinstance(rows, list) else rows

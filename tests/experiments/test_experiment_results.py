@@ -1,4 +1,4 @@
-"""What experiments keep is not lost, and flags that cannot be are told in one line, before anything is computed."""
+"""Results are not lost; invalid flags are refused in one line, before anything is computed."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def go(record, path, config, measure):
 
 
 def test_results_of_other_flags_are_kept(load, monkeypatch, path):
-    """They are replaced by the same command, or when they are told to be, and not by a command that stops half-way."""
+    """Only the same command or --fresh replaces them, and only when it ends."""
     record, flags = load("record"), load("flags")
     monkeypatch.setattr(sys, "argv", ["small.py", "--steps", "3"])
     first = go(record, path, Flags(), measured(1.5))
@@ -56,14 +56,14 @@ def test_results_of_other_flags_are_kept(load, monkeypatch, path):
             go(record, path, Flags(), never)
 
 
-def test_a_folder_that_cannot_have_results_is_told_first(load, path):
+def test_an_impossible_folder_is_refused_first(load, path):
     record, flags = load("record"), load("flags")
     path.parent.write_text("a file")
     with pytest.raises(flags.UserError, match="results is no folder for results, File exists: make it one"):
         go(record, path, Flags(), lambda _: pytest.fail("measured"))
 
 
-def test_what_is_no_number_is_null(load, monkeypatch, path):
+def test_numbers_that_are_not_finite_are_null(load, monkeypatch, path):
     record = load("record")
     found = go(record, path, Flags(), lambda _: {"rows": [1.0, float("nan"), {"inf": (-float("inf"), "nan")}]})
     assert found["rows"] == [1.0, None, {"inf": [None, "nan"]}]
@@ -71,7 +71,7 @@ def test_what_is_no_number_is_null(load, monkeypatch, path):
 
 
 def test_curves_have_their_spread(load):
-    """One standard deviation around the mean; geometric, of the logarithms; of one curve none."""
+    """One standard deviation around the mean; geometric: of the logarithms; of one curve: none."""
     record = load("record")
     _, ax = plt.subplots()
     for curves, geometric, wanted in (
@@ -86,30 +86,30 @@ def test_curves_have_their_spread(load):
 
 
 @pytest.mark.parametrize(
-    "name, given, said",
+    "name, given, message",
     [
-        ("rates", "--conditions foo", "--conditions 'foo' is unknown: give one of 16 and 256,"),
-        ("rates", "--clip nan", "cms.clip nan must be a finite number and at least 0"),
-        ("rates", "--clip -1", "cms.clip -1.0 must be"),
-        ("rates", "--periods 64 16 5", "cms.periods: 16 is not a multiple of 5;"),
-        ("rates", "--tokens 70", "--tokens 70 must be a multiple of the slowest period, 64"),
-        ("rates", "--steps -1", "--steps -1 must be above 0"),
-        ("rates", "--steps 0", "--steps 0 must be above 0"),
-        ("rates", "--grid 1 nan", "--grid 1.0 nan must be above 0"),
-        ("rates", "--grid 2 1", "--grid 2.0 1.0 must rise"),
+        ("rates", "--conditions foo", "--conditions 'foo': give one of 16 and 256,"),
+        ("rates", "--clip nan", "--clip nan: give a finite number of at least 0"),
+        ("rates", "--clip -1", "--clip -1.0: give a finite number of at least 0"),
+        ("rates", "--periods 64 16 5", "model.cms.periods: 16 is not a multiple of 5: give periods"),
+        ("rates", "--tokens 70", "--tokens 70: give a multiple of the slowest period, 64"),
+        ("rates", "--steps -1", "--steps -1: give a whole number of at least 1"),
+        ("rates", "--steps 0", "--steps 0: give a whole number of at least 1"),
+        ("rates", "--grid 1 nan", "--grid (1.0, nan): give a tuple, each a finite number above 0"),
+        ("rates", "--grid 2 1", "--grid 2.0 1.0: give numbers that rise"),
         ("rates", "--seeds 1 1", "--seeds 1 1: give one or more, each once"),
-        ("initial_memory", "--memories foo", "--memories 'foo' is unknown: give one of linear, deep"),
-        ("initial_memory", "--hidden 8", "--hidden 8 must be at least twice --width 8"),
-        ("initial_memory", "--pairs 9", "--pairs 9 must be a multiple of --chunk 8"),
-        ("initial_memory", "--shared 1.5", "--shared 1.5 must be at least 0 and at most 1"),
-        ("deep_momentum", "--geometries -1", "--geometries -1 must be at least 0"),
-        ("deep_momentum", "--long 10", "--long 10 must be at least --steps 30"),
-        ("sine", "--seeds", "--seeds (none) must be at least 0"),
-        ("sine", "--iterations 49", "--iterations 49 must be at least 50"),
-        ("sine", "--phase 1 1", "--phase 1.0 1.0 must be two numbers that rise"),
+        ("initial_memory", "--memories foo", "--memories 'foo': give one of linear, deep"),
+        ("initial_memory", "--hidden 8", "--hidden 8: give at least twice --width 8"),
+        ("initial_memory", "--pairs 9", "--pairs 9: give a multiple of --chunk 8"),
+        ("initial_memory", "--shared 1.5", "--shared 1.5: give a finite number of at least 0 and at most 1"),
+        ("deep_momentum", "--geometries -1", "--geometries (-1,): give a tuple, each a whole number of at least 0"),
+        ("deep_momentum", "--long 10", "--long 10: give at least --steps 30"),
+        ("sine", "--seeds", "--seeds (none): give one or more, each once"),
+        ("sine", "--iterations 49", "--iterations 49: give a whole number of at least 50"),
+        ("sine", "--phase 1 1", "--phase 1.0 1.0: give numbers that rise"),
     ],
 )
-def test_flags_that_cannot_be(load, monkeypatch, capsys, tmp_path, name, given, said):
+def test_invalid_flags_are_refused(load, monkeypatch, capsys, tmp_path, name, given, message):
     """One line that names the flag and its value, exit code 2, and nothing written or measured."""
     script = load(name)
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
@@ -119,4 +119,4 @@ def test_flags_that_cannot_be(load, monkeypatch, capsys, tmp_path, name, given, 
         load("flags").run(script.main)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(said)
+    assert line.startswith(message)

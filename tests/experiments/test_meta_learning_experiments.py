@@ -1,4 +1,4 @@
-"""The experiments on meta-learning, small: tasks are what they are said to be, and errors are of points not learned from."""
+"""Small runs of sine.py and deep_momentum.py: distributions of tasks, and errors on held-out points."""
 
 import types
 
@@ -11,8 +11,8 @@ import pytest
 FOLDER = "meta_learning"
 
 
-def test_sines_are_what_they_are_said_to_be(load):
-    """Amplitude, phase and inputs are of their ranges; shots and queries are of one sine, and of other points."""
+def test_sines_have_their_distribution(load):
+    """Amplitude, phase and inputs fill their ranges; shots and queries are different points of one sine."""
     sine, settings = load("sine"), load("config")
     config = settings.Sine()
     keys = jax.random.split(jax.random.key(0), 500)
@@ -32,12 +32,12 @@ def test_sines_are_what_they_are_said_to_be(load):
         assert low - 1e-4 <= min(found) < low + 0.1 and high - 0.1 < max(found) <= high + 1e-4
 
 
-def test_held_out_sines_are_others(load):
-    """No task is shared by the training of a seed, its tuning, its test and another seed's test."""
+def test_held_out_sines_are_not_trained_on(load):
+    """Training, tuning and test tasks of two seeds are all different."""
     sine, settings = load("sine"), load("config")
-    config = settings.Sine(test_tasks=200, tuning_tasks=200, shots=(1, 10), batch=8, iterations=25)
+    config = settings.Sine(test_tasks=200, tuning_tasks=200, shots=(1, 10), batch_size=4, iterations=50)
     key = jax.random.fold_in(jax.random.key(0), 1)
-    trained = [jax.random.split(jax.random.fold_in(key, i), config.batch) for i in range(config.iterations)]
+    trained = [jax.random.split(jax.random.fold_in(key, i), config.batch_size) for i in range(config.iterations)]
     trained = jax.vmap(lambda key: sine.draw(config, 10, 10, key))(jnp.concatenate(trained))
     several = [trained, *(sine.held_out(config, seed, tuning) for seed in (0, 1) for tuning in (True, False))]
     firsts = np.concatenate([shots.x[:, 0] for shots, _ in several])
@@ -45,8 +45,8 @@ def test_held_out_sines_are_others(load):
     assert several[1][0].x.shape == (200, 10)
 
 
-def test_the_error_is_of_points_that_are_not_the_shots(load):
-    """Ten steps are optax's ten steps on the shots alone; the error is that of the queries."""
+def test_the_error_is_on_queries(load):
+    """Steps are optax's steps on the shots alone; the error is that of the queries."""
     sine, settings = load("sine"), load("config")
     config = settings.Sine(hidden=(5,), steps=4)
     start = sine.init(config, jax.random.key(1))
@@ -59,7 +59,7 @@ def test_the_error_is_of_points_that_are_not_the_shots(load):
     found = sine.descend(config, start, jnp.log(0.03), shots, queries)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert abs(found[-1] - sine.error(params, shots)) > 1e-2
-    moved = queries._replace(y=queries.y + 1.0)  # what is asked does not change what is learned
+    moved = queries._replace(y=queries.y + 1.0)  # queries do not change the parameters
     steps = lambda q: sine.descend(config, start, jnp.log(0.03), shots, q)
     shift = steps(moved) - steps(queries)  # (p - y - 1)^2 - (p - y)^2, of predictions from the same parameters
     again, each = start, []
@@ -70,7 +70,7 @@ def test_the_error_is_of_points_that_are_not_the_shots(load):
 
 
 def test_a_rate_is_tuned_on_tuning_tasks(load):
-    """For every number of steps it is the grid's best by the definition, here another than on test tasks."""
+    """For every number of steps it is the grid's best, evaluated rate by rate; on test tasks another one is best."""
     sine, settings = load("sine"), load("config")
     config = settings.Sine(
         shots=(2, 3), hidden=(5,), steps=2, test_tasks=6, tuning_tasks=4, queries=5, rates=(0.003, 0.01, 0.02, 0.03, 0.05),
@@ -93,7 +93,7 @@ def test_a_rate_is_tuned_on_tuning_tasks(load):
 
 
 def test_sines_are_learned_from_few_points(load, written):
-    """A start that is meta-learned for a little while is better after its steps than before; the rest runs."""
+    """A start after a short meta-training is better after a step than before; all other methods run."""
     sine, settings = load("sine"), load("config")
     config = settings.Sine(
         shots=(5,), hidden=(16, 16), iterations=300, meta_rate=0.005, steps=3, test_tasks=60, tuning_tasks=20,
@@ -111,8 +111,8 @@ def test_sines_are_learned_from_few_points(load, written):
     assert "5-shot" in shown and "± " in shown
 
 
-def test_regressions_share_as_many_covariances_as_they_are_told_to(load):
-    """One, one of two, or each its own; every direction matters as much; of the true weights the error is zero."""
+def test_regressions_share_their_number_of_covariances(load):
+    """One, one of two, or each its own; targets weigh directions equally; the true weights have error zero."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(inputs=4, outputs=3, condition=10.0, noise=0.0)
     keys = jax.random.split(jax.random.key(0), 12)
@@ -135,7 +135,7 @@ def test_regressions_share_as_many_covariances_as_they_are_told_to(load):
     np.testing.assert_allclose(y.var(), jnp.mean(jnp.sum((task.root.T @ task.target) ** 2, 0)), rtol=0.05)
 
 
-def test_tasks_of_training_tuning_and_test_are_others(load):
+def test_training_tuning_and_test_tasks_differ(load):
     """They share the covariances of the seed, and no target."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(inputs=4, outputs=2)
@@ -148,11 +148,11 @@ def test_tasks_of_training_tuning_and_test_are_others(load):
 
 
 def test_a_start_is_learned_for_the_tasks_of_a_family(load, monkeypatch):
-    """What is meta-learned is what is said to be, from what was tuned; a learned start beats the default one."""
+    """Only what each method names is meta-learned, from tuned rates; a learned start beats the default one."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(
         geometries=(1,), inputs=4, outputs=3, condition=30.0, examples=8, steps=5, long=8, hidden=8, iterations=60,
-        batch=4, meta_rate=0.03, tuning_tasks=4, test_tasks=16, rates=(0.3, 1.0), decays=(0.0, 0.5),
+        batch_size=4, meta_rate=0.03, tuning_tasks=4, test_tasks=16, rates=(0.3, 1.0), decays=(0.0, 0.5),
         deep_rates=(0.3, 1.0), deep_decays=(0.5,), memory_rates=(0.1,), seeds=(0, 1),
     )  # fmt: skip
     seeds, one = jnp.array(config.seeds), jnp.array(1)
@@ -178,7 +178,7 @@ def test_a_start_is_learned_for_the_tasks_of_a_family(load, monkeypatch):
 
 
 def test_the_grid_is_searched_on_tuning_tasks(load):
-    """The choice is the grid's best by the definition: one descent after the other on tuning tasks."""
+    """The choice is the grid's best, evaluated descent by descent on tuning tasks."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(
         inputs=3, outputs=2, condition=5.0, examples=6, steps=4, tuning_tasks=3, rates=(0.1, 0.7, 5.0), decays=(0.0, 0.5),
@@ -198,8 +198,8 @@ def test_the_grid_is_searched_on_tuning_tasks(load):
     np.testing.assert_allclose(jax.nn.sigmoid(tuned["decay"]), decay, atol=2e-3)
 
 
-def test_what_was_measured_is_shown(load, written):
-    """Tables and figures of deep momentum have every optimizer in every family, with the spread over seeds."""
+def test_tables_and_figures_are_complete(load, written):
+    """Those of deep momentum have every optimizer in every family, with the spread over seeds."""
     deep, settings = load("deep_momentum"), load("config")
     config = settings.DeepMomentum(steps=2, long=4, memory_rates=(0.03, 0.1))
     titles = [f"{name}, tuned for {n} steps" for n in (2, 4) for name in (deep.MOMENTUM, deep.DEEP)] + list(deep.LEARNED)

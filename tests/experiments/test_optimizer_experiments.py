@@ -1,4 +1,4 @@
-"""The experiments on optimizers, small: what they measure is what they say, and a command that was stopped goes on."""
+"""Small runs of the experiments on optimizers: measures, results, resumption."""
 
 import doctest
 import itertools
@@ -18,7 +18,7 @@ FOLDER = "optimizers"
 
 @pytest.fixture
 def call(load, monkeypatch, tmp_path):
-    """Runs a command with flags, its results in a folder of the test's; gives what its JSON has, all numbers finite."""
+    """Runs a command with flags, its results in a temporary folder; returns those of the JSON, all numbers finite."""
 
     def call(name, flags):
         monkeypatch.setattr(load(name), "RESULTS", tmp_path)
@@ -30,7 +30,7 @@ def call(load, monkeypatch, tmp_path):
 
 
 def written(folder, name):
-    """A command's results; its table has no empty number, its figure is no blank."""
+    """A command's results; its table has no missing number, its figure is not blank."""
     refuse = lambda word: pytest.fail(f"{name}.json has {word}")
     results = json.loads((folder / f"{name}.json").read_text(), parse_constant=refuse)
     table = (folder / f"{name}.md").read_text()
@@ -42,7 +42,7 @@ def written(folder, name):
 
 
 def test_the_surface_is_descended(load):
-    """Delta momentum that erases nothing is momentum; arrival is where the last value outside the tolerance ends."""
+    """Delta momentum with erasure 0 is momentum; arrival is after the last value outside the tolerance."""
     surface, settings = load("surface"), load("config")
     config = settings.Surface(
         frequencies=(1.0,),
@@ -64,8 +64,8 @@ def test_the_surface_is_descended(load):
     assert values[steps - 1] > config.tolerance and (values[steps:] <= config.tolerance).all()
 
 
-def test_tasks_overlap_as_they_are_told_to(load):
-    """Principal angles have the cosine; plain gradient descent stays in its task's subspace, and told, destroys nothing."""
+def test_tasks_have_their_overlap(load):
+    """Principal angles; gradient descent stays in its task's subspace; if subspaces are known it forgets nothing."""
     orthogonal, settings = load("orthogonal"), load("config")
     config = settings.Orthogonal(tasks=3, dimension=2, outputs=2, steps=80, noise=0.0, condition=2.0)
     for overlap in (0.0, 0.4):
@@ -76,18 +76,18 @@ def test_tasks_overlap_as_they_are_told_to(load):
         np.testing.assert_allclose(old[2] @ bases[1], bases[1], atol=1e-5)
         assert not old[0].any()
     ends = {}
-    for name in ("gd", "gd, told the old subspaces"):
-        errors, leaving = orthogonal.teach_all(config, name, False, 0.4, jnp.array([0.3]), jnp.array([0]))
+    for name in ("gd", "gd, old subspaces known"):
+        errors, leaving = orthogonal.train_all(config, name, False, 0.4, jnp.array([0.3]), jnp.array([0]))
         assert (jnp.diagonal(errors[0, 0]) < 1e-3).all()
         assert (name != "gd") or (leaving < 1e-9).all()
         ends[name] = errors[0, 0, -1, 0]
-    assert ends["gd, told the old subspaces"] < 1e-3 < 1e-2 < ends["gd"]
+    assert ends["gd, old subspaces known"] < 1e-3 < 1e-2 < ends["gd"]
 
 
-def test_a_rate_that_falls_begins_anew_with_each_task(load):
-    """Gradient descent against a plain loop: at rate (1 - i / steps) in step i of every task."""
+def test_a_falling_rate_restarts_with_each_task(load):
+    """Gradient descent against a plain loop: rate * (1 - i / steps) in step i of every task."""
     orthogonal, settings = load("orthogonal"), load("config")
-    config = settings.Orthogonal(tasks=3, dimension=2, outputs=2, steps=5, batch=4)
+    config = settings.Orthogonal(tasks=3, dimension=2, outputs=2, steps=5, batch_size=4)
     rate, overlap = 0.4, 0.3
     begin, stream = jax.random.split(jax.random.key(7))
     tasks = orthogonal.draw(config, overlap, begin)
@@ -101,7 +101,7 @@ def test_a_rate_that_falls_begins_anew_with_each_task(load):
             wrong = x @ (weights - tasks.target) - config.noise * jax.random.normal(two, (4, 2))
             weights -= rate * (1 - i / config.steps) * x.T @ wrong / 4
         stages.append(error(weights) / error(0 * weights))
-    errors, _ = orthogonal.teach(config, "gd", True, overlap, rate, 7)
+    errors, _ = orthogonal.train_tasks(config, "gd", True, overlap, rate, 7)
     np.testing.assert_allclose(errors, jnp.stack(stages), rtol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_surface_writes_its_results(call):
 
 def test_orthogonal_writes_its_results(call, load, monkeypatch):
     orthogonal = load("orthogonal")
-    names = ("gd", "momentum", "gd, told the old subspaces")
+    names = ("gd", "momentum", "gd, old subspaces known")
     monkeypatch.setattr(orthogonal, "RULES", {name: orthogonal.RULES[name] for name in names})
     flags = "--tasks 2 --dimension 2 --outputs 2 --overlaps 0.3 --steps 2 --rates 0.1 --tuning-seeds 100 --seeds 0"
     results = call("orthogonal", f"{flags} --cost-width 4 --cost-updates 1 --cost-rounds 1")
@@ -130,24 +130,24 @@ def test_orthogonal_writes_its_results(call, load, monkeypatch):
     assert all(row["seconds"] > 0 for row in results["cost"])
 
 
-def test_vision_writes_its_results_and_makes_no_run_twice(call, load, monkeypatch):
-    flags = "--optimizers m3 --steps 2 --batch 4 --warmup 1 --rates 0.01 0.1 --cost-steps 1 --cost-rounds 1"
+def test_vision_writes_its_results_and_repeats_no_run(call, load, monkeypatch):
+    flags = "--optimizers m3 --steps 2 --batch-size 4 --warmup 1 --rates 0.01 0.1 --cost-steps 1 --cost-rounds 1"
     flags += " --model.width 8 --model.layers 1 --model.heads 2 --model.hidden 8 --validation 20 --test 20"
     first = call("vision", f"{flags} --seeds 0")
     assert [(row["optimizer"], row["seed"]) for row in first["runs"]] == [("m3", seed) for seed in (100, 100, 0)]
     assert [row["optimizer"] for row in first["cost"]] == ["m3"] and first["cost"][0]["seconds"] > 0
     assert all(len(row["losses"]) == 2 for row in first["runs"])
     vision = load("vision")
-    monkeypatch.setattr(vision, "trainer", lambda *_: pytest.fail("a run was made again"))
+    monkeypatch.setattr(vision, "trainer", lambda *_: pytest.fail("a run was repeated"))
     assert call("vision", f"{flags} --seeds 0") == first
 
 
-def test_text_writes_its_results_and_makes_no_run_twice(call, load, monkeypatch):
-    flags = "--presets tiny-transformer --optimizers muon --steps 5 --batch 1 --window 16 --eval-bytes 200 --rates 0.01"
+def test_text_writes_its_results_and_repeats_no_run(call, load, monkeypatch):
+    flags = "--presets tiny-transformer --optimizers muon --steps 5 --batch-size 1 --window 16 --eval-bytes 200 --rates 0.01"
     first = call("text", f"{flags} --further --seeds 0")
     assert [(row["optimizer"], row["seed"]) for row in first["runs"]] == [("muon", 100), ("muon", 0)]
     assert all(row["heldout_bits_per_byte"] > 0 and row["training"][0][0] == 5 for row in first["runs"])
-    monkeypatch.setattr(load("text"), "run", lambda *_: pytest.fail("a run was made again"))
+    monkeypatch.setattr(load("text"), "run", lambda *_: pytest.fail("a run was repeated"))
     assert call("text", f"{flags} --further --seeds 0") == first
 
 
@@ -162,30 +162,30 @@ def test_the_cost_of_updates_writes_its_results(load, monkeypatch, tmp_path):
     assert all(len(row["seconds"]) == 2 and row["median_seconds"] > 0 for row in rows.values())
     assert rows[benchmark.BASE]["ratio_to_muon"] == 1
     for name, memories in {"momentum": 1, "m3, no second moment": 4, "m3": 5}.items():
-        assert 0 <= rows[name]["state_bytes_per_parameter"] - 4 * memories < 4  # beside them there are counts
+        assert 0 <= rows[name]["state_bytes_per_parameter"] - 4 * memories < 4  # the rest are counts
 
 
 def test_the_cost_of_derivatives_writes_its_results(load, monkeypatch, tmp_path):
-    """Every memory and every time is there; states that are kept cost what they should, next to each other."""
+    """All memories and times; memory grows with the number of stored states."""
     benchmark = load("meta", "benchmarks")
     for name, value in {"RESULTS": tmp_path, "tpu": lambda: None, "torch_unroll": lambda config: []}.items():
         monkeypatch.setattr(benchmark, name, value)
-    flags = "--width=64 --rows=2 --lengths 16 64 --timed=16 --layers=1 --batch=1 --tokens=8 --steps=2 --rounds=2"
+    flags = "--width=64 --rows=2 --lengths 16 64 --timed=16 --layers=1 --batch-size=1 --tokens=8 --steps=2 --rounds=2"
     monkeypatch.setattr(sys, "argv", ["meta.py", *flags.split()])
     benchmark.main()
     results = written(tmp_path, "meta")
     used = {(row["checkpoint"], row["steps"]): row["temporary_mb"] for row in results["unroll"]}
     assert set(used) == {(checkpoint, length) for checkpoint in benchmark.CHECKPOINTS for length in (16, 64)}
     assert used["none", 64] > 3 * used["none", 16] > 3 * used["sqrt", 16] and used["none", 64] > 2 * used["sqrt", 64]
-    rows = [(row["again"], row["gradient"]) for row in results["mixflow"]]
+    rows = [(row["grain"], row["gradient"]) for row in results["mixflow"]]
     assert rows == list(itertools.product(benchmark.GRAINS, ("mixflow_grad", "jax.grad")))
     assert set(results["mixflow_seconds"]) == {" ".join(row) for row in rows}
     for times in (results["unroll_seconds"], results["mixflow_seconds"]):
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
 
 
-def test_the_best_rate_has_the_runs_that_count(load):
-    """Further rates are tried while the largest is the best, what is no number is the worst, and another best drops runs."""
+def test_the_best_rate_has_the_test_runs(load):
+    """Further rates are tried while the largest is the best; NaN and None are worst; only the best rate has test runs."""
     tuning, settings = load("tuning"), load("config")
     loss = {0.001: 3.0, 0.01: None, 0.1: 2.0, 0.3: 1.0, 1.0: float("nan"), 3.0: 0.0}
     run = lambda rate, seed, optimizer: {"optimizer": optimizer, "rate": rate, "seed": seed, "loss": loss[rate]}
@@ -206,8 +206,8 @@ def test_examples_of_the_record(load):
     assert doctest.testmod(load("record")) == (0, 3)
 
 
-def test_a_command_that_was_stopped_goes_on(load, monkeypatch, tmp_path):
-    """A run that is there is not made again, unless flags are others that change it, or it is to be fresh."""
+def test_a_stopped_command_resumes(load, monkeypatch, tmp_path):
+    """A run is repeated only with --fresh; other flags are refused, but for longer lists of runs."""
     record, settings = load("record"), load("config")
     path = tmp_path / "optimizers" / "results" / "text"
     path.parent.parent.mkdir()

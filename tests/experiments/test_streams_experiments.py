@@ -1,4 +1,4 @@
-"""The experiments on a memory's start and on a CMS's rates, small: what is read, what is learned, and what is held out."""
+"""Small runs of initial_memory.py and rates.py: streams, tasks, gradients, held-out data."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ FOLDER = "meta_learning"
 
 
 def changed(a, b):
-    """Of every token (leading axis): whether anything of it differs."""
+    """Whether any entry of a token differs, (T,)."""
     return np.any(np.asarray(a != b), axis=tuple(range(1, a.ndim)))
 
 
 @pytest.fixture
 def worlds(load):
     rates = load("rates")
-    config = rates.Rates(tokens=64, periods=(16, 8, 4), width=3, hidden=5, fits=2, held_out=2, steps=2, batch=2)
+    config = rates.Rates(tokens=64, periods=(16, 8, 4), width=3, hidden=5, fits=2, held_out=2, steps=2, batch_size=2)
     return (
         rates,
         config,
@@ -27,7 +27,7 @@ def worlds(load):
 
 
 def test_maps_change_at_their_periods(worlds):
-    """The fixed part never, each other one every so many tokens, and streams begin at different places of a period."""
+    """The fixed component never, the others at their periods; streams start at different places of a period."""
     rates, config, world = worlds
     phases = []
     for key in jax.random.split(jax.random.key(0), 6):
@@ -45,15 +45,15 @@ def test_maps_change_at_their_periods(worlds):
 
 
 @pytest.mark.parametrize("name", ["rates", "initial_memory"])
-def test_seeds_and_purposes_have_keys_of_their_own(load, name):
-    """What is learned from, what is chosen on and what counts are drawn from different keys, of all seeds."""
+def test_keys_differ_by_seed_and_purpose(load, name):
+    """Training, tuning and held-out data are drawn from different keys, of all seeds."""
     keys = jax.vmap(load(name).keys_of)(jnp.arange(8))
     assert len(np.unique(jax.random.key_data(keys).reshape(40, -1), axis=0)) == 40
 
 
 @pytest.mark.parametrize("variant", ["independent", "nested"])
 def test_a_cms_predicts_before_it_learns(worlds, variant):
-    """A class has no influence on predictions before its segment's end, and has one later; without rates, none."""
+    """A class changes predictions only after its segment; with rates of zero, none."""
     rates, config, world = worlds
     config = rates.Rates(**{**vars(config), "variant": variant})
     weights = rates.fit_start(config, world((8, 32)), jax.random.key(3))
@@ -69,8 +69,8 @@ def test_a_cms_predicts_before_it_learns(worlds, variant):
     )
 
 
-def test_the_slope_of_a_rate_is_a_difference_quotient(worlds, x64):
-    """Of all three levels, through everything that they learn from one another."""
+def test_the_gradient_of_a_rate_is_a_difference_quotient(worlds, x64):
+    """Of all three levels, through all updates."""
     rates, config, world = worlds
     world = world((8, 32))
     weights = rates.fit_start(config, world, jax.random.key(3))
@@ -91,11 +91,12 @@ def test_the_slope_of_a_rate_is_a_difference_quotient(worlds, x64):
 
 
 def test_rates_are_measured(load, written):
-    """A run of a few updates: rates have moved downhill, no stream is there twice, and what is shown is there."""
+    """A short run: rates move downhill, no stream is used twice, choices are made on tuning streams."""
     rates = load("rates")
     config = rates.Rates(
         conditions=("16 and 256", "fixed part alone"), tokens=64, periods=(16, 8, 4), hidden=5, fits=2, held_out=2,
-        steps=2, batch=2, seeds=(0, 1), grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1e30), starts=((0.1, 0.1, 0.1), (1e9, 1e9, 1e9)),
+        steps=2, batch_size=2, seeds=(0, 1), grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1e30),
+        starts=((0.1, 0.1, 0.1), (1e9, 1e9, 1e9)),
     )  # fmt: skip
     kept, shown = written(rates, config)
     row = kept["rows"][0]
@@ -128,7 +129,7 @@ def test_rates_are_measured(load, written):
 
 
 def test_a_start_is_fitted(worlds):
-    """Frozen, it predicts streams of the fixed part alone better the longer it was fitted; who knows nothing needs a bit."""
+    """Frozen, it predicts streams of the fixed component better after more updates; zero weights need one bit a token."""
     rates, config, _ = worlds
     world = rates.draw_world(config, "fixed part alone", jax.random.key(0))
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)
@@ -148,7 +149,9 @@ def test_a_seed_that_overflows_from_one_start_is_counted(load):
 @pytest.fixture
 def tasks(load):
     memory = load("initial_memory")
-    config = memory.InitialMemory(width=4, hidden=9, pairs=16, chunk=8, batch=2, tuning=3, held_out=4, steps=2, seeds=(0, 1))
+    config = memory.InitialMemory(
+        width=4, hidden=9, pairs=16, chunk=8, batch_size=2, tuning=3, held_out=4, steps=2, seeds=(0, 1)
+    )
 
     def draw(name, count=3):
         family = memory.draw_family(config, name, jax.random.key(0))
@@ -158,7 +161,7 @@ def tasks(load):
 
 
 def test_values_have_one_size_and_a_family_its_mean(tasks):
-    """|y|^2 is 1 on average in every family; the share of the mean is the one that was asked for, or nothing."""
+    """|y|^2 is 1 on average in every family; the mean has its share, or none."""
     memory, config, draw = tasks
     for name in memory.FAMILIES:
         squares = []
@@ -175,12 +178,12 @@ def test_values_have_one_size_and_a_family_its_mean(tasks):
 
 @pytest.mark.parametrize("kind", ["linear", "deep"])
 def test_a_memory_predicts_before_it_reads(tasks, kind):
-    """A value has no influence on the predictions up to its own, and has on the next; the first is the start's."""
+    """A value changes predictions only after its own; the first prediction is the start's."""
     memory, config, draw = tasks
     _, pairs = draw("common mean")
     meta = {"start": memory.draw_start(config, kind, "random", jax.random.key(2)), "rate": 0.0, "retain": 3.0}
-    held = jax.jit(lambda pairs: memory.predictions(config, kind, 1.0, meta, pairs))
-    before, after = held(pairs), held(pairs._replace(values=pairs.values.at[9].add(1.0)))
+    predict = jax.jit(lambda pairs: memory.predictions(config, kind, 1.0, meta, pairs))
+    before, after = predict(pairs), predict(pairs._replace(values=pairs.values.at[9].add(1.0)))
     np.testing.assert_array_equal(changed(before, after).argmax(), 10)
     np.testing.assert_allclose(before[:10], after[:10], atol=1e-6)
     x, w = pairs.keys[0], meta["start"]
@@ -190,7 +193,7 @@ def test_a_memory_predicts_before_it_reads(tasks, kind):
 
 @pytest.mark.parametrize("anchored", [0.0, 1.0])
 def test_the_linear_memory_is_the_delta_rule(tasks, x64, anchored):
-    """Against a plain loop, and against the package's recurrence token by token where retention decays to zero."""
+    """Against a plain loop, and against `tokenwise` where retention decays to zero."""
     memory, config, draw = tasks
     _, pairs = draw("mean zero")
     start = memory.draw_start(config, "linear", "random", jax.random.key(2)).astype(jnp.float64)
@@ -212,13 +215,13 @@ def test_the_linear_memory_is_the_delta_rule(tasks, x64, anchored):
 
 
 @pytest.mark.parametrize("kind", ["linear", "deep"])
-def test_the_slope_of_a_memory_is_a_difference_quotient(tasks, x64, kind):
+def test_the_gradient_of_a_memory_is_a_difference_quotient(tasks, x64, kind):
     """With respect to the logarithm of its rate, the logit of its retention, and one entry of its start."""
     memory, config, draw = tasks
     _, pairs = draw("common mean")
     start = memory.draw_start(config, kind, "random", jax.random.key(2))
     meta = {"start": start, "rate": jnp.asarray(-0.3), "retain": jnp.asarray(2.0)}
-    slope = memory.hypergradient(memory.surprise, memory.memory(config, kind, 0.5))
+    slope = memory.hypergradient(memory.outer_loss, memory.memory(config, kind, 0.5))
     found = jax.jit(slope)(meta | {"tasks": jnp.zeros(3)}, pairs, pairs.values)
     loss = lambda meta: jnp.mean(jnp.sum((memory.predictions(config, kind, 0.5, meta, pairs) - pairs.values) ** 2, -1))
     loss = jax.jit(loss)
@@ -232,23 +235,23 @@ def test_the_slope_of_a_memory_is_a_difference_quotient(tasks, x64, kind):
 
 
 def test_a_zero_start_of_the_deep_memory_never_learns(tasks):
-    """It is a saddle: each layer's gradient is a product with the other. Half zero it learns; by hand it begins at 0."""
+    """It is a saddle: each layer's gradient is a product with the other. Half zero learns; zero output starts at 0."""
     memory, config, draw = tasks
     _, pairs = draw("mean zero")
-    held = jax.jit(
+    predict = jax.jit(
         lambda start: memory.predictions(config, "deep", 1.0, {"start": start, "rate": 0.5, "retain": 3.0}, pairs)
     )
-    zero, half, hand = (
-        held(memory.draw_start(config, "deep", s, jax.random.key(2))) for s in ("zero", "half zero", "by hand")
+    zero, half, output = (
+        predict(memory.draw_start(config, "deep", s, jax.random.key(2))) for s in ("zero", "half zero", "zero output")
     )
     np.testing.assert_array_equal(zero, pairs.keys)
     np.testing.assert_array_equal(half[0], pairs.keys[0])
-    np.testing.assert_allclose(hand[0], 0, atol=1e-6)
-    for learns in (half, hand):
+    np.testing.assert_allclose(output[0], 0, atol=1e-6)
+    for learns in (half, output):
         assert not np.allclose(learns[-1], learns[0]) and changed(learns[1:], zero[1:]).all()
 
 
-def test_who_knows_the_family_is_ridge_regression(tasks, x64):
+def test_bayes_is_ridge_regression(tasks, x64):
     """The filter's last prediction is that of the regularised least squares on all pairs before."""
     memory, config, draw = tasks
     family, pairs = draw("common features")
@@ -260,7 +263,7 @@ def test_who_knows_the_family_is_ridge_regression(tasks, x64):
 
 
 def test_starts_are_measured(tasks, written):
-    """A run of a few updates: what counts is of held-out tasks, only a learned start is moved, what is shown is there."""
+    """A short run: errors are of held-out tasks, only a learned start moves."""
     memory, config, draw = tasks
     config = memory.InitialMemory(**{**vars(config), "families": ("common features",), "memories": ("linear",)})
     kept, shown = written(memory, config)
@@ -287,8 +290,8 @@ def test_starts_are_measured(tasks, written):
         assert meta["rate"] != jnp.log(0.5)
 
 
-def test_where_retention_decays_to_is_chosen_on_tuning_tasks(tasks, monkeypatch):
-    """And not by the errors that count."""
+def test_the_target_of_retention_is_chosen_on_tuning_tasks(tasks, monkeypatch):
+    """And not on held-out tasks."""
     memory, config, _ = tasks
     config = memory.InitialMemory(**{**vars(config), "families": ("mean zero",), "memories": ("linear",)})
     either = lambda zero, start: np.stack([np.full((3, 2), zero), np.full((3, 2), start)], 1)  # starts, decays to, seeds

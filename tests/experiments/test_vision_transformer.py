@@ -1,4 +1,4 @@
-"""VisionTransformer: its equation, shapes, the loss it starts with, rows apart, derivatives, what is refused."""
+"""VisionTransformer: equation, shapes, first loss, independent rows, gradients, errors."""
 
 import math
 
@@ -8,15 +8,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from scripts import load
 
 from nested_jax.errors import UserError
-from nested_jax.models.vision import VisionConfig, VisionTransformer
 
+module = load("vision_transformer", "optimizers")
+VisionConfig, VisionTransformer = module.VisionConfig, module.VisionTransformer
 SMALL = VisionConfig(image=(4, 6, 3), patch=2, width=8, layers=2, heads=2, hidden=5, classes=7)
 
 
 def model(config=SMALL, jitter=0.1, seed=0):
-    """In float64, its norms away from one."""
+    """A model in float64 whose norms' weights are not one."""
     net, weights = nnx.split(VisionTransformer(config, rngs=nnx.Rngs(seed)), nnx.Param)
     noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
     move = lambda w: w.astype(jnp.float64) + jitter * jax.random.normal(next(noise), w.shape, jnp.float64)
@@ -27,7 +29,7 @@ def images(batch, config=SMALL, seed=2):
     return jax.random.normal(jax.random.key(seed), (batch, *config.image))
 
 
-def definition(config, weights, image):
+def reference(config, weights, image):
     """Logits of one image, in NumPy: patch by patch, head by head, query by query."""
     norm = lambda w, x: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * w
     gelu = lambda x: x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
@@ -49,16 +51,16 @@ def definition(config, weights, image):
     return norm(weights["norm"], x).mean(0) @ weights["head"]
 
 
-def test_is_its_equation(x64):
+def test_equals_the_reference(x64):
     made, batch = model(), images(3)
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(made, nnx.Param)))
-    wanted = np.stack([definition(SMALL, weights, np.asarray(image)) for image in batch])
+    wanted = np.stack([reference(SMALL, weights, np.asarray(image)) for image in batch])
     assert wanted.std() > 0.1
     np.testing.assert_allclose(jax.jit(made.__call__)(batch), wanted, rtol=1e-10)
 
 
-def test_shapes_types_and_the_loss_it_starts_with():
-    """Within 5 % of ln V, for the default; nothing compiles twice."""
+def test_shapes_types_and_first_loss():
+    """The first loss of the default is within 5 % of ln V; the second call does not compile."""
     made = VisionTransformer(VisionConfig(), rngs=nnx.Rngs(0))
     call = jax.jit(made.__call__)
     logits = call(images(64, VisionConfig()))
@@ -70,8 +72,8 @@ def test_shapes_types_and_the_loss_it_starts_with():
     assert abs(loss / math.log(10) - 1) < 0.05
 
 
-def test_rows_apart_and_every_patch_seen(x64):
-    """Permuted images have permuted logits; each entry of an image matters, as does where its patches lie."""
+def test_rows_are_independent_and_every_patch_matters(x64):
+    """Permuted images have permuted logits; every entry of an image and the order of its patches matter."""
     made, batch = model(), images(4)
     call = jax.jit(made.__call__)
     order = jnp.array([2, 0, 3, 1])
@@ -83,8 +85,8 @@ def test_rows_apart_and_every_patch_seen(x64):
     assert not np.allclose(call(swapped), call(batch), atol=1e-3)
 
 
-def test_derivatives_are_finite():
-    """Also at images of zeros; no weight is without one at usual images."""
+def test_gradients_are_finite():
+    """Also at images of zeros; at usual images every weight has a non-zero gradient."""
     net, weights = nnx.split(VisionTransformer(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
     loss = lambda weights, x: -jax.nn.log_softmax(nnx.merge(net, weights)(x))[:, 0].mean()
     slope = jax.jit(jax.grad(loss))
@@ -97,18 +99,18 @@ def test_derivatives_are_finite():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"image": (4, 6)}, "three numbers"),
-        ({"patch": 3}, "does not divide into squares of vision.patch 3"),
-        ({"heads": 3}, "vision.width 8 is not a multiple of vision.heads 3"),
-        ({"layers": 0}, "vision.layers 0 must be at least 1"),
+        ({"image": (4, 6)}, r"--model.image \(4, 6\): give a tuple of 3, each a whole number of at least 1"),
+        ({"patch": 3}, r"--model.image \(4, 6, 3\) is not a multiple of --model.patch 3: change one"),
+        ({"heads": 3}, "--model.width 8 is not a multiple of --model.heads 3: change one"),
+        ({"layers": 0}, "--model.layers 0: give a whole number of at least 1"),
     ],
 )
-def test_configs_that_make_no_model(fields, words):
+def test_invalid_configs_are_refused(fields, words):
     with pytest.raises(UserError, match=words):
-        VisionTransformer(VisionConfig(**(vars(SMALL) | fields)), rngs=nnx.Rngs(0))
+        VisionConfig(**(vars(SMALL) | fields))
 
 
-def test_images_of_another_shape():
+def test_images_of_another_shape_are_refused():
     made = VisionTransformer(SMALL, rngs=nnx.Rngs(0))
     for shape in ((4, 6, 3), (1, 6, 4, 3), (1, 4, 6, 1)):
         with pytest.raises(UserError, match=r"give \(B, 4, 6, 3\)"):

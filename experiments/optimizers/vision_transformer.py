@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError
 from nested_jax.numerics import rms_norm, upcast
 from nested_jax.typing import Array, Float, PyTree
@@ -18,34 +19,27 @@ from nested_jax.typing import Array, Float, PyTree
 class VisionConfig:
     """A vision Transformer. The default is for the 8 x 8 images of scikit-learn's digits."""
 
-    image: tuple[int, int, int] = (8, 8, 1)
+    image: tuple[Count, Count, Count] = (8, 8, 1)
     """Rows, columns and channels of an image."""
-    patch: int = 2
+    patch: Count = 2
     """Rows and columns of a patch; those of an image are multiples."""
-    width: int = 64
+    width: Count = 64
     """Model width D."""
-    layers: int = 3
+    layers: Count = 3
     """Number of blocks L."""
-    heads: int = 4
+    heads: Count = 4
     """Heads H of attention; D must be a multiple."""
-    hidden: int = 128
+    hidden: Count = 128
     """Hidden width F of the MLPs."""
-    classes: int = 10
+    classes: Count = 10
     """Number of classes V."""
 
-    def check(self) -> None:
-        """Raises UserError for the first value that makes no model."""
-        if len(self.image) != 3 or min(self.image) < 1:
-            raise UserError(f"vision.image {self.image} must be three numbers of at least 1: rows, columns, channels")
-        for name in ("patch", "width", "layers", "heads", "hidden", "classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"vision.{name} {getattr(self, name)} must be at least 1")
+    def __post_init__(self):
+        check_fields(self, "--model.")
         if self.image[0] % self.patch or self.image[1] % self.patch:
-            raise UserError(
-                f"vision.image {self.image} does not divide into squares of vision.patch {self.patch}: change one"
-            )
+            raise UserError(f"--model.image {self.image} is not a multiple of --model.patch {self.patch}: change one")
         if self.width % self.heads:
-            raise UserError(f"vision.width {self.width} is not a multiple of vision.heads {self.heads}: change one")
+            raise UserError(f"--model.width {self.width} is not a multiple of --model.heads {self.heads}: change one")
 
 
 class VisionTransformer(nnx.Module):
@@ -54,14 +48,14 @@ class VisionTransformer(nnx.Module):
         x = patches W + position        x <- x + attention(norm x)        x <- x + gelu(norm x up) down
         logits = mean_T(norm x) head
 
-    Attention sees all patches. The module only holds the weights, those of all blocks stacked along a leading axis; every
-    JAX transform can be applied to `nnx.split` of it.
+    Attention is over all patches. The weights of all blocks are stacked along a leading axis.
 
     Args:
         config: see `VisionConfig`.
         rngs: source of the initial weights.
 
-    Raises UserError for a config that makes no model, and for images that do not fit it.
+    Raises:
+        UserError: images of another shape than the config's.
 
     >>> model = VisionTransformer(VisionConfig(), rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((3, 8, 8, 1))).shape
@@ -71,7 +65,6 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        config.check()
         self.config = config
         D, (rows, columns, channels) = config.width, config.image
         embedding, position, blocks, head = jax.random.split(rngs.params(), 4)
