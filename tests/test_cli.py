@@ -8,12 +8,14 @@ import pydoc_data.topics
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import orbax.checkpoint
 import pytest
 
@@ -23,25 +25,44 @@ from nested_jax.data import open_documents
 from nested_jax.train import loop
 from nested_jax.train.config import TrainConfig, flag, flatten
 
+# As small_config of tests/train. Few different numbers of steps: each is a program of its own to compile.
 SMALL = (
     "--preset tiny-transformer --window 32 --batch 4 --warmup 2 --eval-bytes 2000 --log-every 1 --checkpoint-every 2 "
-    "--eval-every 0 --sample-tokens 0 --model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16"
+    "--eval-every 0 --sample-tokens 0 --model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16 "
+    "--model.memory-hidden 8 --model.cms.hidden 16"
 )
+TEXT = "\n\n".join(pydoc_data.topics.topics.values())[:100_000]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty working directory with text.txt, an empty file, an empty folder and a binary one."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\n\n".join(pydoc_data.topics.topics.values())[:100_000])
+    Path("text.txt").write_text(TEXT)
     Path("empty.txt").write_text("")
     Path("picture.png").write_bytes(bytes(range(256)) * 20)
     Path("folder").mkdir()
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, compiled_once):
+    """The folder of a finished run of 6 steps on text.txt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        Path("text.txt").write_text(TEXT)
+        assert main(f"train {SMALL} --data text.txt --run-dir a --steps 6".split()) == 0
+        return Path("a").absolute()
+
+
 @pytest.fixture
-def say(capsys):
+def run_of_6(place, trained_once):
+    """A copy of it, named a."""
+    return shutil.copytree(trained_once, place / "a")
+
+
+@pytest.fixture
+def say(capsys, compiled_once):
     """A function that runs a command in this process: (exit code, lines of stdout, lines of stderr)."""
 
     def run(line: str):
@@ -53,12 +74,20 @@ def say(capsys):
     return run
 
 
-def start(*words: str, **options) -> subprocess.Popen:
+@pytest.fixture
+def start(compiled_once):
+    """A function that starts a command in a process of its own."""
+    return _start
+
+
+def _start(*words: str) -> subprocess.Popen:
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes, **options)
+    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes)
 
 
 def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
@@ -166,17 +195,17 @@ def test_a_preset_sets_the_other_defaults():
 
 def test_train_resume_evaluate_generate(place, say):
     command = f"train {SMALL} --data text.txt --run-dir a --steps"
-    code, out, err = say(f"{command} 2")
+    code, out, err = say(f"{command} 6")
     assert (code, err) == (0, []) and "a/report.md" in out[-1]
-    code, out, _ = say(f"{command} 2")
+    code, out, _ = say(f"{command} 6")
     assert code == 0 and len(out) == 1 and "a is finished" in out[0]
-    code, out, _ = say(f"{command} 3")
-    assert code == 0 and "from step 2" in out[0]
-    code, out, err = say(f"{command} 3 --batch 2")
+    code, out, _ = say(f"{command} 9")
+    assert code == 0 and "from step 6" in out[0]
+    code, out, err = say(f"{command} 9 --batch 2")
     assert code == 2 and len(err) == 1 and "--batch 4, not 2" in err[0]
 
     code, out, err = say("eval --run-dir a")
-    assert (code, err) == (0, []) and "step 3" in out[0]
+    assert (code, err) == (0, []) and "step 9" in out[0]
     told = {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in out[1:]}
     assert set(told) == {"unigram entropy", "bigram entropy", "this model"}
     assert f"**{told['this model']:.3f} bits per byte**" in Path("a/report.md").read_text()
@@ -193,14 +222,14 @@ def test_train_resume_evaluate_generate(place, say):
     assert greedy[0] == greedy[1]
     assert greedy[0][0][1:] != written("--tokens", "5", "--temperature", "0", "--prompt", "z")[0][1:]
 
-    largest = max((f for f in Path("a/checkpoints/3").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest = max((f for f in Path("a/checkpoints/9").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     whole = largest.read_bytes()
     largest.write_bytes(whole[: len(whole) // 2])
-    for line in (f"{command} 3", f"{command} 4", "eval --run-dir a", "generate --run-dir a"):
+    for line in (f"{command} 9", f"{command} 10", "eval --run-dir a", "generate --run-dir a"):
         code, out, err = say(line)
-        assert code == 2 and len(err) == 1 and "checkpoints/3 is cut short" in err[0] and out == []
+        assert code == 2 and len(err) == 1 and "checkpoints/9 is cut short" in err[0] and out == []
     largest.write_bytes(whole)
-    assert say(f"{command} 3")[0] == 0
+    assert say(f"{command} 9")[0] == 0
 
 
 def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkeypatch):
@@ -208,13 +237,13 @@ def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkey
 
     def slow(*arguments):
         monkeypatch.setattr(loop, "open_text", opened)
-        inner.append(main(f"train {SMALL} --data text.txt --run-dir a --steps 4".split()))
+        inner.append(main(f"train {SMALL} --data text.txt --run-dir a --steps 6".split()))
         return opened(*arguments)
 
     monkeypatch.setattr(loop, "open_text", slow)
-    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 2 --seed 7")
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6 --seed 7")
     assert inner == [0] and code == 2 and "another process has trained in a" in err[0]
-    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 4")[1] == [
+    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[1] == [
         "a is finished: give more --steps to go on with it, or --fresh to start over"
     ]
 
@@ -222,44 +251,44 @@ def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkey
 def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
     opened = loop.open_text
     monkeypatch.setattr(loop, "open_text", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
-    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 2")
-    assert code == 130 and len(err) == 1 and "stopped at step 0 of 2, saved in a; resume with:" in err[0]
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6")
+    assert code == 130 and len(err) == 1 and "stopped at step 0 of 6, saved in a; resume with:" in err[0]
     monkeypatch.setattr(loop, "open_text", opened)
-    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 2")[0] == 0
+    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[0] == 0
 
 
 def test_a_run_inside_its_own_text_resumes(place, say):
     for i in range(30):
         Path("folder", f"{i}.txt").write_text(f"Number {i} burns bright, in the forests of the night.\n" * 9)
     command = f"train {SMALL} --data folder --run-dir folder/runs/a --steps"
-    assert say(f"{command} 2")[0] == 0
+    assert say(f"{command} 1")[0] == 0
     bigram = lambda said: next(line for line in said if "bigram" in line)
     assert bigram(say("eval --run-dir folder/runs/a")[1]).split()[-1] in Path("folder/runs/a/report.md").read_text()
     inode = os.stat("folder/runs/a/tokenizer.model").st_ino
-    assert say(f"{command} 3")[0] == 0
+    assert say(f"{command} 6")[0] == 0
     assert os.stat("folder/runs/a/tokenizer.model").st_ino == inode  # not written again
     for split in ("train", "heldout"):
         file = Path("folder", f"{re.search(rb'[0-9]+', open_documents('folder', split)[0])[0].decode()}.txt")
         before = file.read_text()
         file.write_text("Tyger, tyger.\n" * 30)
-        code, _, err = say(f"{command} 4")
+        code, _, err = say(f"{command} 9")
         assert code == 2 and "the text of --data has changed" in err[0]
         file.write_text(before)
-    assert say(f"{command} 4")[0] == 0
+    assert say(f"{command} 9")[0] == 0
 
 
 def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
     command = f"train {SMALL} --data text.txt --run-dir a --steps"
     Path("a").mkdir()
     Path("a/config.json.part").touch()  # what a start on a full disk leaves
-    assert say(f"{command} 4")[0] == 0
+    assert say(f"{command} 6")[0] == 0
     metrics, config = Path("a/metrics.jsonl"), Path("a/config.json")
 
     def refused(path, damage, named):
         whole = path.read_text()
         path.write_text(damage(whole))
         files = {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()}
-        code, out, err = say(f"{command} 5")
+        code, out, err = say(f"{command} 9")
         assert code == 2 and len(err) == 1 and re.search(named, err[0]), err
         assert {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()} == files
         path.write_text(whole)
@@ -278,59 +307,60 @@ def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
         lambda whole: whole.replace('"attention"', '"junk"'),
         "config.json is damaged.*model.mixer 'junk': give one of",
     )
-    refused(Path("a/checkpoints/4/files.json"), lambda whole: "[]", "checkpoints/4 is cut short: files.json has changed")
+    refused(Path("a/checkpoints/6/files.json"), lambda whole: "[]", "checkpoints/6 is cut short: files.json has changed")
     Path("a/checkpoints").rename("elsewhere")
-    code, _, err = say(f"{command} 5")
-    assert code == 2 and "trained to step 4, and its checkpoints are gone" in err[0]
-    assert len(metrics.read_text().splitlines()) == 5
+    code, _, err = say(f"{command} 9")
+    assert code == 2 and "trained to step 6, and its checkpoints are gone" in err[0]
+    assert len(metrics.read_text().splitlines()) == 7
     Path("a/checkpoints").rmdir()
     Path("elsewhere").rename("a/checkpoints")
-    Path("a/checkpoints/5.orbax-checkpoint-tmp").mkdir()  # what a kill while saving leaves
-    metrics.write_text(metrics.read_text() + '{"step": 5, "lo')  # cut short by a kill
-    assert say(f"{command} 5")[0] == 0
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 4, 5, 5]
+    Path("a/checkpoints/7.orbax-checkpoint-tmp").mkdir()  # what a kill while saving leaves
+    metrics.write_text(metrics.read_text() + '{"step": 7, "lo')  # cut short by a kill
+    assert say(f"{command} 9")[0] == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [*range(1, 7), 6, 7, 8, 9, 9]
 
 
-def test_a_run_is_not_moved_from_under_the_working_directory(place, say, monkeypatch):
-    assert say(f"train {SMALL} --data text.txt --run-dir a --steps 2")[0] == 0
+def test_a_run_is_not_moved_from_under_the_working_directory(run_of_6, say, monkeypatch):
     monkeypatch.chdir("a")
-    code, _, err = say(f"train {SMALL} --data ../text.txt --run-dir . --steps 2 --fresh")
+    code, _, err = say(f"train {SMALL} --data ../text.txt --run-dir . --steps 6 --fresh")
     assert code == 2 and "holds the working directory" in err[0]
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(place, say, monkeypatch):
-    command = f"train {SMALL} --data text.txt --run-dir a --steps"
-    assert say(f"{command} 2")[0] == 0
-    limit = resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)  # bytes of a file, in the place of room on the disk
-    words = f"{command} 3000 --checkpoint-every 3000".split()
-    _, err = (process := start(*words, preexec_fn=lambda: resource.setrlimit(*limit))).communicate(timeout=120)
-    assert process.returncode == 2
-    assert re.fullmatch("nested-jax: .*File too large; what was saved before is kept\n", err), err
-    assert Path("a/checkpoints/2").is_dir()
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(run_of_6, say, monkeypatch):
+    command = f"train {SMALL} --data text.txt --run-dir a --steps 9 --checkpoint-every"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = max(Path("a", name).stat().st_size for name in ("metrics.jsonl", "config.json"))
+    try:  # bytes of a file, in the place of room on the disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
+        code, _, err = say(f"{command} 20")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and len(err) == 1
+    assert re.fullmatch("nested-jax: .*File too large; what was saved before is kept", err[0]), err
+    assert Path("a/checkpoints/6").is_dir()
 
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(orbax.checkpoint.CheckpointManager, "save", full)
-        code, _, err = say(f"{command} 3000 --checkpoint-every 4")
-    assert code == 2 and len(err) == 1 and "checkpoints/4 cannot be written" in err[0] and "No space left" in err[0]
-    words = f"{command} 3000 --checkpoint-every 4".split()
-    wait_for_rows(process := start(*words), "a", 8)
-    process.kill()
-    process.wait()
-    steps = [row["step"] for row in map(json.loads, Path("a/metrics.jsonl").read_text().splitlines()[:8])]
-    assert steps == [1, 2, 2, 3, 4, 5, 6, 7]
+        code, _, err = say(f"{command} 8")
+    assert code == 2 and len(err) == 1 and "checkpoints/8 cannot be written" in err[0] and "No space left" in err[0]
+    assert say(f"{command} 8")[0] == 0
+    steps = [row["step"] for row in map(json.loads, Path("a/metrics.jsonl").read_text().splitlines())]
+    assert steps == [*range(1, 7), 6, 7, 8, 9, 9]
 
 
 def test_a_broken_run_stops_with_one_line(place, say):
-    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 30 --learning-rate 1e30")
+    code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 20 --learning-rate 1e30")
     assert code == 1 and len(err) == 1
     assert re.match(r"nested-jax: step \d+, level .+: .+ is not finite; .*--learning-rate", err[0])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_resume(place, number, code):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_says_how_to_resume(place, start, number, code):
     words = f"train {SMALL} --data text.txt --run-dir a --steps 100000 --checkpoint-every 100000".split()
     process = start(*words)
     wait_for_rows(process, "a", 3)
@@ -348,19 +378,18 @@ def test_a_signal_saves_and_says_how_to_resume(place, number, code):
     assert process.returncode == code
 
 
-def test_a_killed_run_resumes_to_the_same_rows(place):
-    words = f"train {SMALL} --data text.txt --steps 40 --run-dir".split()
-    assert start(*words, "straight").wait(timeout=120) == 0
-    process = start(*words, "killed")
+def test_a_killed_run_resumes_to_the_same_rows(place, say, start):
+    command = f"train {SMALL} --data text.txt --steps 40 --run-dir"
+    process = start(*f"{command} killed".split())
     wait_for_rows(process, "killed", 7)
     process.kill()
     process.wait()
-    assert start(*words, "killed").wait(timeout=120) == 0
+    assert say(f"{command} killed")[0] == say(f"{command} straight")[0] == 0
     timeless = lambda folder: re.sub(r'"(seconds|tokens_per_second)": [^,}]*', "", Path(folder, "metrics.jsonl").read_text())
     assert timeless("straight") == timeless("killed")
 
 
-def test_mistakes_and_help_are_quick_and_quiet(place):
+def test_mistakes_and_help_are_quick_and_quiet(place, start):
     begun = time.monotonic()
     process = start("train", "--stpes", "3")
     out, err = process.communicate(timeout=60)

@@ -78,6 +78,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             state = jax.jit(lambda: init_train_state(config))()
         else:
             text.batches.set_state(progress["data"])
+        state = jax.device_put(state, jax.devices()[0])  # committed, whether new or restored: one program for both
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
         run = _Run(config, console, text, checkpoints, record, state, progress)
         run.print_start()

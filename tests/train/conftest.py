@@ -1,13 +1,13 @@
-"""A run small enough to be made many times."""
+"""Runs small enough to be made many times, and finished ones to copy."""
 
+import functools
 import io
 import pydoc_data.topics
+import shutil
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
-from tiny_run import small_model
+from tiny_run import small_config
 
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.loop import train
@@ -25,13 +25,31 @@ def text(tmp_path_factory) -> str:
 def small(tmp_path, text):
     """A function that makes a TrainConfig of a second, its fields changed."""
 
-    def make(run: str = "run", **fields) -> TrainConfig:
-        sizes = {"window": 32, "batch": 4, "steps": 6, "warmup": 2, "sample_tokens": 0, "model": small_model()}
-        every = {"eval_every": 3, "eval_bytes": 2000, "checkpoint_every": 2, "log_every": 1}
-        own = {"data": text, "run_dir": str(tmp_path / run)}
-        return TrainConfig.from_preset("tiny-transformer", **(sizes | every | own | fields))
+    return lambda run="run", **fields: small_config(text, tmp_path / run, **fields)
 
-    return make
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, text):
+    """A function that returns the config and the last state of a run of so many steps, which others only read."""
+
+    @functools.cache
+    def run(steps: int):
+        config = small_config(text, tmp_path_factory.mktemp("finished") / "run", steps=steps)
+        return config, train(config, Console(file=io.StringIO()))
+
+    return run
+
+
+@pytest.fixture
+def finished(small, trained_once):
+    """A function that copies a finished run of so many steps and returns (its config, its last state)."""
+
+    def copy(steps: int = 6, run: str = "run"):
+        config, state = trained_once(steps)
+        shutil.copytree(config.run_dir, small(run).run_dir)
+        return small(run, steps=steps), state
+
+    return copy
 
 
 @pytest.fixture
@@ -46,14 +64,5 @@ def quiet():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Keeps compiled programs between tests: most of them train the same small model."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def compile_cache(compiled_once):
+    """For every test here: most of them train the same small model."""

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not; what makes it another run is told."""
+"""A run that was stopped and resumed equals the run that was not; a config of another run is refused."""
 
 import dataclasses
 import itertools
@@ -32,17 +32,21 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(loop.Display, "update", update)
 
 
+IN_CONTEXT = {"preset": "tiny-hope", "carry": True, "window": 64, "eval_bytes": 500}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        {"carry": True, "accumulate": 2},
-        {"model": small_model("tiny-hope"), "carry": True, "preset": "tiny-hope", "window": 64, "eval_bytes": 500},
+        IN_CONTEXT | {"model": small_model("tiny-hope", mixer="delta"), "accumulate": 2},
+        pytest.param({"carry": True, "accumulate": 2}, marks=pytest.mark.slow),
+        pytest.param(IN_CONTEXT | {"model": small_model("tiny-hope")}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "carry-accumulate", "hope-carry"],
+    ids=["plain", "delta-cms-carry-accumulate", "carry-accumulate", "hope-carry"],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(small, quiet, monkeypatch, fields):
-    straight, _ = quiet(small("straight", **fields))
+def test_a_resumed_run_is_the_run_that_never_stopped(small, finished, quiet, monkeypatch, fields):
+    straight = quiet(small("straight", **fields))[0] if fields else finished(6, "straight")[1]
     config = small("stopped", **fields)
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
@@ -53,12 +57,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(small, quiet, monkeypatch, 
     resumed, said = quiet(config)
     assert "from step 4" in said
     chex.assert_trees_all_equal(straight, resumed)
+    assert all(leaf.committed for leaf in jax.tree.leaves((straight, resumed)))  # else each compiles updates of its own
     assert rows(small("straight")) == rows(config)
     if config.carry:
         assert jax.tree.leaves(resumed.fast)
 
 
-def test_a_signal_during_an_evaluation_postpones_it(small, quiet, monkeypatch):
+def test_a_signal_during_an_evaluation_postpones_it(small, finished, quiet, monkeypatch):
     config = small()
     measure = evaluation.HeldOut.bits_per_byte
 
@@ -72,11 +77,10 @@ def test_a_signal_during_an_evaluation_postpones_it(small, quiet, monkeypatch):
             quiet(config)
     assert not any("heldout_bits_per_byte" in row for row in rows(config))
     quiet(config)
-    quiet(small("straight"))
-    assert rows(config) == rows(small("straight"))
+    assert rows(config) == rows(finished(6, "straight")[0])
 
 
-def test_rows_after_the_last_checkpoint_are_dropped(small, quiet, monkeypatch):
+def test_rows_after_the_last_checkpoint_are_dropped(small, finished, quiet, monkeypatch):
     """As after SIGKILL: updates 5 and half of a row were written, the last checkpoint is of step 4."""
     config = small()
     with monkeypatch.context() as patch:
@@ -88,13 +92,11 @@ def test_rows_after_the_last_checkpoint_are_dropped(small, quiet, monkeypatch):
     with Path(config.run_dir, "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     assert "from step 4" in quiet(config)[1]
-    quiet(small("straight"))
-    assert rows(config) == rows(small("straight"))
+    assert rows(config) == rows(finished(6, "straight")[0])
 
 
-def test_a_finished_run_says_so_and_stays(small, quiet):
-    config = small()
-    state, _ = quiet(config)
+def test_a_finished_run_stays_as_it_is(finished, quiet):
+    config, state = finished()
     files = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*") if path.is_file()}
     again, said = quiet(config)
     assert said.startswith(f"{config.run_dir} is finished") and len(said.splitlines()) == 1
@@ -102,9 +104,8 @@ def test_a_finished_run_says_so_and_stays(small, quiet):
     assert files == {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*") if path.is_file()}
 
 
-def test_a_run_stopped_before_its_report_gets_it(small, quiet):
-    config = small()
-    quiet(config)
+def test_a_run_stopped_before_its_report_gets_it(finished, quiet):
+    config, _ = finished()
     Path(config.run_dir, "report.md").unlink()
     quiet(config)
     assert Path(config.run_dir, "report.md").exists()
@@ -133,8 +134,8 @@ def test_more_steps_go_on(small, quiet, monkeypatch):
         ({"preset": "tiny-hope", "learning_rate": 1.0}, "--preset tiny-transformer, not tiny-hope"),
     ],
 )
-def test_another_config_is_refused_and_changes_nothing(small, quiet, fields, named):
-    quiet(small(steps=1))
+def test_another_config_is_refused_and_changes_nothing(small, finished, quiet, fields, named):
+    finished(1)
     files = {path: path.read_bytes() for path in Path(small().run_dir).rglob("*") if path.is_file()}
     with pytest.raises(UserError) as error:
         quiet(small(steps=1, **fields))
@@ -142,19 +143,19 @@ def test_another_config_is_refused_and_changes_nothing(small, quiet, fields, nam
     assert files == {path: path.read_bytes() for path in Path(small().run_dir).rglob("*") if path.is_file()}
 
 
-def test_how_often_to_report_is_no_other_run(small, quiet):
-    quiet(small(steps=1))
+def test_how_often_to_report_is_no_other_run(small, finished, quiet):
+    finished(1)
     quiet(small(steps=6, log_every=4, eval_every=0, checkpoint_every=7, eval_bytes=1000, sample_tokens=2))
     assert [row["step"] for row in rows(small()) if "loss" in row] == [1, 4, 6]
     assert [row["step"] for row in rows(small()) if "heldout_bits_per_byte" in row] == [1, 6]
     assert {path.name for path in Path(small().run_dir, "checkpoints").iterdir()} == {"1", "6"}
 
 
-def test_fresh_keeps_the_old_run_aside(small, quiet):
-    quiet(small(steps=2))
+def test_fresh_keeps_the_old_run_aside(small, finished, quiet):
+    finished(6)
     old = Path(small().run_dir, "metrics.jsonl").read_text()
     for n in (1, 2):
-        _, said = quiet(small(steps=1, batch=2, fresh=True))
+        _, said = quiet(small(steps=1, seed=1, fresh=True))
         assert f"is now in {small().run_dir}.{n}" in said
     assert Path(f"{small().run_dir}.1", "metrics.jsonl").read_text() == old
     assert len([row for row in rows(small()) if "loss" in row]) == 1
@@ -170,8 +171,8 @@ def test_a_folder_of_other_things_is_left_alone(small, quiet, fresh):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_in_use_is_left_alone(small, quiet):
-    quiet(small(steps=1))
+def test_a_folder_in_use_is_left_alone(small, finished, quiet):
+    finished(1)
     with lock(Path(small().run_dir)):
         for fields in ({"steps": 2}, {"fresh": True}):
             with pytest.raises(UserError, match="another process is training"):
@@ -187,10 +188,10 @@ def test_changed_text_is_another_run(small, quiet, tmp_path):
         quiet(small(data=str(path), steps=2, eval_bytes=100))
 
 
-@pytest.mark.parametrize("damage", ["{", "{}", '{"train": {"steps": 3}}'])
-def test_a_damaged_config_is_told(small, quiet, damage):
-    quiet(small(steps=1))
-    Path(small().run_dir, "config.json").write_text(damage)
-    with pytest.raises(UserError, match="config.json is damaged or of another version"):
-        quiet(small(steps=1))
+def test_a_damaged_config_is_refused(small, finished, quiet):
+    finished(1)
+    for damage in ("{", "{}", '{"train": 3}', '{"train": {"steps": 3}}'):
+        Path(small().run_dir, "config.json").write_text(damage)
+        with pytest.raises(UserError, match="config.json is damaged or of another version"):
+            quiet(small(steps=1))
     quiet(small(steps=1, fresh=True))
