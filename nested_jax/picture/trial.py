@@ -84,7 +84,7 @@ class Trial:
         with jax.enable_x64(True):
             leaves = [*map(wide, leaves)]
             self.graph = Graph(traced, *leaves)
-            self._compiled = jax.jit(self._step)
+            self._compiled = jax.jit(lambda *leaves: measured(self.graph.closed, leaves))
             self._run(leaves)
 
     def inputs(self) -> dict[str, set[int]]:
@@ -95,15 +95,12 @@ class Trial:
             named.setdefault(keyword, set()).add(value)
         return named
 
-    def _step(self, *leaves: Any) -> tuple[list[Any], list[Any], Any, dict[tuple[int, ...], Any]]:
-        """What `update` returns, the next parameters and state, whether each moved and is zero, and branches taken."""
-        n, kept = self.kept[0], sum(self.kept)
-        outs, found = measured(self.graph.closed, leaves)
-        new = [w + u if f else w for w, u, f in zip(leaves[:n], outs[:n], self.learns, strict=False)] + outs[n:]
-        was = [jnp.zeros((), out.dtype) if i < n else leaves[i] for i, out in enumerate(outs)]
-        moved = [jnp.any(outs[i] != was[i]) if self.learns[i] or i < n else False for i in range(kept)]
-        empty = [jnp.all(out == 0) if f else False for out, f in zip(outs, self.learns, strict=False)]
-        return outs, new, jnp.array([moved, empty]), found
+    def _moved(self, before: Sequence[Any], outs: Sequence[Any]) -> list[list[bool]]:
+        """Of every kept leaf, whether a step changed it, and whether it is zero now."""
+        n, leaves = self.kept[0], [np.asarray(out) if f else None for out, f in zip(outs, self.learns, strict=False)]
+        was = [0 if i < n or out is None else np.asarray(before[i]) for i, out in enumerate(leaves)]
+        moved = [out is not None and bool(np.any(out != old)) for out, old in zip(leaves, was, strict=True)]
+        return [moved, [out is not None and not out.any() for out in leaves]]
 
     def _run(self, leaves: list[Any]) -> None:
         n, kept = self.kept[0], sum(self.kept)
@@ -117,15 +114,18 @@ class Trial:
         runs, flags, found, waiting = [leaves[:kept]] * 2, [], [], True
         while len(flags) < MOST and waiting:
             given = [[*now, *self.gradients(), *self._constants] for now in runs]
-            _, runs, flag, branches = zip(*(self._compiled(*arguments) for arguments in given), strict=True)
+            results = [self._compiled(*arguments) for arguments in given]
+            runs = [[w + u if f else w for w, u, f in zip(now[:n], outs[:n], self.learns, strict=False)] + outs[n:]
+                    for now, (outs, _) in zip(runs, results, strict=True)]  # fmt: skip
+            flag = [self._moved(arguments, outs) for arguments, (outs, _) in zip(given, results, strict=True)]
             self.recent.append(given[0])
             for i in np.flatnonzero(flag[0][0]):
                 self.changes[i].append(len(flags))
                 if len(self.changes[i]) in (2, 3):
                     self.earlier[i] = self.before[i]
                 self.before[i] = given[0]
-            flags.append(np.array(flag))
-            found.append(branches[0])
+            flags.append(flag)
+            found.append(results[0][1])
             if len(flags) == LEAST:
                 live = [i for i in live if self.changes[i] or i < n or self.recurrence([i], [None]).keep]
             waiting = len(flags) < LEAST or any(len(self.changes[i]) < 2 for i in live)
