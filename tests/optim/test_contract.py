@@ -1,4 +1,4 @@
-"""What every transformation keeps: types, shapes, compilation, company, stacked layers, derivatives; what it refuses."""
+"""What holds for every transformation: types, shapes, compilation, composition, stacked layers, derivatives, errors."""
 
 import functools
 import inspect
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rule_runs import last, trajectory
 
 from nested_jax import optim
 from nested_jax.errors import UserError
@@ -40,17 +41,22 @@ def tree(seed, dtype=jnp.float32, shapes=PARAMS):
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
 
 
-def extra(name, params=None):
-    """What a rule needs beside gradients."""
+def extra(name, shapes=None):
+    """Extra arguments of a rule's update."""
     if name != "delta gradient descent":
         return {}
     rng = np.random.default_rng(7)
-    kernels = {"dense/kernel": (5, 4)} if params is None else params
-    return {"inputs": {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in kernels.items()}}
+    shapes = {"dense/kernel": (5, 4)} if shapes is None else shapes
+    return {"inputs": {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}}
 
 
 def run(rule, params, gradients, **more):
-    """Parameters and state after some updates, to which the state is donated."""
+    """Parameters after the last update; every update keeps the state's types."""
+    return last(trajectory(rule, params, gradients, [more] * len(gradients))[1])
+
+
+def run_donated(rule, params, gradients, **more):
+    """Parameters and state after updates to which the state is donated, all by one compiled function."""
     rule = optax.with_extra_args_support(rule)
     update, state = jax.jit(rule.update, donate_argnums=1), rule.init(params)
     for gradient in gradients:
@@ -58,6 +64,10 @@ def run(rule, params, gradients, **more):
         params = optax.apply_updates(params, updates)
     assert update._cache_size() == 1
     return params, state
+
+
+def assert_close(a, b, rtol=1e-6, atol=1e-9):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
 def memory_types(state):
@@ -71,49 +81,49 @@ def memory_types(state):
 @every_rule
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
-    """Memories are float32 with bfloat16 parameters too, and remember what those could not hold."""
+    """Memories are float32 with bfloat16 parameters too."""
     params, rule = tree(0, dtype), RULES[name](0.1)
-    moved, state = run(rule, params, [tree(i, dtype) for i in range(4)], **extra(name))
+    after, state = run_donated(rule, params, [tree(i, dtype) for i in range(4)], **extra(name))
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(state) == shapes(jax.eval_shape(rule.init, params))
-    assert shapes(moved) == shapes(params)
+    assert shapes(after) == shapes(params)
     assert memory_types(state) == (set() if name == "delta gradient descent" else {jnp.dtype("float32")})
-    pairs = zip(*map(jax.tree.leaves, (moved, params)), strict=True)
+    pairs = zip(*map(jax.tree.leaves, (after, params)), strict=True)
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
 
 
 @every_rule
-def test_company(x64, name):
-    """In a chain with clipping and weight decay, by parts, masked, accumulated, with a schedule, with injected rates."""
+def test_composes_with_optax(x64, name):
+    """In a chain with clipping and weight decay, partitioned, masked, accumulated, with a schedule, with injected rates."""
     params, gradients = tree(0, jnp.float64), [tree(i, jnp.float64) for i in range(1, 5)]
     make, more = RULES[name], extra(name)
-    plain, _ = run(make(0.1), params, gradients, **more)
-    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), a, b)
+    _, path, _ = trajectory(make(0.1), params, gradients, [more] * 4)
+    plain, first = last(path), jax.tree.map(lambda x: x[0], path)
 
-    close(run(make(optax.constant_schedule(0.1)), params, gradients, **more)[0], plain)
-    close(run(optax.chain(optax.clip_by_global_norm(1e9), make(0.1)), params, gradients, **more)[0], plain)
-    decayed, _ = run(optax.chain(make(0.1), optax.add_decayed_weights(-0.01)), params, gradients[:1], **more)
-    close(decayed, jax.tree.map(lambda w, start: w - 0.01 * start, run(make(0.1), params, gradients[:1], **more)[0], params))
+    clipped = optax.chain(optax.clip_by_global_norm(1e9), make(optax.constant_schedule(0.1)))
+    assert_close(run(clipped, params, gradients, **more), plain)
+    decayed = run(optax.chain(make(0.1), optax.add_decayed_weights(-0.01)), params, gradients[:1], **more)
+    assert_close(decayed, jax.tree.map(lambda w, start: w - 0.01 * start, first, params))
     injected = optax.inject_hyperparams(make, static_args=_static(make))(learning_rate=0.1)
-    close(run(injected, params, gradients, **more)[0], plain)
+    assert_close(run(injected, params, gradients, **more), plain)
 
     labels = {"dense": {"kernel": "a", "bias": "a"}, "scale": "b"}
-    parts, _ = run(optax.partition({"a": make(0.1), "b": optax.sgd(0.1)}, labels), params, gradients, **more)
-    if name != "generalized gradient descent":  # which solves for all of its parameters at once, to the solver's tolerance
-        close(parts["dense"], plain["dense"])
+    parts = run(optax.partition({"a": make(0.1), "b": optax.sgd(0.1)}, labels), params, gradients, **more)
+    if name != "generalized gradient descent":  # it solves for all its parameters at once, to the solver's tolerance
+        assert_close(parts["dense"], plain["dense"])
     mask = {"dense": {"kernel": True, "bias": False}, "scale": False}
-    masked, _ = run(optax.masked(make(0.1), mask), params, gradients, **more)
-    close(masked["dense"]["bias"], params["dense"]["bias"] + sum(g["dense"]["bias"] for g in gradients))
+    masked = run(optax.masked(make(0.1), mask), params, gradients, **more)
+    assert_close(masked["dense"]["bias"], params["dense"]["bias"] + sum(g["dense"]["bias"] for g in gradients))
 
     halves = [jax.tree.map(lambda x: x / 2, g) for g in gradients for _ in (0, 1)]
     multiple = optax.MultiSteps(make(0.1), 2, use_grad_mean=False, accumulator_dtype=jnp.float64)
     accumulated = optax.GradientTransformationExtraArgs(multiple.init, multiple.update)
-    close(run(accumulated, params, halves, **more)[0], plain)
+    assert_close(run(accumulated, params, halves, **more), plain)
 
 
 def _static(make):
     function = make.func if isinstance(make, functools.partial) else make
-    numeric = ("decay", "erase", "rate", "first", "second", "penalty", "fast", "slow", "slow_weight", "eps", "weight_decay")
+    numeric = ("decay", "erase", "rate", "b1", "b2", "b3", "penalty", "slow_weight", "eps", "weight_decay")
     return tuple(set(inspect.signature(function).parameters) - {"learning_rate", *numeric})
 
 
@@ -124,53 +134,59 @@ STACKED = {"blocks": {"up": (3, 4, 5), "norm": (3, 4)}, "embedding": (6, 4)}
 
 
 @HAS_MATRICES
-def test_layers_that_are_stacked_are_each_their_own(x64, name):
-    """By path: (L, in, out) is L matrices, (L, D) is no matrix, an embedding is what the path says."""
+def test_stacked_layers_are_independent(x64, name):
+    """By path: (L, in, out) is L matrices, (L, D) is no matrix, and an embedding is a matrix only if its path matches."""
     params, gradients = tree(0, jnp.float64, STACKED), [tree(i, jnp.float64, STACKED) for i in range(1, 5)]
-    numbers = optim.matrices("blocks/up")
-    more = extra(name, {"blocks/up": (3, 7, 4)})
-    together, _ = run(_seeded(name, numbers)(0.1), params, gradients, **more)
+    numbers, more = optim.matrices("blocks/up"), extra(name, {"blocks/up": (3, 7, 4)})
+    starts = optim.deep_momentum_start(params, dimension_numbers=numbers)  # drawn for all layers at once
+    make = lambda start, **options: RULES[name](0.1, **options, **({"start": start} if name.startswith("deep") else {}))
+    together = run(make(starts, dimension_numbers=numbers), params, gradients, **more)
+
+    @jax.jit
+    def alone(i):
+        layer = lambda tree: {"up": jax.tree.map(lambda x: x[i], tree["blocks"]["up"]), "norm": tree["blocks"]["norm"][i]}
+        inputs = {"inputs": {"up": more["inputs"]["blocks/up"][i]}} if more else {}
+        start = {"up": layer(starts | {"blocks": starts["blocks"] | {"norm": jnp.zeros(3)}})["up"], "norm": None}
+        return run(make(start), layer(params), list(map(layer, gradients)), **inputs), layer(together)
+
     for i in range(3):
-        layer = lambda tree, i=i: {"up": tree["blocks"]["up"][i], "norm": tree["blocks"]["norm"][i]}
-        own = {"inputs": {"up": more["inputs"]["blocks/up"][i]}} if more else {}
-        alone, _ = run(_seeded(name, None, i)(0.1), layer(params), [layer(g) for g in gradients], **own)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), layer(together), alone)
+        own, layer = alone(i)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), layer, own)
 
 
 @HAS_MATRICES
 def test_axes_may_be_in_any_order(x64, name):
-    """Of a leaf (3, 2, 4, 5) axis 1 stacks matrices from the axes 3 and 0 to axis 2: it moves as those matrices do."""
+    """For a leaf (3, 2, 4, 5), axis 1 stacks matrices whose rows are the axes 3 and 0 and whose columns are axis 2."""
     leaf = {"w": (3, 2, 4, 5)}
     params, gradients = tree(0, jnp.float64, leaf), [tree(i, jnp.float64, leaf) for i in range(1, 5)]
     as_matrices = lambda tree: {"w": jnp.transpose(tree["w"], (1, 3, 0, 2)).reshape(2, 15, 4)}
     more = extra(name, {"w": (2, 7, 15)})
-    number = lambda *axes: {"w": optax.contrib.MuonDimensionNumbers(*axes)}
-    moved, _ = run(RULES[name](0.1, dimension_numbers=number((3, 0), 2)), params, gradients, **more)
-    plain = as_matrices(params), list(map(as_matrices, gradients))
-    expected, _ = run(RULES[name](0.1, dimension_numbers=number(-2, -1)), *plain, **more)
-    np.testing.assert_allclose(as_matrices(moved)["w"], expected["w"], rtol=1e-9, atol=1e-12)
+    rule = lambda *axes: RULES[name](0.1, dimension_numbers={"w": optax.contrib.MuonDimensionNumbers(*axes)})
+    after = run(rule((3, 0), 2), params, gradients, **more)
+    expected = run(rule(-2, -1), as_matrices(params), list(map(as_matrices, gradients)), **more)
+    np.testing.assert_allclose(as_matrices(after)["w"], expected["w"], rtol=1e-9, atol=1e-12)
 
 
-def test_numbers_by_path_are_optaxs_too(x64):
-    """Of stacked layers, Muon's updates are ours."""
+def test_numbers_by_path_are_those_of_optax(x64):
+    """Muon's updates of stacked layers."""
     params, gradients = tree(0, jnp.float64, STACKED), [tree(i, jnp.float64, STACKED) for i in range(1, 5)]
     numbers = optim.matrices("blocks/up")
-    own, _ = run(optim.nonlinear_momentum(0.1, dimension_numbers=numbers), params, gradients)
-    theirs, _ = run(optax.contrib.muon(0.1, muon_weight_dimension_numbers=numbers), params, gradients)
+    own = run(optim.nonlinear_momentum(0.1, dimension_numbers=numbers), params, gradients)
+    theirs = run(optax.contrib.muon(0.1, muon_weight_dimension_numbers=numbers), params, gradients)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), own, theirs)
 
 
-def test_a_start_that_is_given_is_kept():
-    """Its state is donated; the start is the user's."""
+def test_a_given_start_is_not_donated():
+    """The state is donated; the start stays the user's."""
     params = tree(0)
     start = optim.deep_momentum_start(params)
-    run(optim.deep_momentum(0.1, start=start), params, [params, params])
+    run_donated(optim.deep_momentum(0.1, start=start), params, [params, params])
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((start, params)))
 
 
 @pytest.mark.parametrize("prefix", [True, False], ids=["by layer", "by leaf"])
-def test_inputs_of_masked_kernels_are_left_alone(x64, prefix):
-    """By parts with two rates, and masked, each kernel moves as it does alone."""
+def test_inputs_of_masked_kernels_are_ignored(x64, prefix):
+    """Partitioned with two rates, and masked, each kernel is updated as it is alone."""
     shapes = {"a": {"kernel": (4, 3)}, "b": {"kernel": (4, 3)}}
     params, gradient = tree(0, jnp.float64, shapes), tree(1, jnp.float64, shapes)
     inputs = {
@@ -180,89 +196,80 @@ def test_inputs_of_masked_kernels_are_left_alone(x64, prefix):
 
     def alone(layer):
         own = {"inputs": {f"{layer}/kernel": inputs[f"{layer}/kernel"]}}
-        return run(make(rates[layer]), {layer: params[layer]}, [{layer: gradient[layer]}], **own)[0]
+        return run(make(rates[layer]), {layer: params[layer]}, [{layer: gradient[layer]}], **own)
 
-    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), a, b)
+    close = functools.partial(assert_close, rtol=1e-10, atol=0)
     label = lambda of: {layer: of(layer) if prefix else {"kernel": of(layer)} for layer in "ab"}
     parts = optax.partition({layer: make(rate) for layer, rate in rates.items()}, label(str))
-    close(run(parts, params, [gradient], inputs=inputs)[0], alone("a") | alone("b"))
+    close(run(parts, params, [gradient], inputs=inputs), alone("a") | alone("b"))
     one = optax.masked(make(0.1), label("a".__eq__))
-    close(
-        run(one, params, [gradient], inputs=inputs)[0], alone("a") | {"b": jax.tree.map(jnp.add, params["b"], gradient["b"])}
-    )
+    unmasked = {"b": jax.tree.map(jnp.add, params["b"], gradient["b"])}
+    close(run(one, params, [gradient], inputs=inputs), alone("a") | unmasked)
     with pytest.raises(UserError, match="there are inputs for c/kernel, which is no parameter"):
         run(parts, params, [gradient], inputs=inputs | {"c/kernel": jnp.ones((5, 4))})
 
 
-def test_a_start_of_all_parameters_serves_some_of_them(x64):
-    """By parts, by leaf or by layer, and masked."""
+def test_a_start_of_all_parameters_can_be_given_for_some_of_them(x64):
+    """Partitioned, by leaf or by layer, and masked."""
     shapes = PARAMS | {"head": {"kernel": (3, 2)}}
     params, gradients = tree(0, jnp.float64, shapes), [tree(i, jnp.float64, shapes) for i in range(1, 5)]
     start = optim.deep_momentum_start(params, 5, seed=3)
     make = functools.partial(optim.deep_momentum, 0.1, start=start)
-    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), a, b)
-    whole, _ = run(make(), params, gradients)
+    close = functools.partial(assert_close, rtol=1e-10, atol=0)
+    whole = run(make(), params, gradients)
     for dense in ("a", {"kernel": "a", "bias": "b"}):
         labels = {"dense": dense, "scale": "b", "head": {"kernel": "b"}}
-        close(run(optax.partition({"a": make(), "b": make()}, labels), params, gradients)[0], whole)
+        close(run(optax.partition({"a": make(), "b": make()}, labels), params, gradients), whole)
         mask = jax.tree.map("a".__eq__, labels)
-        moved, _ = run(optax.masked(make(), mask), params, gradients)
-        close(moved["dense"]["kernel"], whole["dense"]["kernel"])
-        close(moved["head"]["kernel"], params["head"]["kernel"] + sum(g["head"]["kernel"] for g in gradients))
+        masked = run(optax.masked(make(), mask), params, gradients)
+        close(masked["dense"]["kernel"], whole["dense"]["kernel"])
+        close(masked["head"]["kernel"], params["head"]["kernel"] + sum(g["head"]["kernel"] for g in gradients))
         with pytest.raises(UserError, match="there is a start for tail and no such parameter"):
             optax.masked(make(start=start | {"tail": None}), mask).init(params)
 
 
-def _seeded(name, numbers, layer=None):
-    """Deep momentum's starts are drawn for all layers at once."""
-    make = functools.partial(RULES[name], dimension_numbers=numbers)
-    if not name.startswith("deep"):
-        return make
-    params = tree(0, jnp.float64, STACKED)
-    start = optim.deep_momentum_start(params, dimension_numbers=optim.matrices("blocks/up"))
-    if layer is None:
-        return functools.partial(make, start=start)
-    return functools.partial(make, start={"up": jax.tree.map(lambda w: w[layer], start["blocks"]["up"]), "norm": None})
-
-
 @every_rule
-@pytest.mark.parametrize("zeros", [True, False], ids=["zero gradients", "gradients"])
-def test_meta_gradients(x64, name, zeros):
-    """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences."""
+def test_meta_gradients(x64, name):
+    """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences.
+
+    At a scale of zero, with all gradients zero, they are finite.
+    """
     rule = optax.with_extra_args_support(optax.inject_hyperparams(RULES[name], static_args=_static(RULES[name]))(0.1))
     more, target = extra(name), tree(3, jnp.float64)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
     def outer(params, rate, scale):
         state = rule.init(params)
         state.hyperparams["learning_rate"] = rate
-        for _ in range(3):
-            loss = lambda p: (
-                scale * sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True))
-            )
-            gradients = jax.grad(loss)(params)
+
+        def step(carry, _):
+            params, state = carry
+            gradients = jax.tree.map(lambda a, b: 2 * scale * (a - b), params, target)  # of scale |params - target|^2
             updates, state = rule.update(gradients, state, params, **more)
-            params = optax.apply_updates(params, updates)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, state), length=3)
         return sum(jnp.sum(jnp.sin(p)) for p in jax.tree.leaves(params))
 
-    arguments = tree(0, jnp.float64), jnp.asarray(0.1), jnp.asarray(0.0 if zeros else 0.5)
-    slopes = jax.grad(outer, (0, 1, 2))(*arguments)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
-    if not zeros:
-        step, still = 1e-6, jax.tree.map(jnp.zeros_like, arguments)
-        for i, direction in enumerate((tree(5, jnp.float64), jnp.ones(()), jnp.ones(()))):
-            along = (*still[:i], direction, *still[i + 1 :])
-            moved = lambda by, along=along: outer(*jax.tree.map(lambda a, d: a + by * d, arguments, along))
-            slope = optax.tree.vdot(slopes, along)
-            np.testing.assert_allclose(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
+    for scale in (0.0, 0.5):
+        arguments = tree(0, jnp.float64), jnp.asarray(0.1), jnp.asarray(scale)
+        _, slopes = outer(*arguments)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+    step, zeros = 1e-6, jax.tree.map(jnp.zeros_like, arguments)
+    for i, direction in enumerate((tree(5, jnp.float64), jnp.ones(()), jnp.ones(()))):
+        along = (*zeros[:i], direction, *zeros[i + 1 :])
+        value = lambda by, along=along: outer(*jax.tree.map(lambda a, d: a + by * d, arguments, along))[0]
+        slope = optax.tree.vdot(slopes, along)
+        np.testing.assert_allclose(slope, (value(step) - value(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
 
 
 @every_rule
 def test_meta_gradients_at_tiny_gradients(name):
-    """In float32, with respect to gradients and their scale, both of which parameters have: against float64.
+    """In float32, with respect to gradients and their scale, both of which scale the parameters: against float64.
 
-    Multiplied by what they are taken with respect to, they are of the size of updates. Below 1e-15 squares are denormal, and
-    derivatives are finite.
+    The derivatives times their arguments are of the size of updates. Below 1e-15 squares are denormal, and derivatives are
+    finite.
     """
 
     def slopes(dtype, exponents):
@@ -274,11 +281,12 @@ def test_meta_gradients_at_tiny_gradients(name):
         @jax.jit
         @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
         def both(gradients, scale, params):
-            state, total = rule.init(params), 0.0
-            for _ in range(2):
+            def step(state, _):
                 updates, state = rule.update(jax.tree.map(lambda g: scale * g, gradients), state, params, **more)
-                total += optax.tree.vdot(updates, weights)
-            return total, jax.tree.map(lambda u: jnp.max(jnp.abs(u)), updates)
+                return state, (optax.tree.vdot(updates, weights), updates)
+
+            _, (values, updates) = jax.lax.scan(step, rule.init(params), length=2)
+            return values.sum(), jax.tree.map(lambda u: jnp.max(jnp.abs(u[-1])), updates)
 
         for exponent in exponents:
             scale = 10.0**exponent
@@ -289,12 +297,14 @@ def test_meta_gradients_at_tiny_gradients(name):
                 [*jax.tree.leaves(sizes), optax.tree.max(sizes)],
             )
 
-    for found, _ in slopes(jnp.float32, (-18, -17, -16)):
-        assert all(np.isfinite(leaf).all() for leaf in found)
     exponents = (-15, -12, -9)
-    single = list(slopes(jnp.float32, exponents))
+    single = list(slopes(jnp.float32, (-18, -17, -16, *exponents)))
+    for found, _ in single[:3]:
+        assert all(np.isfinite(leaf).all() for leaf in found)
     with jax.enable_x64(True):
-        for exponent, (found, _), (expected, sizes) in zip(exponents, single, slopes(jnp.float64, exponents), strict=True):
+        for exponent, (found, _), (expected, sizes) in zip(
+            exponents, single[3:], slopes(jnp.float64, exponents), strict=True
+        ):
             for a, b, size in zip(found, expected, sizes, strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(size), err_msg=f"1e{exponent}")
 
@@ -307,7 +317,7 @@ def test_rates_that_are_not_finite_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: optim.momentum(0.1, 1.5), "momentum: decay 1.5 is out of range: give a number of at least 0 and at most 1"),
         (lambda: optim.clip_by_norm(0.0), "clip_by_norm: max_norm 0.0 is out of range: give a number above 0"),
@@ -346,12 +356,12 @@ def test_rates_that_are_not_finite_are_refused(name):
         (lambda: optim.continuum(0.1, 2, inner={"a": optax.sgd(1)}), "continuum: inner by group with the one period 2"),
     ],
 )
-def test_hyperparameters_that_cannot_be_are_refused(make, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_hyperparameters_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
         make()
 
 
-def test_what_fits_no_parameter_is_named():
+def test_errors_name_the_parameter():
     """A matrix rule on a vector, dimension numbers, starts, inputs and features of another shape; what is missing."""
     params = tree(0)
     with pytest.raises(
@@ -366,7 +376,7 @@ def test_what_fits_no_parameter_is_named():
     with pytest.raises(UserError, match="dimension_numbers lack parameter scale"):
         run(optim.delta_momentum(0.1, dimension_numbers={"dense": None}), params, [params])
     start = optim.deep_momentum_start(params, 5)
-    for broken, said in [
+    for broken, message in [
         (start | {"scale": start["dense"]["kernel"]}, "the start of parameter scale must be None: it is no matrix"),
         ({"dense": {"kernel": None, "bias": None}, "scale": None}, "start of parameter dense/kernel must be a DeepMemory"),
         (
@@ -374,7 +384,7 @@ def test_what_fits_no_parameter_is_named():
             "give .4, 5. and",
         ),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             optim.deep_momentum(0.1, start=broken).init(params)
     with pytest.raises(UserError, match=r"feature_map makes \[8, 3\] of parameter dense/kernel's gradient"):
         run(optim.feature_momentum(0.1, lambda g: jnp.concatenate([g, g]) if g.ndim == 2 else g), params, [params])
@@ -391,13 +401,13 @@ def test_what_fits_no_parameter_is_named():
         with pytest.raises(UserError, match="^continuum: the group of scale, 'c' is unknown: give one of a, b$"):
             optim.continuum(0.1, {"a": 2, "b": 1}, groups).init(params)
     delta = optim.delta_gradient_descent(0.1)
-    for inputs, said in [
+    for inputs, message in [
         (None, r"inputs are missing: call update\(gradients, state, params, inputs="),
         ({"dense": jnp.ones((5, 4))}, "there are inputs for dense, which is no parameter"),
         ({"dense/bias": jnp.ones((5, 3))}, "inputs of parameter dense/bias, which is no matrix"),
         ({"dense/kernel": jnp.ones((5, 3))}, r"inputs of dense/kernel have shape \[5, 3\]: give one that .* ends with 4"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             delta.update(params, delta.init(params), params, **({} if inputs is None else {"inputs": inputs}))
     for rule in (delta, optim.generalized_gradient_descent(0.1)):
         with pytest.raises(UserError, match="params are missing"):

@@ -94,7 +94,7 @@ def test_quintic_in_bfloat16_is_as_orthogonal():
 def test_what_is_refused():
     for x, options, line in [
         (jnp.ones(3), {}, r"takes matrices, not shape \[3\]"),
-        (jnp.ones((3, 3)), {"steps": 0}, "steps 0: give at least 1"),
+        (jnp.ones((3, 3)), {"steps": 0}, "newton_schulz: steps 0 is out of range: give a whole number of at least 1"),
         (jnp.ones((3, 3)), {"form": "cubic"}, "form 'cubic' is unknown: give one of quintic, gradient"),
         (jnp.ones((3, 3)), {"form": "gradient", "step_size": float("nan")}, "newton_schulz: step_size nan is not finite"),
         (jnp.ones((3, 3)), {"form": "gradient", "step_size": -0.5}, "step_size -0.5 .*: give a number above 0"),
