@@ -4,7 +4,8 @@ from nested_jax.cms import CMSConfig
 from nested_jax.description import Description
 from nested_jax.level import Level, nest, run
 from nested_jax.models.config import PRESETS, ModelConfig, preset
-from nested_jax.models.language_model import LanguageModel, ModelState
+from nested_jax.models.language_model import ModelState
+from nested_jax.models.module import LanguageModel
 from nested_jax.picture import describe
 from nested_jax.surprise import local_surprise, surprise_and_grad
 

@@ -1,4 +1,4 @@
-"""Checks of frozen dataclasses where an object is made: types, choices and ranges, read from the fields' annotations.
+"""Checks of frozen dataclasses at construction: types, choices and ranges, read from the fields' annotations.
 
 A class calls `check_fields(self, "model.")` in its `__post_init__`, then checks what concerns several fields at once.
 """
@@ -18,7 +18,11 @@ from nested_jax.errors import UserError
 
 
 class Interval(NamedTuple):
-    """The range of a number, in a field's annotation: `Annotated[float, Interval(above=0)]`."""
+    """The range of a number, in a field's annotation.
+
+    >>> 1.0 in Interval(above=0), 0.0 in Interval(above=0), f"a number {Interval(least=0, below=2**32)}"
+    (True, False, 'a number of at least 0 and below 4294967296')
+    """
 
     least: float = -math.inf
     above: float = -math.inf
@@ -26,14 +30,14 @@ class Interval(NamedTuple):
     below: float = math.inf
     finite: bool = True
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return (
             self.least <= value <= self.most and self.above < value < self.below or (value == math.inf and not self.finite)
         )
 
     def __str__(self) -> str:
         words = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if abs(bound) < math.inf)
+        return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if abs(bound) < math.inf)
 
 
 Count = Annotated[int, Interval(least=1)]  # a whole number of at least 1
@@ -47,7 +51,7 @@ def check_fields(config: Any, label: str | Callable[[str], str]) -> None:
     Args:
         config: an object of a dataclass whose annotations are of bool, int, float, str, Literal, tuple, None, dataclasses,
             unions of these, and numbers `Annotated` with an `Interval`. Other annotations are not checked.
-        label: what stands before a field's name in the error, or a function of the field's name.
+        label: a prefix of the field's name in the error, or a function from the field's name to the words in its place.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Memory:
@@ -76,7 +80,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def allows(hint: Any, value: Any) -> bool:
-    """Whether a value is of an annotation: True is no number, 2.0 no whole one, infinity only where an interval says so.
+    """Whether a value fits an annotation. True is not a number, 2.0 not a whole one; infinity needs an `Interval`.
 
     >>> allows(int, 2), allows(int, True), allows(float, 2), allows(tuple[Count, ...], (4, 0))
     (True, False, True, False)
@@ -100,7 +104,7 @@ def allows(hint: Any, value: Any) -> bool:
         return _is_number(value) and isinstance(value, numbers.Integral)
     if hint is float:
         return _is_number(value) and math.isfinite(value)
-    if hint in (bool, str) or dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and (hint in (bool, str) or dataclasses.is_dataclass(hint)):
         return isinstance(value, hint)
     return value is None if hint is type(None) else True
 

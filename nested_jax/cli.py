@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
-import itertools
 import logging
-import math
 import os
 import re
 import sys
-import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
+from nested_jax.checks import Count, NonNegative, check_fields
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig, preset
-from nested_jax.train.config import TrainConfig, flag, flatten
+from nested_jax.train.config import Optimizer, Seed, TrainConfig, flag, flatten
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measure a trained model on held-out text, next to what counting bytes and pairs of bytes gives."""
+    """Measure a trained model on held-out text, next to the entropies of its bytes and of its pairs of bytes."""
 
     run_dir: str = TrainConfig.run_dir
     """Folder of the run."""
     data: str | None = None
     """Text whose held-out part is read: "stdlib", a path or a TFDS name. None: the run's own."""
-    eval_bytes: int | None = None
+    eval_bytes: Count | None = None
     """Bytes of it to read. None: as many as the run's evaluations."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class Generation:
     run_dir: str = TrainConfig.run_dir
     """Folder of the run."""
     prompt: str = ""
-    """Text to go on from; nothing for the start of a document."""
-    tokens: int = 400
+    """Text to continue; empty: the start of a document."""
+    tokens: Count = 400
     """Most tokens to write; a document may end sooner."""
-    temperature: float = 0.8
-    """Spread of the choice among tokens; 0 always takes the likeliest."""
-    seed: int = 0
-    """Seed of the choices."""
+    temperature: NonNegative = 0.8
+    """Temperature of the softmax that tokens are drawn from; 0 always takes the likeliest token."""
+    seed: Seed = 0
+    """Seed of the draws."""
 
-
-Rule = Literal[(*typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"]), "none")]
+    def __post_init__(self):
+        check_fields(self, flag)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Depiction:
 
     preset: str = TrainConfig.preset
     """Model to show, SIZE-FAMILY; --model.FIELD flags change it."""
-    optimizer: Rule = TrainConfig.optimizer
-    """Rule of the updates, as of train, with the batches of the preset's default run; none for the model alone."""
+    optimizer: Literal[Optimizer, "none"] = TrainConfig.optimizer
+    """Optimizer, as of train, with the batches of the preset's default run; none for the model alone."""
     run_dir: str | None = None
     """Folder of a run to show, in place of a preset."""
     markdown: bool = False
@@ -71,11 +73,14 @@ class Depiction:
     """Also draw the picture, to a file such as picture.png or picture.svg."""
     model: ModelConfig = field(default_factory=lambda: preset(TrainConfig.preset))
 
+    def __post_init__(self):
+        check_fields(self, flag)
+
 
 def train(argv: Sequence[str]) -> None:
     """Train a language model on text; the same command again resumes."""
     config = _parse(TrainConfig.from_preset(_preset(argv)), "train", argv)
-    with Interruption() as interruption:  # an import broken off half-way can end in a crash
+    with Interruption() as interruption:  # an exception in the middle of an import can end in a crash
         from nested_jax.train import loop
     if interruption.signal is not None:
         raise Interrupted("stopped before anything was trained", interruption.signal)
@@ -85,15 +90,13 @@ def train(argv: Sequence[str]) -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """Measure a trained model on held-out text."""
     flags = _parse(Evaluation(), "eval", argv)
-    if flags.eval_bytes is not None and flags.eval_bytes < 1:
-        raise UserError(f"--eval-bytes {flags.eval_bytes} must be at least 1")
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
 
-    config, net, parameters, tokenizer, step = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, step = trained.load(Path(flags.run_dir))
     data = flags.data or config.data
     documents = open_documents(data, "heldout")
-    heldout = evaluation.HeldOut(config, net, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
+    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
     bits = heldout.bits_per_byte(parameters)
     print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
     print(f"  unigram entropy  {heldout.entropies.unigram:.3f}")
@@ -104,18 +107,12 @@ def evaluate(argv: Sequence[str]) -> None:
 def generate(argv: Sequence[str]) -> None:
     """Write text with a trained model."""
     flags = _parse(Generation(), "generate", argv)
-    if flags.tokens < 1:
-        raise UserError(f"--tokens {flags.tokens} must be at least 1")
-    if not 0 <= flags.seed < 2**32:
-        raise UserError(f"--seed {flags.seed} must be at least 0 and below {2**32}")
-    if not 0 <= flags.temperature < math.inf:
-        raise UserError(f"--temperature {flags.temperature} must be a finite number and at least 0")
     from nested_jax.train import sample, trained
 
-    _, net, parameters, tokenizer, _ = trained.load(Path(flags.run_dir))
+    config, parameters, tokenizer, _ = trained.load(Path(flags.run_dir))
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "seed": flags.seed}
     print(flags.prompt, end="", flush=True)
-    for text in sample.characters(tokenizer, sample.sample(net, parameters, tokenizer, flags.prompt, **options)):
+    for text in sample.characters(tokenizer, sample.sample(config.model, parameters, tokenizer, flags.prompt, **options)):
         print(text, end="", flush=True)
     print()
 
@@ -167,7 +164,14 @@ COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 2 after one line on what the user can put right."""
+    """Runs a command.
+
+    Args:
+        argv: its words, without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 2 after one line about what the user can correct.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     _hush()
     try:
@@ -185,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(stop, 128 + stop.signal)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -205,48 +209,52 @@ def _help() -> str:
 
 def _preset(argv: Sequence[str]) -> str:
     """The last --preset given, whose fields are the other flags' defaults."""
-    name = TrainConfig.preset
-    for word, following in itertools.pairwise([*argv, "-"]):
-        if word == "--preset" and not following.startswith("-"):
-            name = following
-        elif word.startswith("--preset="):
-            name = word.removeprefix("--preset=")
-    return name
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", default=TrainConfig.preset, const=TrainConfig.preset)
+    return parser.parse_known_args(argv)[0].preset
 
 
-def _parse(default: Any, command: str, argv: Sequence[str]) -> Any:
-    """The flags of a command, as tyro reads them. Raises UserError, one line of what tyro has to say."""
+Flags = TypeVar("Flags")
+
+
+def _parse(default: Flags, command: str, argv: Sequence[str]) -> Flags:
+    """The flags of a command, read by tyro. Raises UserError with one line of its error."""
     import tyro
 
-    read = lambda: tyro.cli(type(default), args=argv, prog=f"nested-jax {command}", default=default)
+    argv = [re.sub("^--memory-policy(?==|$)", "--model.memory-policy", word) for word in argv]
+    read = lambda: tyro.cli(
+        type(default), args=argv, prog=f"nested-jax {command}", default=default, return_unknown_args=True
+    )
     if {"-h", "--help"} & set(argv):
-        return read()
-    said = io.StringIO()
+        return read()[0]
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return read()
-    except SystemExit:
-        known = [flag(name) for name, _ in flatten(default)]
-        raise UserError(f"{_one_line(said.getvalue(), known)}; see nested-jax {command} --help") from None
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):  # not a terminal: plain text
+            flags, unknown = read()
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error and not isinstance(error, UserError):  # of the config that tyro was making
+            error = error.__context__
+        raise error or UserError(f"{_first_paragraph(printed.getvalue())}; see nested-jax {command} --help") from None
+    if unknown:
+        wrong = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
+        names = [flag(name) for name, _ in flatten(default)]
+        what = f"unknown flag {wrong}{_nearest(wrong, names)}" if wrong else f"unexpected word {unknown[0]}"
+        raise UserError(f"{what}; see nested-jax {command} --help")
+    return flags
 
 
-def _one_line(box: str, known: Sequence[str]) -> str:
-    """What one of tyro's boxes says, up to its first rule.
+def _first_paragraph(box: str) -> str:
+    """The first paragraph of an error that tyro prints where there is no terminal.
 
-    >>> _one_line("╭─ Unrecognized ─╮\\n│ Unrecognized options: --stpes, 3 │\\n╰──╯", ["--steps", "--seed"])
-    'unknown flag --stpes (did you mean --steps?)'
+    >>> _first_paragraph(" Value error \\n -------- \\n --steps: no \\n number \\n -------- \\n Help \\n")
+    '--steps: no number'
     """
-    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip("│| ") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if re.match("[─╭╰+-]{2}", line)] or [-1]
-    message = " ".join(lines[rules[0] + 1 : rules[1] if len(rules) > 1 else None]).rstrip(".")
-    if not message.startswith("Unrecognized options: "):
-        return message
-    words = message.removeprefix("Unrecognized options: ").split(", ")
-    wrong = next((word.split("=")[0] for word in words if word.startswith("-")), None)
-    return f"unknown flag {wrong}{_nearest(wrong, known)}" if wrong else f"unexpected word {words[0]}"
+    _, paragraph, *_ = re.split("\n *-* *\n", box)
+    return " ".join(paragraph.split()).rstrip(".")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -1,29 +1,30 @@
-"""The error for what the user can put right."""
+"""The error for what the user can correct."""
 
 from __future__ import annotations
 
 import numbers
-import typing
 from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: the thing, its value, the remedy."""
+    """An input that cannot be used. Its message is one line: the thing, its value, the remedy."""
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether it is a whole number of at least so many; True and 2.0 are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    """Whether a value is a whole number of at least `least`. True and 2.0 are none.
+
+    >>> is_whole(1), is_whole(0), is_whole(True), is_whole(2.0)
+    (True, False, False, False)
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def assert_choices(config: Any, prefix: str) -> None:
-    """Raises UserError for the first field of a config that is none of the values of its Literal."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is typing.Literal:
-            assert_choice(f"{prefix}.{name}", getattr(config, name), typing.get_args(hint))
+def assert_choice(thing: str, value: Any, choices: tuple) -> None:
+    """Raises UserError, naming the thing, for a value that is none of the choices.
 
-
-def assert_choice(thing: str, value: Any, known: tuple) -> None:
-    """Raises UserError, naming the thing, for a value that is none of those known."""
-    if value not in known:
-        raise UserError(f"{thing} {value!r} is unknown: give one of {', '.join(map(str, known))}")
+    >>> assert_choice("sum: form", "qick", ("quick", "exact"))
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: sum: form 'qick' is unknown: give one of quick, exact
+    """
+    if value not in choices:
+        raise UserError(f"{thing} {value!r} is unknown: give one of {', '.join(map(str, choices))}")

@@ -7,6 +7,7 @@ A `Level` moves once every `period` ticks of its context flow. `nest` puts a fas
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.description import Description
-from nested_jax.errors import UserError, is_whole
+from nested_jax.errors import UserError
 from nested_jax.remat import Checkpoint, scan, stream_length
 from nested_jax.typing import Array, PyTree
 
@@ -30,7 +31,9 @@ class Level:
         init: slower -> state. `slower` is the tuple of the slower levels' states, nearest first.
         step: (state, context, slower) -> (state, emitted). `context` has a leading axis: the tokens of one period, or
             what the faster level emitted over its ticks.
-        period: data points (tokens) between two updates; update frequency is 1 / period.
+        period: data points between two updates.
+        tokens: of one data point: more than one where data points are chunks or segments. The update frequency is
+            1 / (period tokens) a token.
         name: what tables and errors call it.
         due: for a level that counts its own data points, state -> whether its period has just ended. Such a level may
             be given less than a period at a time. Without it, a context cut short leaves the state as it was
@@ -48,12 +51,12 @@ class Level:
     restart: Callable[[PyTree, Slower], PyTree] | None = None
     description: Description = Description()
     parts: tuple[Level, Level, bool] | None = None
+    tokens: int = 1
 
     def __post_init__(self):
-        if not is_whole(self.period):
-            raise UserError(
-                f"level {self.name!r}: period {self.period!r} is no positive whole number of tokens: give 1 or more"
-            )
+        for field, value in (("period", self.period), ("tokens", self.tokens)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise UserError(f"level {self.name!r}: {field} {value!r}: give a whole number of at least 1")
 
 
 class Nested(NamedTuple):
@@ -83,6 +86,11 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     >>> float(state.slow), emitted.tolist()
     (8.0, [[0.5, 2.5], [1.5, 3.5]])
     """
+    if slow.tokens != fast.tokens:
+        raise UserError(
+            f"level {slow.name!r} has data points of {slow.tokens} tokens, the faster level {fast.name!r} of {fast.tokens}: "
+            f"give both the same"
+        )
     if slow.period % fast.period:
         raise UserError(
             f"period {slow.period} of level {slow.name!r} is not a multiple of period {fast.period} of the faster "
@@ -114,7 +122,7 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
     due = (lambda state: slow.due(state.slow)) if slow.due else (lambda state: jnp.asarray(False))
     name = f"{fast.name} in {slow.name}"
-    return Level(init, step, slow.period, name, due, restart, parts=(fast, slow, reset))
+    return Level(init, step, slow.period, name, due, restart, parts=(fast, slow, reset), tokens=slow.tokens)
 
 
 def run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -9,10 +11,14 @@ from nested_jax.typing import Array, Float, PyTree
 
 HIGHEST = jax.lax.Precision.HIGHEST  # products of float32 in full: a TPU's default is bfloat16
 
+# (each (...), rows (..., V)) -> diag(each) rows. An einsum's derivative is a product too, faster than a sum on XLA's CPU.
+scale = partial(jnp.einsum, "...,...v->...v")
+
 
 def upcast(*trees: PyTree) -> PyTree:
     """Fast state and accumulation are float32 whatever the inputs are (float64 stays)."""
-    trees = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trees)
+    types = jax.tree.map(partial(jnp.promote_types, jnp.float32), jax.tree.map(jnp.result_type, trees))
+    trees = jax.tree.map(jax.lax.convert_element_type, trees, types)
     return trees[0] if len(trees) == 1 else trees
 
 
@@ -21,9 +27,14 @@ def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
     return jnp.einsum("...v,...v->...", rows, rows)
 
 
-def scale(each: Float[Array, "*batch"], rows: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
-    """diag(each) rows; as an einsum, since its derivative then is a product too, faster than a sum on XLA's CPU."""
-    return jnp.einsum("...,...v->...v", each, rows)
+def clip_rows(rows: Float[Array, "*batch V"], largest: float) -> Float[Array, "*batch V"]:
+    """Every row scaled down to a norm of at most `largest`; infinity clips nothing.
+
+    >>> print(clip_rows(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0))
+    [[0.6 0.8]
+     [0.3 0.4]]
+    """
+    return scale(jax.lax.rsqrt(jnp.maximum(square(rows) / largest**2, 1.0)), rows)
 
 
 def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

@@ -1,10 +1,11 @@
-"""Which parameters are matrices, and along which axes: the dimension numbers of optax's Muon, looked up by path."""
+"""Paths of parameters, and which parameters are matrices along which axes: the dimension numbers of optax's Muon."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,73 +13,118 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from nested_jax.errors import UserError
-from nested_jax.typing import Array, PyTree
+from nested_jax.typing import Array, Float, PyTree
 
 DimensionNumbers = PyTree | Callable[[PyTree], PyTree] | None
 
 
 def matrices(*patterns: str) -> Callable[[PyTree], PyTree]:
-    """Dimension numbers by path: a leaf whose path ends in a match is (..., in, out), leading axes stacked.
+    """Dimension numbers by path: a leaf whose path ends in a match is a stack of matrices (..., in, out).
 
-    For `dimension_numbers` here and `muon_weight_dimension_numbers` of `optax.contrib.muon`, which by default would take
+        leaf (..., in, out)  ->  MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)        others -> None
+
+    For `dimension_numbers` here and for `muon_weight_dimension_numbers` of `optax.contrib.muon`, whose default takes
     layer-stacked kernels (L, in, out) for vectors and layer-stacked scales (L, D) for matrices.
 
     Args:
-        patterns: regular expressions of the last parts of paths such as "blocks/cms/level1/up".
+        patterns: regular expressions for the last parts of paths such as "blocks/cms/level1/up".
 
     Returns:
-        params -> tree of `MuonDimensionNumbers(-2, -1)` where a pattern matches and None elsewhere.
+        params -> a tree of their structure with `MuonDimensionNumbers(-2, -1)` where a pattern matches and None elsewhere.
+
+    Source: Jordan et al., Muon, 2024; `optax.contrib.MuonDimensionNumbers`.
 
     >>> params = {"blocks": {"up": jnp.ones((3, 4, 8)), "norm": jnp.ones((3, 4))}}
     >>> matrices("up", "down")(params)
     {'blocks': {'norm': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}}
     """
     pattern = re.compile("|".join(f"(?:^|/)(?:{p})$" for p in patterns))
-    number = lambda path, leaf: MuonDimensionNumbers(-2, -1) if pattern.search(path_name(path)) else None
-    return lambda params: jax.tree_util.tree_map_with_path(number, params)
+    numbers = lambda path, leaf: MuonDimensionNumbers(-2, -1) if pattern.search(path_name(path)) else None
+    return lambda params: jax.tree_util.tree_map_with_path(numbers, params)
 
 
-def path_name(path: Sequence) -> str:
-    """A leaf's path as users write it, also in the state of an `nnx.Module`, whose leaves are `.value` of variables."""
+def path_name(path: Sequence[Any]) -> str:
+    """The path of a leaf as a string: the names of its keys, joined by "/".
+
+    Args:
+        path: a key path of `jax.tree_util`. A last key `.value`, of a variable in the state of an `nnx.Module`, is left out.
+
+    Returns:
+        The path, "" for a tree that is one leaf.
+
+    Source: `jax.tree_util.keystr`.
+
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"dense": {"kernel": 0}})
+    >>> path_name(path)
+    'dense/kernel'
+    """
     path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def masked(tree: PyTree) -> Callable[[str], bool]:
-    """Whether a path, as users write it, lies where `optax.masked` or `optax.partition` took out a leaf or a subtree."""
-    ends = lambda x: isinstance(x, optax.MaskedNode)
-    found = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends) if ends(leaf)]
-    return lambda path: any(hole in ("", path) or path.startswith(f"{hole}/") for hole in found)
+def is_masked(tree: PyTree, path: str) -> bool:
+    """Whether `optax.masked` or `optax.partition` replaced the leaf at a path, or a subtree around it, by a MaskedNode.
+
+    Args:
+        tree: parameters or gradients as an inner transformation of `optax.masked` receives them.
+        path: the leaf's path, as of `path_name`.
+
+    Returns:
+        True where a `MaskedNode` is at the path or above it.
+
+    Source: `optax.MaskedNode`.
+
+    >>> tree = {"dense": optax.MaskedNode(), "scale": jnp.ones(())}
+    >>> is_masked(tree, "dense/kernel"), is_masked(tree, "scale")
+    (True, False)
+    """
+    is_node = lambda x: isinstance(x, optax.MaskedNode)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    masked = [path_name(at) for at, leaf in leaves if is_node(leaf)]
+    return any(at in ("", path) or path.startswith(f"{at}/") for at in masked)
 
 
-def resolve(dimension_numbers: DimensionNumbers, tree: PyTree) -> list[MuonDimensionNumbers | None]:
-    """Of every leaf of the tree, None for one that is no matrix.
+def resolve_dimension_numbers(dimension_numbers: DimensionNumbers, tree: PyTree) -> list[MuonDimensionNumbers | None]:
+    """The dimension numbers of every leaf, from any form in which a user may give them.
 
-    Raises UserError, naming the leaf, where numbers are missing or do not fit.
+    Args:
+        dimension_numbers: a tree like the parameters, or a prefix of it, of `MuonDimensionNumbers` and of None for what is
+            no matrix; a function of the parameters that returns such a tree; or None for the default: leaves of two axes
+            are matrices (in, out).
+        tree: parameters, gradients or their shapes.
+
+    Returns:
+        A list in the order of `jax.tree.leaves(tree)`, None for a leaf that is no matrix.
+
+    Raises:
+        UserError: a leaf has no entry, or axes that do not fit its shape.
+
+    Source: `optax.contrib.muon`, `muon_weight_dimension_numbers`.
+
+    >>> resolve_dimension_numbers(None, {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))})
+    [None, MuonDimensionNumbers(reduction_axis=0, output_axis=1)]
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if dimension_numbers is None:
         return [MuonDimensionNumbers(0, 1) if leaf.ndim == 2 else None for _, leaf in leaves]
     given = dimension_numbers(tree) if callable(dimension_numbers) else dimension_numbers
-    ends = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    table = dict(jax.tree_util.tree_leaves_with_path(given, is_leaf=ends))
-    found = []
+    is_entry = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    entries = dict(jax.tree_util.tree_leaves_with_path(given, is_leaf=is_entry))
+    resolved = []
     for path, leaf in leaves:
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in table), None)
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in entries), None)
         if prefix is None:
-            raise UserError(
-                f"dimension_numbers say nothing of parameter {path_name(path)}: give axes, or None for no matrix"
-            )
-        numbers = table[prefix]
+            raise UserError(f"dimension_numbers lack parameter {path_name(path)}: give its axes, or None for no matrix")
+        numbers = entries[prefix]
         if numbers is not None:
-            _check(path_name(path), leaf, numbers)
-        found.append(numbers)
-    return found
+            _check_axes(path_name(path), leaf, numbers)
+        resolved.append(numbers)
+    return resolved
 
 
-def _check(path: str, leaf: Array, numbers: MuonDimensionNumbers) -> None:
-    used = [axis for group in numbers for axis in _axes(group)]
-    if any(not -leaf.ndim <= axis < leaf.ndim for axis in used) or len({axis % leaf.ndim for axis in used}) < len(used):
+def _check_axes(path: str, leaf: Array, numbers: MuonDimensionNumbers) -> None:
+    axes = [axis for group in numbers for axis in _axes(group)]
+    if any(not -leaf.ndim <= axis < leaf.ndim for axis in axes) or len({axis % leaf.ndim for axis in axes}) < len(axes):
         raise UserError(
             f"dimension_numbers of parameter {path} do not fit its shape {list(leaf.shape)}: reduction_axis "
             f"{numbers.reduction_axis}, output_axis {numbers.output_axis}"
@@ -89,8 +135,21 @@ def _axes(group: int | Sequence[int]) -> tuple[int, ...]:
     return (group,) if isinstance(group, int) else tuple(group)
 
 
-def as_matrices(x: Array, numbers: MuonDimensionNumbers) -> Array:
-    """(..., in, out), stacked axes first in their order."""
+def as_matrices(x: Array, numbers: MuonDimensionNumbers) -> Float[Array, "*stack N M"]:
+    """A leaf as a stack of matrices (..., in, out).
+
+    Args:
+        x: a leaf of any shape.
+        numbers: its reduction axes, flattened to `in`, and its output axes, flattened to `out`.
+
+    Returns:
+        (..., in, out), the other axes first, in their order.
+
+    Source: `optax.contrib.muon`, its reshape for dimension numbers.
+
+    >>> as_matrices(jnp.ones((3, 2, 4, 5)), MuonDimensionNumbers(reduction_axis=(3, 0), output_axis=2)).shape
+    (2, 15, 4)
+    """
     rows, columns = ([axis % x.ndim for axis in _axes(group)] for group in numbers)
     stacked = [axis for axis in range(x.ndim) if axis not in rows + columns]
     size = lambda axes: math.prod(x.shape[axis] for axis in axes)
@@ -98,8 +157,22 @@ def as_matrices(x: Array, numbers: MuonDimensionNumbers) -> Array:
     return moved.reshape(*(x.shape[axis] for axis in stacked), size(rows), size(columns))
 
 
-def from_matrices(matrix: Array, numbers: MuonDimensionNumbers, shape: Sequence[int]) -> Array:
-    """Inverse of `as_matrices`."""
+def from_matrices(matrix: Float[Array, "*stack N M"], numbers: MuonDimensionNumbers, shape: Sequence[int]) -> Array:
+    """The leaf that `as_matrices` turned into matrices: its inverse.
+
+    Args:
+        matrix: (..., in, out).
+        numbers: the leaf's dimension numbers.
+        shape: the leaf's shape.
+
+    Returns:
+        An array of that shape.
+
+    Source: `optax.contrib.muon`, its reshape for dimension numbers.
+
+    >>> from_matrices(jnp.ones((2, 15, 4)), MuonDimensionNumbers((3, 0), 2), (3, 2, 4, 5)).shape
+    (3, 2, 4, 5)
+    """
     rows, columns = ([axis % len(shape) for axis in _axes(group)] for group in numbers)
     order = [axis for axis in range(len(shape)) if axis not in rows + columns] + rows + columns
     moved = matrix.reshape([shape[axis] for axis in order])
@@ -107,9 +180,23 @@ def from_matrices(matrix: Array, numbers: MuonDimensionNumbers, shape: Sequence[
 
 
 def assert_matrices(rule: str, dimension_numbers: DimensionNumbers, tree: PyTree) -> None:
-    """Raises UserError, naming the leaf, where one is no matrix. `rule` is what cannot take it, in words."""
+    """Checks that every leaf is a matrix.
+
+    Args:
+        rule: name of the rule that takes matrices only, for the error.
+        dimension_numbers: as of `resolve_dimension_numbers`.
+        tree: parameters, gradients or their shapes.
+
+    Raises:
+        UserError: a leaf is no matrix; the error has its path and shape.
+
+    >>> assert_matrices("m3", None, {"bias": jnp.ones(3)})
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: m3 is for matrices and parameter bias of shape [3] is none: give its dimension_numbers, or \
+another rule for it by optax.partition
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), numbers in zip(leaves, resolve(dimension_numbers, tree), strict=True):
+    for (path, leaf), numbers in zip(leaves, resolve_dimension_numbers(dimension_numbers, tree), strict=True):
         if numbers is None:
             raise UserError(
                 f"{rule} is for matrices and parameter {path_name(path)} of shape {list(leaf.shape)} is none: give its "
@@ -118,21 +205,42 @@ def assert_matrices(rule: str, dimension_numbers: DimensionNumbers, tree: PyTree
 
 
 def map_matrices(
-    function: Callable, dimension_numbers: DimensionNumbers, *trees: PyTree, vectors: Callable | None = None, rule: str = ""
+    function: Callable[..., Array],
+    dimension_numbers: DimensionNumbers,
+    *trees: PyTree,
+    vectors: Callable[..., Array] | None = None,
+    rule: str = "",
 ) -> PyTree:
-    """`function` of every matrix, as (..., in, out), and of what other trees hold for it; `vectors` of other leaves.
+    """`jax.tree.map` over matrices (..., in, out), with another function for other leaves.
 
-    Raises UserError, naming the leaf, where there are other leaves and no `vectors`.
+    Args:
+        function: of one matrix from every tree; it returns one of the same shape.
+        dimension_numbers: as of `resolve_dimension_numbers`, of the first tree.
+        trees: trees of one structure and of equal shapes.
+        vectors: function of a leaf that is no matrix, from every tree; None where there must be none.
+        rule: name of the rule, for the error.
+
+    Returns:
+        A tree of the results, in the leaves' own shapes.
+
+    Raises:
+        UserError: a leaf is no matrix and there is no `vectors`, or its dimension numbers do not fit.
+
+    Source: `optax.contrib.muon`, its reshape for dimension numbers.
+
+    >>> tree = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    >>> jax.tree.map(float, jax.tree.map(jnp.sum, map_matrices(lambda x: 2 * x, None, tree, vectors=jnp.negative)))
+    {'bias': -3.0, 'kernel': 12.0}
     """
     if vectors is None:
         assert_matrices(rule, dimension_numbers, trees[0])
     structure = jax.tree.structure(trees[0])
     columns = [jax.tree.leaves(tree) for tree in trees]
     results = []
-    for numbers, *leaves in zip(resolve(dimension_numbers, trees[0]), *columns, strict=True):
+    for numbers, *leaves in zip(resolve_dimension_numbers(dimension_numbers, trees[0]), *columns, strict=True):
         if numbers is not None:
-            turned = function(*[as_matrices(leaf, numbers) for leaf in leaves])
-            results.append(from_matrices(turned, numbers, leaves[0].shape))
-        else:
+            result = function(*[as_matrices(leaf, numbers) for leaf in leaves])
+            results.append(from_matrices(result, numbers, leaves[0].shape))
+        elif vectors is not None:
             results.append(vectors(*leaves))
     return structure.unflatten(results)

@@ -138,10 +138,10 @@ def assert_same(who: str, before: PyTree, after: PyTree) -> None:
 
 def stream_length(stream: PyTree) -> int:
     """T, the leading axis of every leaf."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(stream)]
-    if () in shapes:
-        raise UserError("a stream has arrays with a leading axis, not numbers: stack them, or give them an axis")
-    lengths = sorted({shape[0] for shape in shapes})
+    try:
+        lengths = sorted(set(map(len, jax.tree.leaves(stream))))
+    except TypeError:
+        raise UserError("a stream has arrays with a leading axis, not numbers: stack them, or give them an axis") from None
     if len(lengths) != 1 or lengths[0] == 0:
         raise UserError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
     return lengths[0]

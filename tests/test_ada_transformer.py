@@ -14,7 +14,8 @@ import pytest
 from nested_jax import CMSConfig, Level, cms, nest, run
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.objective import dot_product
-from nested_jax.memory.projections import project_in, project_out
+from nested_jax.memory.projections import project_in
+from nested_jax.memory.stream import project_out
 from nested_jax.numerics import l2norm, rms_norm
 
 D, F, T = 6, 6, 10
@@ -100,13 +101,13 @@ def test_with_a_fast_weight_it_is_the_linear_memory(x64, fast):
 
     def memory(start, project):
         given = {**weights, "start": start, "project": project}
-        return layer(given, layer.init_state(given, 1), x[None])[1][0]
+        return layer(given, layer.init_state(given, 1), x[None], 0)[1][0]
 
     def own(start, project):
         maps = dict(zip(("query", "key", "value"), jnp.split(project.T, 3), strict=True))
-        gates = project_in(weights, layer.init_state(weights, 1).window, x[None], 1, None)[2]
-        y = read(l2norm, fast, {**maps, "M": start[0]}, (x, *(gate[:, 0, 0] for gate in gates)))
-        return project_out(weights, y[:, None, None], x.dtype)[0]
+        *_, rate, retain = project_in(weights, x[None], 1)  # the convolution starts as the identity
+        y = read(l2norm, fast, {**maps, "M": start[0]}, (x, rate[0, :, 0], retain[0, :, 0]))
+        return project_out(weights, y[None, :, None], x.dtype)[0]
 
     assert_same(memory, own, draw_weights()["M"][None], weights["project"])
 

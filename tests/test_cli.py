@@ -33,7 +33,6 @@ SMALL = (
 def place(tmp_path, monkeypatch):
     """An empty working directory with text.txt, an empty file, an empty folder and a binary one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NESTED_JAX_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_text("\n\n".join(pydoc_data.topics.topics.values())[:100_000])
     Path("empty.txt").write_text("")
     Path("picture.png").write_bytes(bytes(range(256)) * 20)
@@ -79,14 +78,17 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train 400", "unexpected word 400"),
         ("train --steps many", "--steps: .*many"),
         ("train --steps", "--steps"),
-        ("train --steps 0", "--steps 0 must be at least 1"),
+        ("train --steps 0", "--steps 0: give a whole number of at least 1$"),
         ("train --learning-rate nan", "--learning-rate nan"),
         ("train --batch 6 --accumulate 4", "--batch 6 is not a multiple of --accumulate 4"),
         ("train --preset tiny-hoep", "tiny-hoep.*tiny-hope"),
         ("train --preset", "--preset"),
         ("train --preset ''", "preset ''"),
-        ("train --seed 99999999999999999999", "--seed 99999999999999999999 must be below 4294967296"),
-        ("generate --seed 99999999999999999999", "--seed 99999999999999999999 must be"),
+        (
+            "train --seed 99999999999999999999",
+            "--seed 99999999999999999999: give a whole number of at least 0 and below 4294967296$",
+        ),
+        ("generate --seed 99999999999999999999", "--seed 99999999999999999999: give"),
         ("train --model.cms.rate nan", "cms.rate nan"),
         ("train --model.cms.clip -1", "cms.clip -1"),
         ("train --data ~nosuchuser/text", "~nosuchuser/text does not exist"),
@@ -95,7 +97,11 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --model.mixer transformer", "--model.mixer.*attention"),
         ("train --model.cms.periods 64 x", "--model.cms.periods"),
         ("train --model.cms.hidden 8 8 --model.cms.periods 100 30", "100.*30"),
-        ("train --model.heads 3", "heads"),
+        ("train --model.heads 3", "model.width 128 is not a multiple of model.heads 3: change one$"),
+        ("train --model.chunk 2.5", "--model.chunk: .*2.5"),
+        ("train --memory-policy sqr", "--model.memory-policy: .*sqr"),
+        ("train --memory-policy 0", "model.memory_policy 0: give one of"),
+        ("train --optimizer adam", "--optimizer.*'adamw', 'momentum'"),
         ("train --model.vocabulary 100 --data text.txt", "--model.vocabulary 100 is too small.* give 256"),
         ("train --data nowhere/text.txt", "path nowhere/text.txt does not exist"),
         ("train --data no_such_dataset", "dataset no_such_dataset is unknown"),
@@ -154,6 +160,8 @@ def test_a_preset_sets_the_other_defaults():
     assert read("--preset", "tiny-transformer", "--steps", "3") == TrainConfig.from_preset("tiny-transformer", steps=3)
     config = read("--model.width", "64", "--preset=tiny-transformer")
     assert config.model == dataclasses.replace(TrainConfig.from_preset("tiny-transformer").model, width=64)
+    for words in (["--memory-policy", "sqrt"], ["--memory-policy=sqrt"], ["--model.memory-policy", "sqrt"]):
+        assert read(*words).model == dataclasses.replace(TrainConfig().model, memory_policy="sqrt")
 
 
 def test_train_resume_evaluate_generate(place, say):
@@ -261,9 +269,15 @@ def test_damaged_pieces_of_a_run_are_named_and_nothing_is_lost(place, say):
             metrics, lambda whole, line=line: whole.replace(whole.splitlines()[1], line), r"metrics.jsonl, line 2 is dam"
         )
     refused(
-        config, lambda whole: whole.replace('"width": 16', '"width": "16"'), "config.json is damaged.*model.width is '16'"
+        config,
+        lambda whole: whole.replace('"width": 16', '"width": "16"'),
+        "config.json is damaged.*model.width '16': give a whole number",
     )
-    refused(config, lambda whole: whole.replace('"attention"', '"junk"'), "config.json is damaged.*model.mixer is 'junk'")
+    refused(
+        config,
+        lambda whole: whole.replace('"attention"', '"junk"'),
+        "config.json is damaged.*model.mixer 'junk': give one of",
+    )
     refused(Path("a/checkpoints/4/files.json"), lambda whole: "[]", "checkpoints/4 is cut short: files.json has changed")
     Path("a/checkpoints").rename("elsewhere")
     code, _, err = say(f"{command} 5")

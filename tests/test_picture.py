@@ -1,10 +1,13 @@
 """describe: the paper's worked examples, what is derived from an update, what levels say of themselves, the renderings."""
 
+import ast
 import dataclasses
 import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +18,12 @@ import optax
 import pytest
 import rich.console
 from flax import nnx
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as Line
 
+import nested_jax
 from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig, describe, nest, optim, preset, run
-from nested_jax.cli import Rule, main
+from nested_jax.cli import main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.deep import view
@@ -26,7 +32,8 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.meta.bilevel import descent
 from nested_jax.picture import Component, Picture
-from nested_jax.train.config import TrainConfig
+from nested_jax.picture.component import closure
+from nested_jax.train.config import Optimizer, TrainConfig
 from nested_jax.train.folder import write_config
 from nested_jax.train.optimizer import optimizer
 
@@ -217,7 +224,7 @@ def test_no_law_is_claimed_that_does_not_hold():
     assert found["v (Adan)"].rule == "m <- 0.92 m + phi(g)"  # of differences of gradients
     assert found["n (Adan)"].rule == "m <- 0.99 m + phi(g)"
     sam = rows(describe((MLP, optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)))))
-    assert (sam["cache (SAM)"].objective, sam["cache (SAM)"].rule) == ("", "")  # it holds weights
+    assert (sam["cache (SAM)"].objective, sam["cache (SAM)"].rule) == ("-<m, W> + 0.5 |m|^2", "m <- W")
     weights = describe((MLP, optim.generalized_gradient_descent(0.1))).components[-1]
     assert weights.rule == "W <- W - eta g"  # found by conjugate gradients, to rounding
     squares = next(c for c in describe((MLP, optax.contrib.prodigy(1.0))).components if c.name == "exp_avg_sq (Prodigy)")
@@ -230,7 +237,8 @@ def test_no_law_is_claimed_that_does_not_hold():
         (optax.scale(-0.1), "W <- W - eta g"),
         (optax.scale(0.1), "W <- W + eta g"),
         (optax.identity(), "W <- W + eta g"),
-        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "adds gradients and what comes of cache (SAM)"),
+        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), 
+         "adds gradients and what comes of cache (SAM), restarts every 2 steps"),
         (optax.noisy_sgd(0.1, key=jax.random.key(0)), "W <- W + f(g)"),
         (optax.lamb(0.1), "adds what comes of mu (Adam) and nu (Adam)"),
         (optax.adamw(0.1, mask={"up": True, "bias": False, "down": True}),
@@ -241,6 +249,121 @@ def test_no_law_is_claimed_that_does_not_hold():
 )  # fmt: skip
 def test_what_moves_the_weights(rule, said):
     assert next(c.rule for c in describe((MLP, rule)).components if c.parameters) == said
+
+
+VALUE = lambda params: {"value": 1.7}
+
+
+def field_of(name, field, rule, extra=None):
+    """A field of the first component whose name starts so."""
+    return next(getattr(c, field) for c in describe((MLP, rule), extra=extra).components if c.name.startswith(name))
+
+
+def test_a_system_of_one_level_has_no_faster_levels():
+    (weights,) = describe((MLP, optax.sgd(0.1))).components
+    assert weights.knowledge == ""
+    *_, weights = describe((LINEAR, optax.sgd(0.1))).components
+    assert weights.knowledge == "back-propagation through the faster levels"
+
+
+def held_maximum(period):
+    """A rule with a running maximum, computed at every `period` steps, that changes only where it is exceeded."""
+
+    def update(updates, state, params=None):
+        count, most = state
+        largest = jnp.maximum(most, optax.tree.norm(updates))
+        most = jnp.where(count % period == period - 1, largest, most)
+        return jax.tree.map(lambda g: -g / most, updates), (count + 1, most)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32), jnp.ones(()) / 100), update)
+
+
+def test_a_maximum_is_computed_where_it_does_not_change():
+    assert field_of("estim_lr", "frequency", optax.contrib.dadapt_adamw()) == 1
+    assert field_of("estim_lr", "frequency", optax.contrib.prodigy()) == 1
+    for period in (1, 3):
+        assert field_of("memory", "frequency", held_maximum(period)) == 1 / period
+
+
+@pytest.mark.parametrize(
+    ("rule", "decays"),
+    [
+        (optax.contrib.schedule_free_sgd(0.1), False),
+        (optax.contrib.schedule_free_adamw(0.1), False),
+        (optax.contrib.madgrad(0.1), False),
+        (optax.contrib.schedule_free_sgd(0.1, weight_decay=0.1), True),
+        (optax.contrib.schedule_free_adamw(0.1, weight_decay=0.01), True),
+        (optax.adamw(1e-3, weight_decay=1e-4), True),
+        (optax.contrib.madgrad(0.1, weight_decay=0.1), False),  # its decay is of the gradients
+    ],
+)
+def test_parameters_decay_if_they_are_pulled_to_zero_and_not_to_a_copy(rule, decays):
+    assert field_of("parameters", "rule", rule).endswith(", decays") == decays
+
+
+def test_a_forgetting_close_to_none_has_its_coefficient():
+    """1 - b2 of float32 has four digits: the objective's coefficient is one half."""
+    assert field_of("nu", "objective", optax.contrib.adopt(0.1)) == "-<m, g^2> + 0.5 |m|^2"
+    assert field_of("nu", "rule", optax.contrib.adopt(0.1)) == "m <- 0.9999 m + 0.0001 g^2"
+
+
+def test_half_steps_are_said():
+    """SAM leaves its parameters at every other step and starts the next from where they were."""
+    for sync in (2, 3):
+        rule = optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1)), sync_period=sync)
+        weights, cache = describe((MLP, rule)).components
+        assert weights.rule == f"adds gradients and what comes of cache (SAM), restarts every {sync} steps"
+        assert weights.knowledge == "initialisation: restarts from cache (SAM)" and weights.starts_from == ("cache (SAM)",)
+        assert (weights.level, cache.level, weights.frequency, cache.frequency) == (1, 2, 1, 1 / sync)
+        assert (cache.context, cache.rule) == ("weights", "m <- W")
+
+
+@pytest.mark.parametrize(
+    ("rule", "extra", "context", "said"),
+    [
+        (optax.polyak_sgd(), VALUE, "gradients and value", "W <- W - eta(g, value) g"),
+        (optax.polyak_sgd(max_learning_rate=1e9), VALUE, "gradients and value", "W <- W - eta(g, value) g"),
+        (optax.chain(optax.normalize_by_update_norm(), optax.scale(-0.1)), None, "gradients", "W <- W - eta(g) g"),
+        (
+            optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+            VALUE,
+            "gradients and value",
+            "W <- W - eta(value) g",
+        ),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), None, "gradients", "W <- W - eta g"),
+    ],
+)
+def test_a_rate_that_the_rule_computes_is_said(rule, extra, context, said):
+    assert field_of("parameters", "rule", rule, extra) == said
+    assert field_of("parameters", "context", rule, extra) == context
+
+
+def test_what_is_multiplied_by_zero_is_not_read():
+    """novograd and simplified_ademamix multiply by a decay, and a share of the gradient, that are zero by default."""
+    assert field_of("mu", "context", optax.novograd(0.1)) == "gradients and what comes of nu (Novograd)"
+    weighted = optax.novograd(0.1, weight_decay=0.1)
+    assert field_of("mu", "context", weighted) == "gradients, weights and what comes of nu (Novograd)"
+    rule = field_of("parameters", "rule", optax.contrib.simplified_ademamix(0.1))
+    assert rule == "adds what comes of m (SimplifiedAdEMAMix) and n (SimplifiedAdEMAMix)"
+
+
+def test_memories_of_weights_and_of_searches():
+    assert field_of("params", "rule", optax.lbfgs(0.1, linesearch=None)) == "m <- W"
+    objective = lambda params: sum(jnp.sum(w**4) for w in params.values())  # its second derivative is 12 W^2
+    hessian = field_of("nu", "rule", optax.contrib.sophia(0.1), lambda params: {"obj_fn": objective})
+    assert hessian == "m <- 0.99 m + 0.12 W^2"
+    value_fn = lambda params: sum(jnp.sum(w**2) for w in params.values())
+    extra = lambda params: {"value": value_fn(params), "grad": jax.grad(value_fn)(params), "value_fn": value_fn}
+    search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
+    loop, rate, weights = describe((MLP, search), extra=extra).components
+    assert loop.name == "inner loop of gradients and weights" and rate.needs == (loop.name,)
+    assert (rate.objective, rate.rule) == ("", "")  # it is multiplied by what the search finds
+    assert weights.needs == (rate.name,)
+
+
+def test_updates_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match="its updates have other shapes than the parameters; give"):
+        describe((MLP, optax.contrib.dpsgd(0.1, 1.0, 0.1, 0)))
 
 
 def test_numbers_are_printed_only_where_they_stay():
@@ -364,12 +487,27 @@ def test_a_new_level_describes_itself():
     assert "not stated" in describe(alone).markdown()
 
 
+def test_states_that_start_from_unknown_slower_states_are_unknown():
+    """In a nest the slower levels of the nest are known, and what is slower still is not."""
+    step = lambda state, context, slower: (state, state)
+    level = lambda period, init: Level(init, step, period, f"every {period}")
+    sizes = lambda nested: [c.state_bytes for c in describe(nested).components]
+    own = level(4, lambda slower: jnp.zeros(3))
+    assert sizes(nest(level(1, lambda slower: slower[0] + 1), own)) == [12, 12]
+    assert sizes(nest(level(1, lambda slower: slower[1] + 1), own)) == [None, 12]
+    assert sizes(nest(level(1, lambda slower: slower[-1]), level(4, lambda slower: slower[1:][0] * 2))) == [None, None]
+    assert sizes(nest(level(1, lambda slower: slower[:1]), own)) == [12, 12]
+    assert sizes(nest(nest(level(1, lambda slower: slower[1]), level(2, lambda slower: slower[0])), own)) == [12, 12, 12]
+
+
 def test_an_error_in_a_levels_own_code_is_not_hidden():
     step = lambda state, context, slower: (state, state)
     with pytest.raises(TypeError, match="unsupported operand"):
         describe(Level(lambda slower: jnp.zeros(3) + "a", step, 1))
     with pytest.raises(TypeError, match="positional argument"):
         describe(Level(lambda: jnp.zeros(3), step, 1))
+    with pytest.raises(IndexError, match="tuple index"):
+        describe(Level(lambda slower: (jnp.zeros(3),)[1], step, 1))
     with pytest.raises(IndexError, match="list index"):
         describe(Level(lambda slower: [jnp.zeros(3)][len(slower) + 1], step, 1))
 
@@ -526,6 +664,56 @@ def test_renderings():
 
 
 @pytest.mark.parametrize(
+    ("system", "tokens"),
+    [
+        ((preset("tiny-hope"), optax.contrib.muon(0.02)), 1024),
+        ((MATRICES, optim.m3(0.1, slow_period=4)), None),
+        ((preset("tiny-hope-attention"), optax.contrib.sam(optax.adam(0.1), optax.sgd(0.1))), 100),
+        ((MLP, optax.lbfgs(0.1, linesearch=None)), None),
+    ],
+)
+def test_no_arrow_of_the_figure_goes_through_a_text(system, tokens):
+    picture = describe(system, tokens_per_step=tokens)
+    figure = picture.plot()
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    texts = [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, *axes.get_legend().get_texts()]
+    boxes = {text.get_text(): text.get_window_extent() for text in texts}
+    arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) >= len(picture.components) - 3 and len(boxes) > 2 * len(picture.components)
+    for arrow in arrows:
+        path = arrow.get_transform().transform_path(arrow.get_path())
+        for line in path.to_polygons(closed_only=False):  # its shaft and its head
+            assert not [text for text, box in boxes.items() if Line(line).intersects_bbox(box, filled=False)]
+            assert all(axes.get_window_extent().contains(*point) for point in line)  # nothing is cut off
+    corners = [corner for box in boxes.values() for corner in (box.min, box.max)]
+    assert all(figure.bbox.contains(*corner) for corner in corners)
+
+
+def imports_of(path):
+    """The modules of this package that a file imports, in functions and for type checkers too."""
+    tree = ast.parse(path.read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    return {name for name in names if name and name.split(".")[0] == "nested_jax"}
+
+
+def test_imports_point_one_way():
+    root = Path(nested_jax.__file__).parent
+    modules = {f"nested_jax.picture.{path.stem}": imports_of(path) for path in (root / "picture").glob("[!_]*.py")}
+    reached = closure(modules)
+    assert not [name for name in modules if name in reached[name]]
+    for package in ("memory", "optim", "meta", "models", "jaxpr"):
+        assert not [path for path in (root / package).glob("*.py") if any("picture" in name for name in imports_of(path))]
+    lines = (root / "description.py").read_text()
+    assert set(re.findall(r"^(?:from|import) (\w+)", lines, re.MULTILINE)) == {"__future__", "collections", "dataclasses"}
+    heavy = {"rich", "matplotlib", "tyro", "tensorflow_datasets"}
+    code = "import sys, flax.nnx; others = {*sys.modules}; import nested_jax; print(*{*sys.modules} - others)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not heavy & {*said.split()}  # flax itself imports rich
+
+
+@pytest.mark.parametrize(
     ("system", "named"),
     [
         ("hope", "str is no level"),
@@ -601,7 +789,7 @@ def test_command_line(tmp_path, capsys):
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
 
 
-@pytest.mark.parametrize("rule", typing.get_args(Rule))
+@pytest.mark.parametrize("rule", [*typing.get_args(Optimizer), "none"])
 def test_command_line_knows_every_rule_of_train(rule, tmp_path, capsys):
     assert main(["describe", "--preset", "tiny-linear", "--optimizer", rule]) == 0
     out = capsys.readouterr().out

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 
 from nested_jax import LanguageModel, local_surprise, optim, preset
 from nested_jax.errors import UserError
+from nested_jax.jaxpr.transparent import transparent
 from nested_jax.paths import path_name
 from nested_jax.surprise import layers, surprise_and_grad
 
@@ -182,6 +183,26 @@ LEFT_OUT = {
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_kernels_with_other_uses_are_left_out(x64, case):
     explains(squared(LEFT_OUT[case]), {"a": w, "b": v, "c": w}, x, "a", apart=False)
+
+
+def test_a_rule_of_its_own_is_entered_where_it_is_said_to_equal_its_bodys(x64):
+    """By a mark, and by no name."""
+
+    def mixflow_gradient(x, w):
+        return jnp.sin(x @ w)
+
+    def keep(x, w):
+        return jnp.sin(x @ w), (x, w)
+
+    def pull(kept, d):
+        x, w = kept
+        d = d * jnp.cos(x @ w)
+        return d @ w.T, x.T @ d
+
+    for body, paths in ((transparent(mixflow_gradient), "ab"), (mixflow_gradient, "a")):
+        inner = jax.custom_vjp(body)
+        inner.defvjp(keep, pull)
+        explains(squared(lambda p, x, inner=inner: inner(x @ p["a"], p["b"])), {"a": w, "b": v}, x, *paths)
 
 
 def test_layers_of_a_stack_that_are_not_alike_have_keys_of_their_own(x64):

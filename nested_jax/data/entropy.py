@@ -1,4 +1,4 @@
-"""What counting bytes alone can do: entropies to hold a model's bits per byte against."""
+"""Entropies of bytes and of pairs of bytes: the baselines of a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from nested_jax.errors import UserError
 
 
 class NgramEntropies(NamedTuple):
-    """Entropies of bytes, in bits per byte: of each alone, and of each given the one before it."""
+    """Empirical entropies of bytes, in bits per byte."""
 
     unigram: float
+    """Entropy H(x_t) of a byte."""
     bigram: float
+    """Entropy H(x_t | x_{t-1}) of a byte given the byte before it."""
 
 
 def ngram_entropies(documents: Iterable[str | bytes]) -> NgramEntropies:
     """Empirical unigram and bigram (conditional) entropies of the bytes of documents, in bits per byte.
 
-    They bound from below what any model of single bytes, or of byte pairs, can reach on these documents.
-    Raises UserError when there are no bytes.
+    They are lower bounds for any model of single bytes, and of pairs of bytes, on these documents. With p the relative
+    frequencies of bytes and of pairs of bytes within a document:
+
+        unigram = -sum_x p(x) log2 p(x),    bigram = -sum_xy p(x, y) log2 p(y | x)
+
+    Args:
+        documents: texts; strings are encoded as UTF-8.
+
+    Returns:
+        Both entropies.
+
+    Raises:
+        UserError: there are no bytes.
 
     >>> ngram_entropies(["abababab"])
     NgramEntropies(unigram=1.0, bigram=0.0)

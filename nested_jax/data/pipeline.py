@@ -1,37 +1,38 @@
 """Packing documents into windows of tokens: a Grain pipeline, seeded, sharded, exactly resumable.
 
-A document becomes boundary, ids, boundary; its inputs are all but the last of these, its targets all but the first.
+A document becomes boundary, ids, boundary. Its inputs are all of these but the last, its targets all but the first.
 A window has T slots. Each document starts at a multiple of `alignment` slots (where chunks and periods start), counted
-from the window's first slot or, where state is carried, from the row's first window. The slots before it are empty
-(boundary as token and target, weight 0), and it goes on in the same row of the next batch.
+from the window's first slot or, with `carry`, from the row's first window. The slots before it are empty (boundary as
+token and target, weight 0). A document that is longer than its window continues in the same row of the next batch.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from nested_jax.data.tokenizer import Tokenizer
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, is_whole
 
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Batch(NamedTuple):
-    """Windows of tokens, with what to predict at each slot.
+    """Windows of tokens and the targets of their slots. Shapes are (B, T); of one window, (T,)."""
 
-    `weights` is 1 where a slot has a target and 0 where it is empty; `reset` is true where the fast state restarts.
-    """
-
-    tokens: np.ndarray  # (B, T) int32
-    targets: np.ndarray  # (B, T) int32
-    weights: np.ndarray  # (B, T) float32
-    reset: np.ndarray  # (B, T) bool
+    tokens: np.ndarray
+    """int32: inputs."""
+    targets: np.ndarray
+    """int32: the token after each input."""
+    weights: np.ndarray
+    """float32: 1 where a slot has a target, 0 where it is empty."""
+    reset: np.ndarray
+    """bool: true where the fast state restarts before this slot."""
 
 
 def train_batches(
@@ -46,12 +47,28 @@ def train_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
-    """An endless iterator of `Batch`es (B = batch, T = window), with `get_state` and `set_state` (small, JSON).
+    """An endless iterator of `Batch`es.
 
     Every row reads a stream of its own, of documents shuffled anew each epoch, so that consecutive batches hold
-    consecutive windows of a document in the same row. `reset` is true at each document's first token and, unless
-    `carry`, at each window's. Process `shard_index` of `shard_count` gets its share of the rows. Raises
-    UserError for sizes that do not fit together, and when there are no documents.
+    consecutive windows of a document in the same row.
+
+    Args:
+        documents: texts, by index.
+        tokenizer: encodes a text when it is read.
+        window: slots T of a window.
+        batch: rows B of a batch.
+        alignment: documents start at multiples of this many slots.
+        seed: of the order of the documents.
+        carry: whether fast state is carried from window to window: then `reset` is true at each document's first token
+            only, else at each window's first slot too.
+        shard_index: this process reads rows `shard_index * B` to `(shard_index + 1) * B` of a batch of all processes.
+        shard_count: number of processes.
+
+    Returns:
+        A Grain iterator. Its `get_state` and `set_state` give and take its position (a small JSON value).
+
+    Raises:
+        UserError: sizes do not fit together, or there are no documents.
 
     >>> from nested_jax.data.tokenizer import ByteTokenizer
     >>> batches = train_batches(["abcde"], ByteTokenizer(), window=4, batch=1, alignment=2, seed=0)
@@ -68,9 +85,15 @@ def train_batches(
 
 
 class HeldoutBatches:
-    """What `heldout_batches` returns: iterate it, any number of times, for `Batch`es."""
+    """An iterable of `Batch`es, which `heldout_batches` makes. It may be iterated any number of times."""
 
-    def __init__(self, documents: grain.MapDataset, byte_lengths: np.ndarray, streams, empty: Batch):
+    def __init__(
+        self,
+        documents: grain.MapDataset,
+        byte_lengths: np.ndarray,
+        streams: Callable[[], list[Iterator[Batch]]],
+        empty: Batch,
+    ):
         self._documents, self._byte_lengths, self._streams, self._empty = documents, byte_lengths, streams, empty
 
     def __iter__(self) -> Iterator[Batch]:
@@ -78,7 +101,7 @@ class HeldoutBatches:
 
     @functools.cached_property
     def text_bytes(self) -> int:
-        """Bytes of text all targets together stand for: bits per byte is their summed loss, in bits, over this."""
+        """Bytes of text that all targets stand for: bits per byte is their summed loss, in bits, over this number."""
         return sum(int(self._byte_lengths[document[1:]].sum()) for document in self._documents)
 
     @functools.cached_property
@@ -97,11 +120,20 @@ def heldout_batches(
     carry: bool = False,
     limit_tokens: int | None = None,
 ) -> HeldoutBatches:
-    """`Batch`es (B = batch, T = window) that hold each target of the documents once, or their first `limit_tokens`.
+    """`Batch`es that hold each target of the documents once.
 
-    Which targets these are depends on the tokenizer alone. With `carry` rows hold consecutive windows of a document,
-    as in `train_batches`; else windows follow one another along the rows. What is over in the last batch has weight 0.
-    Raises UserError for sizes that do not fit together, and when there are no documents.
+    With `carry`, rows hold consecutive windows of a document, as in `train_batches`; else windows follow one another along
+    the rows. Empty rows at the end have weight 0.
+
+    Args:
+        documents, tokenizer, window, batch, alignment, carry: as of `train_batches`.
+        limit_tokens: the batches end after this many targets; None: after all.
+
+    Returns:
+        An iterable, with the number of its `targets` and the number of `text_bytes` that they stand for.
+
+    Raises:
+        UserError: sizes do not fit together, or there are no documents.
 
     >>> from nested_jax.data.tokenizer import ByteTokenizer
     >>> batches = heldout_batches(["abc", "de"], ByteTokenizer(), window=4, batch=3, alignment=1)
@@ -113,8 +145,8 @@ def heldout_batches(
     pack = _packing(tokenizer, window, batch, alignment, carry)
     bounded = _dataset(documents, tokenizer)
     if limit_tokens is not None:
-        if limit_tokens < 1:
-            raise UserError(f"limit_tokens {limit_tokens} must be at least 1")
+        if not is_whole(limit_tokens):
+            raise UserError(f"limit_tokens {limit_tokens} must be a whole number of at least 1")
         bounded = grain.MapDataset.source(list(_first_targets(bounded, limit_tokens)))
 
     def streams() -> list[Iterator[Batch]]:
@@ -124,7 +156,7 @@ def heldout_batches(
 
 
 class PackedWindows(grain.IterDataset):
-    """Windows, `Batch`es without the batch axis, of documents (n,) int32 that start and end in a boundary."""
+    """Packs documents, (n,) int32 that start and end in a boundary, into windows: `Batch`es without the batch axis."""
 
     def __init__(self, documents: grain.IterDataset, *, window: int, alignment: int, boundary: int, carry: bool):
         super().__init__(documents)
@@ -135,43 +167,47 @@ class PackedWindows(grain.IterDataset):
 
 
 class _PackedWindowsIterator(grain.DatasetIterator):
-    """Its state: the parent's state before the document being read, how many of its inputs were read, and, with carry,
-    the position of the next window in its row, up to multiples of the alignment."""
+    """Its state: the parent's state before the current document, how many of the document's inputs were read, and, with
+    `carry`, the position of the next window in its row, modulo the alignment."""
 
     def __init__(self, parent: grain.DatasetIterator, *, window: int, alignment: int, boundary: int, carry: bool):
         super().__init__(parent)
         self._window, self._alignment, self._boundary, self._carry = window, alignment, boundary, carry
-        self._document, self._offset, self._position = None, 0, 0
+        self._document: np.ndarray | None = None
+        self._offset = self._position = 0
 
     def __next__(self) -> Batch:
         packed, slot = _empty(self._window, self._boundary, self._carry), 0
-        self._read()  # a window is left empty only before another document
+        self._read()  # StopIteration here: no empty window follows the last document
         while True:
             if self._offset == 0:
                 slot += -(self._position + slot) % self._alignment
             if slot >= self._window:
                 break
             try:
-                self._read()
+                document = self._read()
             except StopIteration:
                 break
-            size = min(self._window - slot, len(self._document) - 1 - self._offset)
+            size = min(self._window - slot, len(document) - 1 - self._offset)
             here, there = slice(slot, slot + size), slice(self._offset, self._offset + size)
-            packed.tokens[here] = self._document[:-1][there]
-            packed.targets[here] = self._document[1:][there]
+            packed.tokens[here] = document[:-1][there]
+            packed.targets[here] = document[1:][there]
             packed.weights[here] = 1
             packed.reset[slot] |= self._offset == 0
             slot, self._offset = slot + size, self._offset + size
-            if self._offset == len(self._document) - 1:
+            if self._offset == len(document) - 1:
                 self._document, self._offset = None, 0
         if self._carry:
             self._position = (self._position + self._window) % self._alignment
         return packed
 
-    def _read(self) -> None:
-        if self._document is None:
-            self._before = self._parent.get_state()
-            self._document = next(self._parent)
+    def _read(self) -> np.ndarray:
+        """The current document, else the next one."""
+        if self._document is not None:
+            return self._document
+        self._before = self._parent.get_state()
+        self._document = document = next(self._parent)
+        return document
 
     def get_state(self) -> dict[str, Any]:
         before = self._parent.get_state() if self._document is None else self._before
@@ -182,17 +218,19 @@ class _PackedWindowsIterator(grain.DatasetIterator):
         self._document, self._offset, self._position = None, state["offset"], state["position"]
 
 
-def _packing(tokenizer: Tokenizer, window: int, batch: int, alignment: int, carry: bool):
-    """A function from a dataset of documents to its windows, the sizes checked."""
+def _packing(
+    tokenizer: Tokenizer, window: int, batch: int, alignment: int, carry: bool
+) -> Callable[[grain.MapDataset], PackedWindows]:
+    """A function from a dataset of documents to its windows. Raises UserError for a size below 1."""
     for name, value in (("window", window), ("batch", batch), ("alignment", alignment)):
-        if value < 1:
-            raise UserError(f"{name} {value} must be at least 1")
+        if not is_whole(value):
+            raise UserError(f"{name} {value} must be a whole number of at least 1")
     options = {"window": window, "alignment": alignment, "boundary": tokenizer.boundary, "carry": carry}
     return lambda documents: PackedWindows(documents.to_iter_dataset(_READ), **options)
 
 
 def _dataset(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tokenizer) -> grain.MapDataset:
-    """Documents as ids between two boundaries, encoded when fetched."""
+    """Documents as ids between two boundaries, encoded when read."""
     if len(documents) == 0:
         raise UserError("no documents to make batches of: give at least one")
     boundary = np.array([tokenizer.boundary], np.int32)
@@ -201,6 +239,7 @@ def _dataset(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tok
 
 
 def _first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarray]:
+    """Documents up to `limit` targets in all, the last one cut."""
     for document in documents:
         yield document[: limit + 1]
         limit -= len(document) - 1
@@ -209,6 +248,7 @@ def _first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarr
 
 
 def _empty(window: int, boundary: int, carry: bool) -> Batch:
+    """A window of empty slots."""
     token = np.full(window, boundary, np.int32)
     reset = np.zeros(window, bool)
     reset[0] = not carry

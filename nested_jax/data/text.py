@@ -1,25 +1,19 @@
-"""Text as TFDS datasets read without TensorFlow: the standard library, a local folder or file, any TFDS name.
+"""Text as a sequence of documents: the standard library, a local file or folder, or a TFDS dataset.
 
-`open_documents` opens all of them as a random-access sequence of documents, the shape the pipeline reads.
+Local text is read into memory; only a TFDS name imports TFDS. `open_documents` opens all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
-import io
 import os
 import re
-import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import grain
-import tensorflow_datasets as tfds
-from absl import logging
+from typing import Any, overload
 
 from nested_jax.errors import UserError
 
@@ -32,55 +26,34 @@ _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", 
 _HELP = 'give "stdlib", the path of a text folder or file, or a TFDS dataset name, optionally name:feature'
 
 
-class LocalText(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of local text: features `text` and `name`, splits `train` and `heldout`, by file.
-
-    `source` is "stdlib" (the running Python's standard library: its help topics, which are prose, and its modules), a
-    folder (every UTF-8 file in it, but hidden and repeated ones) or a file. Fewer than 20 files are cut into documents
-    of about 16 KiB at blank lines, and documents instead of files are held out. The dataset's config is named by a
-    fingerprint of the contents: changed text is another dataset. Raises UserError when there is no text.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # nothing is downloaded: no checksums beside the code
-
-    def __init__(self, source: str | os.PathLike = "stdlib", **kwargs):
-        self._source = source = os.fspath(source)
-        self._cut_size, units, fingerprint = _survey(source)
-        self._heldout = _hold_out(units)
-        name = re.sub(r"\W+", "_", Path(source).resolve().name)
-        config = tfds.core.BuilderConfig(name=f"{name}-{fingerprint}")
-        super().__init__(config=config, **{"file_format": "array_record", **kwargs})
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(False), "heldout": self._generate_examples(True)}
-
-    def _generate_examples(self, heldout: bool):
-        for unit, name, text in _documents(self._source, self._cut_size):
-            if (unit in self._heldout) == heldout:
-                yield name, {"name": name, "text": text.decode()}
-
-
 def open_documents(
-    source: str | os.PathLike, split: str = "train", *, data_dir: str | os.PathLike | None = None
-) -> grain.MapDataset:
-    """The documents of a text source, each the bytes of its UTF-8 text, by index; `split` is "train" or "heldout".
+    source: str | os.PathLike[str], split: str = "train", *, data_dir: str | os.PathLike[str] | None = None
+) -> Sequence[bytes]:
+    """The documents of a text source, by index.
 
-    `source` is "stdlib", an existing path (text, or a TFDS dataset already prepared) or a TFDS name such as "lm1b",
-    "wiki40b/en" or "pg19:book_text" (the feature `text`, else the first Text feature by name, unless one is given).
-    Of a TFDS dataset, "heldout" is its split heldout, validation or test, else the last twentieth of train.
-    Local text is prepared in `data_dir`, else $NESTED_JAX_CACHE, else ~/.cache/nested_jax, and again whenever it
-    changes; TFDS names in `data_dir` or where TFDS keeps them. Raises UserError when the source is missing or no text.
+    Files of local text are split by a hash of their names: about a twentieth is held out, and a new file moves no other
+    one. Fewer than 20 files are cut into documents of about 16 KiB at blank lines, and documents instead of files are held
+    out. The order of the documents is a shuffle that depends on their names alone. Local text stays in memory.
+
+    Args:
+        source: "stdlib" (the running Python's standard library: its help topics, which are prose, and its modules), an
+            existing file or folder of UTF-8 text (of a folder every such file, but hidden and repeated ones), the folder of
+            a TFDS dataset already prepared, or a TFDS name such as "lm1b", "wiki40b/en" or "pg19:book_text" (the feature
+            `text`, else the first Text feature by name, unless one is given).
+        split: "train" or "heldout". Of a TFDS dataset, "heldout" is its split heldout, validation or test, else the last
+            twentieth of train.
+        data_dir: the folder where TFDS prepares datasets; None: TFDS's own.
+
+    Returns:
+        The bytes of each document's UTF-8 text.
+
+    Raises:
+        UserError: the source is missing, unreadable or no text.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "poem.txt").write_text("Tyger Tyger, burning bright,\\n" * 40)
-    ...     documents = open_documents(folder, data_dir=folder)
-    ...     documents[0][:11]
+    ...     open_documents(folder)[0][:11]
     b'Tyger Tyger'
     """
     source = os.fspath(source)
@@ -88,97 +61,42 @@ def open_documents(
         raise UserError(f'split {split!r} is unknown: give "train" or "heldout"')
     path = Path(os.path.expanduser(source))
     if source == "stdlib" or (source and path.exists() and not (path / "dataset_info.json").exists()):
-        builder = _prepare_local(source if source == "stdlib" else path.absolute(), data_dir)
-        return _texts(builder, split, "text")
-    builder, feature = _prepare_named(source, data_dir)
-    splits = list(builder.info.splits)
-    train = "train" if "train" in splits else splits[0]
-    heldout = next((name for name in _HELDOUT_SPLITS if name in splits and name != train), None)
-    documents = _texts(builder, heldout if split == "heldout" and heldout else train, feature)
-    if len(documents) < _FEW:
-        documents = grain.MapDataset.source([piece for text in documents for piece in _cut(text, _DOCUMENT)])
-    if heldout is None:
-        first = len(documents) - max(1, int(_HELDOUT * len(documents)))
-        documents = documents[:first] if split == "train" else documents[first:]
-    if len(documents) == 0:
-        raise UserError(f"TFDS dataset {source} has no documents to {split} on: choose another one")
-    return documents
-
-
-def _texts(builder: tfds.core.DatasetBuilder, split: str, feature: str) -> grain.MapDataset:
-    return grain.MapDataset.source(builder.as_data_source(split)).map(lambda example: example[feature])
+        return _local_documents(source if source == "stdlib" else path.absolute(), split)
+    return _tfds_documents(source, split, data_dir)
 
 
 # Local text
 
 
-def _prepare_local(source: str | Path, data_dir: str | os.PathLike | None) -> LocalText:
-    root = Path(data_dir or os.environ.get("NESTED_JAX_CACHE") or "~/.cache/nested_jax").expanduser()
+def _local_documents(source: str | Path, split: str) -> list[bytes]:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / "local_text.lock", "w") as lock, _quiet():
-            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of one run prepare one after the other
-            builder = LocalText(source, data_dir=root)
-            if not builder.data_path.exists():
-                for leftover in builder.data_path.parent.glob("incomplete*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                skip = tfds.download.ComputeStatsMode.SKIP
-                config = tfds.download.DownloadConfig(try_download_gcs=False, compute_stats=skip)
-                builder.download_and_prepare(download_config=config)
-            return builder
+        files = list(_files(source))
     except OSError as error:
-        reason = f"{error.filename or root}: {error.strerror}"
-        remedy = f"the source must be readable and the cache {root} writable ($NESTED_JAX_CACHE moves it)"
-        raise UserError(f"{reason}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what TFDS prints, its progress bars and its log: local text takes a second."""
-    bars = tfds.core.utils.tqdm_utils
-    shown, verbosity = bars._active, logging.get_verbosity()
-    bars.display_progress_bar(False)
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        bars.display_progress_bar(shown)
-        logging.set_verbosity(verbosity)
-
-
-def _survey(source: str) -> tuple[int, list[str], str]:
-    """The size to cut files at, the units that are held out or not, and a fingerprint of names and contents."""
-    digest, names, total = hashlib.blake2b(digest_size=8), [], 0
-    for name, text in _files(source):
-        digest.update(f"{name}\0{len(text)}\0".encode() + text)
-        names.append(name)
-        total += len(text)
+        raise UserError(f"{error.filename}: {error.strerror}; give a source that can be read") from error
+    total = sum(len(text) for _, text in files)
     if total < 64:
         raise UserError(f"{source} holds {total} bytes of UTF-8 text: {_HELP}")
-    if len(names) >= _FEW:
-        return _LONGEST, names, digest.hexdigest()
-    size = min(_DOCUMENT, max(1024, int(_HELDOUT * total)), total // 2)
-    return size, [unit for unit, _, _ in _documents(source, size)], digest.hexdigest()
+    by_file = len(files) >= _FEW
+    size = _LONGEST if by_file else min(_DOCUMENT, max(1024, int(_HELDOUT * total)), total // 2)
+    documents = []  # (what is held out or not as a whole, the document's name, its text)
+    for name, text in files:
+        pieces = _cut(text, size)
+        names = [f"{name}#{i}" for i in range(len(pieces))] if len(pieces) > 1 else [name]
+        documents += [(name if by_file else own, own, piece) for own, piece in zip(names, pieces, strict=True)]
+    heldout = _hold_out({unit for unit, _, _ in documents})
+    chosen = [(name, text) for unit, name, text in documents if (unit in heldout) == (split == "heldout")]
+    chosen.sort(key=lambda document: hashlib.md5((split + document[0]).encode()).digest())  # the order of TFDS
+    return [text for _, text in chosen]
 
 
-def _hold_out(units: Sequence[str]) -> set[str]:
-    """About a twentieth of the units, at least one and not all, by hash: a new file moves no other one."""
+def _hold_out(units: Iterable[str]) -> set[str]:
+    """About a twentieth of the units, at least one and not all, by hash."""
     ranked = sorted(units, key=_hash)
     return {unit for i, unit in enumerate(ranked) if i == 0 or (i < len(ranked) - 1 and _hash(unit) < _HELDOUT)}
 
 
 def _hash(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
-
-
-def _documents(source: str, size: int) -> Iterator[tuple[str, str, bytes]]:
-    """(unit, name, text) of documents of at most `size` bytes; the unit is held out or not, as one."""
-    for name, text in _files(source):
-        pieces = _cut(text, size)
-        for i, piece in enumerate(pieces):
-            document = f"{name}#{i}" if len(pieces) > 1 else name
-            yield name if size == _LONGEST else document, document, piece
 
 
 def _cut(text: bytes, size: int) -> list[bytes]:
@@ -195,7 +113,7 @@ def _cut(text: bytes, size: int) -> list[bytes]:
     return [*pieces, text[start:]]
 
 
-def _files(source: str) -> Iterator[tuple[str, bytes]]:
+def _files(source: str | Path) -> Iterator[tuple[str, bytes]]:
     """(name, text) of the files of a source in a fixed order; of equal files, which may be split apart, the first."""
     seen = set()
     for name, text in _standard_library() if source == "stdlib" else _path(Path(source)):
@@ -217,7 +135,7 @@ def _path(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _folder(root: Path, suffix: str = "", without: Sequence[str] = ()) -> Iterator[tuple[str, bytes]]:
-    """Every file below a folder that is UTF-8 text, but for hidden ones, prepared datasets (a cache in it) and runs."""
+    """Every file below a folder that is UTF-8 text, except hidden files, prepared TFDS datasets and run folders."""
 
     def fail(error: OSError):
         raise error
@@ -252,15 +170,53 @@ def _is_text(data: bytes) -> bool:
 # TFDS by name
 
 
-def _prepare_named(source: str, data_dir: str | os.PathLike | None) -> tuple[tfds.core.DatasetBuilder, str]:
+class _Texts(Sequence[bytes]):
+    """One text feature of the examples of a TFDS data source, read when indexed."""
+
+    def __init__(self, examples: Sequence[dict[str, Any]], feature: str, indices: range):
+        self._examples, self._feature, self._indices = examples, feature, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Texts: ...
+    def __getitem__(self, index: int | slice) -> bytes | _Texts:
+        if isinstance(index, slice):
+            return _Texts(self._examples, self._feature, self._indices[index])
+        return self._examples[self._indices[index]][self._feature]
+
+
+def _tfds_documents(source: str, split: str, data_dir: str | os.PathLike[str] | None) -> Sequence[bytes]:
+    builder, feature = _tfds_builder(source, data_dir)
+    splits = list(builder.info.splits)
+    train = "train" if "train" in splits else splits[0]
+    heldout = next((name for name in _HELDOUT_SPLITS if name in splits and name != train), None)
+    examples = builder.as_data_source(heldout if split == "heldout" and heldout else train)
+    documents = _Texts(examples, feature, range(len(examples)))
+    if len(documents) < _FEW:
+        documents = [piece for text in documents for piece in _cut(text, _DOCUMENT)]
+    if heldout is None:
+        first = len(documents) - max(1, int(_HELDOUT * len(documents)))
+        documents = documents[:first] if split == "train" else documents[first:]
+    if len(documents) == 0:
+        raise UserError(f"TFDS dataset {source} has no documents to {split} on: choose another one")
+    return documents
+
+
+def _tfds_builder(source: str, data_dir: str | os.PathLike[str] | None) -> tuple[Any, str]:
     """The builder of a TFDS dataset, prepared, and the name of its text feature."""
+    import tensorflow_datasets as tfds
+
     name, _, feature = source.rpartition(":")
     if not name or re.fullmatch(r"[\d.*]+", feature):  # a version
         name, feature = source, ""
     path = Path(os.path.expanduser(name))
     try:
         if prepared := bool(name) and path.exists():
-            builder = tfds.builder_from_directory(path)
+            builder: Any = tfds.builder_from_directory(path)
         elif re.split("[/:]", name)[0] in _tfds_names():
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         elif "/" in name or "." in name:
@@ -284,6 +240,8 @@ def _prepare_named(source: str, data_dir: str | os.PathLike | None) -> tuple[tfd
 
 
 def _tfds_names() -> list[str]:
+    import tensorflow_datasets as tfds
+
     for group in ("text", "summarization", "translate", "structured"):  # registered on import only
         importlib.import_module(f"tensorflow_datasets.{group}")
     return tfds.list_builders(with_community_datasets=False)

@@ -14,29 +14,39 @@ import sentencepiece
 
 from nested_jax.errors import UserError
 
-_BYTES = b"nested_jax byte tokenizer\n"  # what a saved ByteTokenizer holds
+_BYTES = b"nested_jax byte tokenizer\n"  # the contents of a saved ByteTokenizer
 _BOUNDARY = "<document>"
-_SPACE = "\u2581"  # how SentencePiece writes a space; as a character of the text it is spelled in bytes
+_SPACE = "\u2581"  # SentencePiece's sign for a space; where the text contains it, it is encoded as bytes
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer is: `vocabulary` ids, among them `boundary`, which no text encodes to.
+    """The interface of tokenizers.
 
-    `byte_lengths` (V,) int32 is how many bytes of text each id stands for, so that bits per byte is defined:
-    the summed loss in bits over `byte_lengths[targets]` summed. The boundary stands for none.
+    Bits per byte is the summed loss, in bits, over the sum of `byte_lengths[targets]`.
     """
 
     vocabulary: int
+    """Number V of ids."""
     boundary: int
+    """The id between documents, which no text encodes to."""
     byte_lengths: np.ndarray
+    """(V,) int32: bytes of text that each id stands for; 0 for the boundary."""
 
-    def encode(self, text: str | bytes) -> np.ndarray: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def save(self, path: str | os.PathLike) -> None: ...
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids (T,) int32 of a text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids (T,)."""
+        ...
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file for `load_tokenizer`."""
+        ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, 256 of them; byte 0, which text does not use, is the document boundary.
+    """UTF-8 bytes as tokens, V = 256. Byte 0, which text does not contain, is the document boundary.
 
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("né")
@@ -68,7 +78,15 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """SentencePiece (BPE, byte fallback) without normalization: every text decodes to itself, white space included.
 
-    `SentencePieceTokenizer.train` makes one, `load_tokenizer` reads one back. The boundary is a control symbol.
+    Made by `SentencePieceTokenizer.train` and `load_tokenizer`. The boundary is a control symbol.
+
+    Args:
+        model: a serialized SentencePiece model with that control symbol.
+
+    Raises:
+        UserError: the model has no such symbol.
+
+    Source: Kudo and Richardson 2018 (SentencePiece); Sennrich et al. 2016 (BPE).
 
     >>> tokenizer = SentencePieceTokenizer.train(["to be, or not to be: " * 20], vocabulary=280)
     >>> tokenizer.decode(tokenizer.encode("  To be\\n\\tis to do ☃"))
@@ -89,9 +107,18 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str | bytes], vocabulary: int, *, max_bytes: int = 10**8) -> SentencePieceTokenizer:
-        """Trains on the first `max_bytes` bytes of the documents, to exactly `vocabulary` ids (256 of them bytes).
+        """Trains a tokenizer.
 
-        Raises UserError when the text has too many characters, or too few, for that vocabulary.
+        Args:
+            documents: texts.
+            vocabulary: number V of ids, 256 of them bytes.
+            max_bytes: bytes of the documents that are used, the first ones.
+
+        Returns:
+            A tokenizer of exactly that vocabulary.
+
+        Raises:
+            UserError: the text has too many characters, or too few, for that vocabulary.
         """
         model = io.BytesIO()
         try:
@@ -143,7 +170,16 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceTokenizer:
-    """The tokenizer that `save` wrote to a file. Raises UserError for any other file.
+    """The tokenizer that `save` wrote to a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A tokenizer that encodes and decodes as the saved one.
+
+    Raises:
+        UserError: the file cannot be read, or is not one that `save` wrote.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile() as file:
@@ -165,7 +201,7 @@ def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceToke
 
 
 def _write(path: str | os.PathLike, data: bytes) -> None:
-    """Whole or not at all."""
+    """Writes a file by renaming a complete one, so that a stopped process leaves no part of it."""
     part = Path(f"{os.fspath(path)}.part")
     part.write_bytes(data)
     part.rename(path)
@@ -184,7 +220,7 @@ def _in_range(ids: Iterable[int], vocabulary: int) -> np.ndarray:
 
 
 def _sentences(documents: Iterable[str | bytes], max_bytes: int, length: int = 4096) -> Iterable[str]:
-    """Stretches of `length` characters: the trainer counts words, which hardly ever straddle two."""
+    """Pieces of `length` characters of the first `max_bytes` bytes. (The trainer counts words; few span two pieces.)"""
     for text in documents:
         text = _utf8(text)[:max_bytes].decode(errors="ignore")
         max_bytes -= len(text.encode())

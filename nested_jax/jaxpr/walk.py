@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from nested_jax.jaxpr.product import Product, product_of
+from nested_jax.jaxpr.transparent import is_transparent
 from nested_jax.jaxpr.views import Loop, View, follow, inexact
 from nested_jax.typing import Array
 
@@ -147,7 +148,7 @@ def _closed(eqn: JaxprEqn) -> ClosedJaxpr:
 def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found | None:
     """What an equation that holds a jaxpr does with parameters inside; None for one that is not looked into."""
     name = eqn.primitive.name
-    if name in _CALLS or _is_mixflow(eqn):
+    if name in _CALLS or is_transparent(eqn):
         return find(_closed(eqn), given, flags)
     if name == "scan":
         return _inner_scan(eqn, given, flags)
@@ -157,13 +158,6 @@ def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found 
         found.outputs = found.outputs[len(flags) :]
         return found
     return None
-
-
-def _is_mixflow(eqn: JaxprEqn) -> bool:
-    """Whether it is a `mixflow_grad`, whose own rule gives what differentiating its body does."""
-    if eqn.primitive.name != "custom_vjp_call":
-        return False
-    return eqn.params["call_jaxpr"].jaxpr.debug_info.func_name == "mixflow_gradient"
 
 
 def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
@@ -198,7 +192,7 @@ def _evaluate_inner(eqn: JaxprEqn, found: Found, values: list[Array], probes: li
     run = lambda values, probes: evaluate(found, values, probes, insert)
     if "prevent_cse" in eqn.params:
         run = jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    elif _is_mixflow(eqn):
+    elif is_transparent(eqn):
         run = jax.checkpoint(run)
     return run(values, probes)
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested_jax.checks import Count, check_fields
 from nested_jax.description import Description
+from nested_jax.errors import UserError
 from nested_jax.level import Level
-from nested_jax.memory.stream import advance
 from nested_jax.numerics import upcast
-from nested_jax.typing import Array, Float, Int, PyTree
+from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are held at once: few enough to stay in a processor's cache
 
@@ -35,13 +36,12 @@ class AttentionState(NamedTuple):
     keys: Float[Array, "B S H K"]
     values: Float[Array, "B S H K"]
     document: Int[Array, " B"]  # position of the first token of each row's document
-    position: Array | np.int32  # tokens read so far
-    limit: Array | np.int32 | None
+    limit: Int[Array, ""] | np.int32 | None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal softmax attention with rotary positions. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+    """Causal softmax attention with rotary positions. The call is that of `SequenceLayer`.
 
     Args:
         width, heads: D and H, K = D / H.
@@ -52,10 +52,15 @@ class Attention:
     Source: NL Eq. 62-63.
     """
 
-    width: int
-    heads: int
-    window: int | None = None
+    width: Count
+    heads: Count
+    window: Count | None = None
     implementation: Literal["xla", "cudnn"] | None = None
+
+    def __post_init__(self):
+        check_fields(self, "Attention: ")
+        if self.width % self.heads:
+            raise UserError(f"Attention: width {self.width} is not a multiple of heads {self.heads}: change one")
 
     def init_weights(self, key: Array) -> dict[str, Array]:
         """Learned parameters, float32."""
@@ -66,20 +71,21 @@ class Attention:
             "out": jax.random.normal(out, (D, D)) * D**-0.5,
         }
 
-    def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> AttentionState:
+    def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> AttentionState:
         """An empty cache for at most `max_length` tokens, or the window if that is less; None and None: it grows."""
         bounds = [bound for bound in (self.window, max_length) if bound is not None]
         size = min(bounds, default=0)
-        empty = jnp.zeros((batch, size, self.heads, self.width // self.heads), weights["out"].dtype)
+        empty = jnp.zeros((batch_size, size, self.heads, self.width // self.heads), weights["out"].dtype)
         limit = np.int32(size) if bounds else None
-        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32), np.int32(0), limit)
+        return AttentionState(empty, empty, jnp.zeros(batch_size, jnp.int32), limit)
 
-    def levels(self, weights: PyTree, batch: int, max_length: int | None = None) -> tuple[Level, ...]:
-        """What learns in it: a level that solves its objective anew for every query."""
+    def levels(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> tuple[Level, ...]:
+        """What learns in it: a level that solves its objective anew for every query; its state counts the tokens."""
 
         def step(state, tokens, slower):
-            state, y = self(weights, state, tokens.swapaxes(0, 1))
-            return state, y.swapaxes(0, 1)
+            cache, position = state
+            cache, y = self(weights, cache, tokens[0][:, None], position)
+            return (cache, position + 1), y[:, 0]
 
         description = Description(
             objective="sum_i exp(q.k_i / sqrt(K)) |v_i - M|^2",
@@ -88,13 +94,23 @@ class Attention:
             knowledge="direct non-parametric conditioning on the tokens; slow weights make queries, keys and values",
             updates=math.inf,
         )
-        init = lambda slower: self.init_state(weights, batch, max_length)
+        init = lambda slower: (self.init_state(weights, batch_size, max_length), jnp.zeros((), jnp.int32))
         name = "sliding-window attention" if self.window else "softmax attention"
         return (Level(init, step, 1, name, description=description),)
 
-    def __call__(self, weights, state, x, *, reset=None, aligned=False):
+    def __call__(
+        self,
+        weights: PyTree,
+        state: AttentionState,
+        x: Float[Array, "B T D"],
+        position: Position,
+        *,
+        reset: Bool[Array, "B T"] | None = None,
+        aligned: bool = False,
+    ) -> tuple[AttentionState, Float[Array, "B T D"]]:
+        """Reads T more tokens, see `SequenceLayer`; any position is on its grid."""
+        del aligned
         B, T, D = x.shape
-        position = state.position
         fresh = not isinstance(position, jax.Array) and position == 0
         state = state if state.limit is not None else reserve(state, T)._replace(limit=None)
         size = state.keys.shape[1]
@@ -110,7 +126,7 @@ class Attention:
         last = min(T, size)  # what the ring keeps of the new tokens
         slots = (position + jnp.arange(T - last, T)) % size
         put = lambda cache, new: cache.at[:, slots].set(new[:, T - last :].astype(cache.dtype), unique_indices=True)
-        after = AttentionState(put(state.keys, k), put(state.values, v), document[:, -1], advance(position, T), state.limit)
+        after = AttentionState(put(state.keys, k), put(state.values, v), document[:, -1], state.limit)
         if T == 1:
             keys, values, where = after.keys, after.values, position - (position - jnp.arange(size)) % size
         elif fresh:
@@ -171,16 +187,3 @@ def rotate(x: Float[Array, "B T H K"], at: Int[Array, " T"]) -> Float[Array, "B 
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
     return turned.astype(x.dtype)
-
-
-def definition(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one document, query by query: the slow twin."""
-    T, D = x.shape
-    q, k, v = jnp.split((x @ weights["project"]).reshape(1, T, 3 * layer.heads, -1), 3, axis=2)
-    q, k, v = rotate(q, jnp.arange(T))[0], rotate(k, jnp.arange(T))[0], v[0]
-    rows = []
-    for t in range(T):
-        seen = slice(max(0, t + 1 - (layer.window or T)), t + 1)
-        scores = jnp.einsum("hk,shk->hs", q[t], k[seen]) * q.shape[-1] ** -0.5
-        rows.append(jnp.einsum("hs,shk->hk", jax.nn.softmax(scores, axis=-1), v[seen]).reshape(D))
-    return jnp.stack(rows) @ weights["out"]

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nested_jax.checks import Interval, check_fields
 from nested_jax.description import Description
-from nested_jax.level import Level
-from nested_jax.memory.recurrence import Gates, MemoryState, decays, read, write
-from nested_jax.memory.stream import Chunk
-from nested_jax.numerics import scale, square, upcast
-from nested_jax.typing import Array, Bool, Float, PyTree
+from nested_jax.level import Level, Nested
+from nested_jax.memory.recurrence import Decays, Gates, MemoryState, decays, read, write
+from nested_jax.memory.stream import Chunk, Snapshots
+from nested_jax.numerics import clip_rows, square, upcast
+from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
 
 class Deep(NamedTuple):
@@ -42,82 +43,80 @@ class Strengths(NamedTuple):
 class LevelState(NamedTuple):
     """State of a deep memory's level.
 
-    running: the memories now; snapshot: their weights at the last boundary (None: now is a boundary); elapsed: tokens
-    since then.
+    running: the memories now, `MemoryState`s; snapshot: their weights at the last boundary (None: now is a boundary);
+    elapsed: tokens since then.
     """
 
     running: Deep
     snapshot: Deep | None
-    elapsed: Array
+    elapsed: Int[Array, ""]
 
 
 @dataclass(frozen=True)
 class Rule:
     """How a deep memory learns; the defaults are those of self-modifying Titans.
 
-    erase: "layer": DGD, each layer erases what it holds at its own input; "none": plain gradient descent.
-    step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "raw": eta' = eta.
-    retention: where decay leads, to zero or to the learned start.
-    read: "after" or "before" the token's own write.
-    surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it; for the
-        second layer that is Huber's objective in place of the square (MIRAS). The default is the largest distance of two
-        unit vectors; infinity bounds nothing. Errors are as old as the chunk: on a run of equal keys both layers correct
-        the same error in full, and where W_1 is large the memory overshoots by more each time, up to overflow.
+    Args:
+        erase: "layer": DGD, each layer erases what it holds at its own input; "none": plain gradient descent.
+        step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "raw": eta' = eta.
+        retention: where decay leads, to zero or to the learned start.
+        read: "after" or "before" the token's own write.
+        surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
+            for the second layer that is Huber's objective in place of the square (MIRAS). The default is the largest
+            distance of two unit vectors; infinity clips nothing. Errors are as old as the chunk: on a run of equal keys both
+            layers correct the same error in full, and where W_1 is large the memory overshoots by more each time, up to
+            overflow.
+
+    Raises UserError for an option that is none of these.
     """
 
     erase: Literal["layer", "none"] = "layer"
     step: Literal["proximal", "raw"] = "proximal"
     retention: Literal["zero", "initial"] = "initial"
     read: Literal["after", "before"] = "after"
-    surprise: float = 2.0
+    surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+
+    def __post_init__(self):
+        check_fields(self, "Rule: ")
 
 
-class Pass(NamedTuple):
-    """One pass of the same inputs through M memories."""
+class Activations(NamedTuple):
+    """What M memories compute of the same inputs."""
 
     inputs: Float[Array, "B H C K"]
-    before: Float[Array, "B H C MF"]  # W_2 z, of all memories side by side
+    before: Float[Array, "B H C MF"]  # W_2 z, the memories' outputs concatenated
     hidden: Float[Array, "B H M C F"]  # silu(W_2 z)
     second: Float[Array, "B H M C K"]  # W_1 silu(W_2 z)
 
     @property
     def output(self) -> Float[Array, "B H M C K"]:
         """M(z)."""
-        return _each(self.inputs, self.hidden.shape[2]) + self.second
+        return _repeat(self.inputs, self.hidden.shape[2]) + self.second
 
 
-def look(weights: Deep, z: Float[Array, "B H C K"]) -> Pass:
-    """What the memories (B, H, M, ., .) hold at z."""
-    before = jnp.matmul(z, jnp.swapaxes(_beside(weights.first), -1, -2))
-    hidden = jax.nn.silu(before).reshape(*z.shape[:3], weights.first.shape[2], -1).swapaxes(2, 3)
-    return Pass(z, before, hidden, jnp.matmul(hidden, jnp.swapaxes(weights.second, -1, -2)))
+def forward(weights: Deep, z: Float[Array, "B H C K"]) -> Activations:
+    """The memories (B, H, M, ., .) at inputs z."""
+    B, H, C, _ = z.shape
+    before = z @ _merge(weights.first).mT
+    hidden = jax.nn.silu(before).reshape(B, H, C, weights.first.shape[2], -1).swapaxes(2, 3)
+    return Activations(z, before, hidden, hidden @ weights.second.mT)
 
 
-def _beside(w: Float[Array, "B H M F K"]) -> Float[Array, "B H MF K"]:
+def _merge(w: Float[Array, "B H M F K"]) -> Float[Array, "B H MF K"]:
     """Memories that read the same inputs are one map of many outputs."""
     return w.reshape(*w.shape[:2], -1, w.shape[-1])
 
 
-def _each(x: Float[Array, "B H ..."], memories: int) -> Float[Array, "B H M ..."]:
+def _repeat(x: Float[Array, "B H ..."], memories: int) -> Float[Array, "B H M ..."]:
     """The same for each memory; by copies, since XLA's CPU adds M arrays faster than it reduces over M (the transpose)."""
     return jnp.concatenate([x[:, :, None]] * memories, axis=2)
-
-
-def bounded(surprise: Float[Array, "*batch V"], largest: float) -> Float[Array, "*batch V"]:
-    """The surprise, scaled down to a norm of at most `largest`; infinity bounds nothing.
-
-    >>> print(bounded(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0))
-    [[0.6 0.8]
-     [0.3 0.4]]
-    """
-    return scale(jax.lax.rsqrt(jnp.maximum(square(surprise) / largest**2, 1.0)), surprise)
 
 
 def learn(
     running: Deep,
     snapshot: Deep,
     start: Deep,
-    keys: Pass,
+    keys: Activations,
     targets: Float[Array, "B H M C K"],
     strengths: Strengths,
     rule: Rule,
@@ -132,51 +131,59 @@ def learn(
     Args:
         running: `MemoryState`s now, (B, H, M, ., .).
         snapshot, start: weights at the last boundary, and learned starts, of the same shape.
-        keys: what the snapshot holds at the keys, see `look`.
+        keys: `forward(snapshot, keys)`.
+        targets: v of each memory.
+        strengths: gates (B, H, C).
+        rule: see `Rule`.
+        mask: False for empty slots.
+        queries: what the last memory is read at.
 
     Returns:
         (running after the chunk, outputs or None).
     """
     B, H, M, C, F = keys.hidden.shape
-    boundary = snapshot.first is running.first.weights  # then what the weights hold at the keys is known
-    mask = None if mask is None else mask[None, None]
-    decay = decays(strengths.retain, strengths.momentum, mask)
+    at_boundary = snapshot.first is running.first.weights  # then the running weights' outputs at the keys are known
+    decay = decays(strengths.retain, strengths.momentum, None if mask is None else mask[None, None])
     anchor = start if rule.retention == "initial" else Deep(None, None)
 
     gate = jax.nn.sigmoid(keys.before)
-    error = bounded(keys.output - targets, rule.surprise)
-    inner_error = jnp.matmul(error, snapshot.second).swapaxes(2, 3).reshape(B, H, C, M * F)
+    error = clip_rows(keys.output - targets, rule.surprise)
+    inner_error = (error @ snapshot.second).swapaxes(2, 3).reshape(B, H, C, M * F)
     inner_error *= gate * (1 + keys.before * (1 - gate))
-    inner_error = bounded(inner_error.reshape(B, H, C, M, F), rule.surprise).reshape(B, H, C, M * F)
-
-    def gates(inputs, rate, retain, theta):
-        if rule.step == "proximal":
-            rate = rate / (1 + rate * square(inputs))
-        push = rate if theta is None else rate * (1 - theta)
-        return Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), retain, theta)
+    inner_error = clip_rows(inner_error.reshape(B, H, C, M, F), rule.surprise).reshape(B, H, C, M * F)
 
     first = write(
-        jax.tree.map(_beside, running.first), keys.inputs, inner_error, gates(keys.inputs, *strengths),
-        anchor=None if anchor.first is None else _beside(anchor.first), mask=mask, decay=decay,
-        held=keys.before if boundary else None,
+        jax.tree.map(_merge, running.first), keys.inputs, inner_error, _gates(keys.inputs, strengths, rule),
+        anchor=None if anchor.first is None else _merge(anchor.first), mask=None if mask is None else mask[None, None],
+        decay=decay, product=keys.before if at_boundary else None,
     )  # fmt: skip
-    each = lambda tree: jax.tree.map(lambda x: _each(x, M), tree)
+    each: tuple[Strengths, Decays] = jax.tree.map(partial(_repeat, memories=M), (strengths, decay))
     second = write(
-        running.second, keys.hidden, error, gates(keys.hidden, *each(strengths)), anchor=anchor.second,
-        mask=None if mask is None else mask[:, :, None], decay=each(decay), held=keys.second if boundary else None,
+        running.second, keys.hidden, error, _gates(keys.hidden, each[0], rule),
+        anchor=anchor.second, mask=None if mask is None else mask[None, None, None], decay=each[1],
+        product=keys.second if at_boundary else None,
     )  # fmt: skip
-    after = Deep(jax.tree.map(lambda w: w.reshape(B, H, M, F, -1), first.state), second.state)
+    unmerge = lambda w: w.reshape(B, H, M, F, -1)
+    after = Deep(jax.tree.map(unmerge, first.state), second.state)
     if queries is None:
         return after, None
+    last = lambda w: w[:, :, -F:]  # the memory that is read
     first = first._replace(
-        before=jax.tree.map(lambda w: w[:, :, -F:], first.before),
-        anchor=None if first.anchor is None else first.anchor[:, :, -F:],
-        written=first.written[..., -F:],
-        erased=first.erased[..., -F:],
-    )
+        before=jax.tree.map(last, first.before), anchor=None if first.anchor is None else last(first.anchor),
+        written=first.written[..., -F:], erased=first.erased[..., -F:],
+    )  # fmt: skip
     second = jax.tree.map(lambda x: x[:, :, -1], second)
     early = rule.read == "before"
     return after, queries + read(second, jax.nn.silu(read(first, queries, before=early)), before=early)
+
+
+def _gates(inputs: Float[Array, "*batch C K"], strengths: Strengths, rule: Rule) -> Gates:
+    """The gates of one layer, from its own inputs."""
+    rate, retain, theta = strengths
+    if rule.step == "proximal":
+        rate = rate / (1 + rate * square(inputs))
+    push = rate if theta is None else rate * (1 - theta)
+    return Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), retain, theta)
 
 
 def weights_of(memory: Deep) -> Deep:
@@ -184,45 +191,46 @@ def weights_of(memory: Deep) -> Deep:
     return Deep(memory.first.weights, memory.second.weights)
 
 
-def view(state: LevelState) -> Deep:
-    """A level's weights at its last boundary: what slower and faster levels see of it."""
+def boundary_weights(state: LevelState) -> Deep:
+    """A level's weights at its last boundary: what slower and faster levels read of it."""
     return weights_of(state.running) if state.snapshot is None else state.snapshot
 
 
-def in_batch(start: Deep, batch: int) -> Deep:
-    """The learned starts (H, M, ., .) of every sequence."""
-    return jax.tree.map(lambda w: upcast(jnp.broadcast_to(w, (batch, *w.shape))), start)
+def broadcast_start(start: Deep, batch_size: int) -> Deep:
+    """The learned starts (H, M, ., .) of every sequence, (B, H, M, ., .)."""
+    return Deep(*(upcast(jnp.broadcast_to(w, (batch_size, *w.shape))) for w in start))
 
 
-def begin(start: Deep, batch: int, momentum: bool) -> LevelState:
-    """Level state of `batch` sequences at the learned starts (H, M, ., .)."""
-
-    start = in_batch(start, batch)
-    zeros = jax.tree.map(jnp.zeros_like, start) if momentum else Deep(None, None)
-    running = Deep(MemoryState(start.first, zeros.first), MemoryState(start.second, zeros.second))
+def init_level_state(start: Deep, batch_size: int, momentum: bool) -> LevelState:
+    """Level state of sequences at the learned starts (H, M, ., .)."""
+    start = broadcast_start(start, batch_size)
+    running = Deep(*(MemoryState(w, jnp.zeros_like(w) if momentum else None) for w in start))
     return LevelState(running, weights_of(running), jnp.zeros((), jnp.int32))
 
 
-def memory_level(init: Callable, act: Callable, period: int, name: str, description: Description) -> Level:
+def memory_level(init: Callable, act: Callable, period: int, tokens: int, name: str, description: Description) -> Level:
     """A level of deep memories that keeps its snapshot.
 
-    act: (running, snapshot, context, slower) -> (running, emitted, number of tokens that were not empty).
+    Args:
+        init: as of `Level`.
+        act: (running, snapshot, context, slower) -> (running, emitted, number of tokens that were not empty).
+        period, tokens, name, description: as of `Level`.
     """
 
     def step(state, context, slower):
-        snapshot = view(state)
+        snapshot = boundary_weights(state)
         running, emitted, count = act(state.running, snapshot, context, slower)
-        elapsed = (state.elapsed + count) % period
-        if state.snapshot is not None:
-            snapshot = jax.tree.map(lambda new, old: jnp.where(elapsed == 0, new, old), weights_of(running), snapshot)
-            return LevelState(running, snapshot, elapsed), emitted
-        return LevelState(running, None, elapsed), emitted
+        elapsed = (state.elapsed + count) % (period * tokens)
+        if state.snapshot is None:
+            return LevelState(running, None, elapsed), emitted
+        snapshot = jax.tree.map(partial(jnp.where, elapsed == 0), weights_of(running), snapshot)
+        return LevelState(running, snapshot, elapsed), emitted
 
-    return Level(init, step, period, name, due=lambda state: state.elapsed == 0, description=description)
+    return Level(init, step, period, name, due=lambda state: state.elapsed == 0, description=description, tokens=tokens)
 
 
-def described(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
-    """What a level of deep memories says of itself; its momentum is a memory of its own, of surprises."""
+def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
+    """The description of a level of deep memories; its momentum is a memory of its own, of surprises."""
     descent = "delta gradient descent" if rule.erase == "layer" else "gradient descent"
     start = "the start" if rule.retention == "initial" else "zero"
     inner = Description(
@@ -232,18 +240,19 @@ def described(rule: Rule, momentum: bool, objective: str, context: str, knowledg
     return Description(objective, f"{descent}, decay to {start}", context, knowledge, inner=(inner,) if momentum else ())
 
 
-def _is_level(node) -> bool:
-    return isinstance(node, LevelState)
+def _drop_snapshots(state: LevelState | Nested) -> LevelState | Nested:
+    return Nested(*map(_drop_snapshots, state)) if isinstance(state, Nested) else state._replace(snapshot=None)
 
 
-def tight(state: PyTree) -> PyTree:
-    """Drop the snapshots, at a boundary: they equal the weights, and need not be kept twice for the backward pass."""
-    return jax.tree.map(lambda level: level._replace(snapshot=None), state, is_leaf=_is_level)
+def _take_snapshots(state: LevelState | Nested) -> LevelState | Nested:
+    return (
+        Nested(*map(_take_snapshots, state))
+        if isinstance(state, Nested)
+        else state._replace(snapshot=weights_of(state.running))
+    )
 
 
-def loose(state: PyTree) -> PyTree:
-    """Take snapshots, at a boundary."""
-    return jax.tree.map(lambda level: level._replace(snapshot=weights_of(level.running)), state, is_leaf=_is_level)
+SNAPSHOTS = Snapshots(_drop_snapshots, _take_snapshots)
 
 
 def deep_start(key: Array, memories: int, heads: int, width: int, hidden: int) -> dict[str, Array]:
@@ -255,21 +264,6 @@ def deep_start(key: Array, memories: int, heads: int, width: int, hidden: int) -
     }
 
 
-def count(chunk: Chunk) -> int | Array:
-    """Tokens of a chunk that are not empty slots."""
-    return jax.tree.leaves(chunk.tokens)[0].shape[0] if chunk.mask is None else chunk.mask.sum(dtype=jnp.int32)
-
-
-def one_memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:
-    """M(z) of one memory, for the definitions; `pushed` is added to the outputs of its layers."""
-    first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
-    return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
-
-
-def local_surprise(w: PyTree, key: Float[Array, " K"], target: Float[Array, " K"], largest: float) -> dict:
-    """{layer: (its input, its bounded surprise)} of one memory, by `jax.vjp`, for the definitions."""
-    inputs = {"first": key, "second": jax.nn.silu(w["first"] @ key)}
-    still = {"first": jnp.zeros_like(inputs["second"]), "second": jnp.zeros_like(key)}
-    output, pull = jax.vjp(partial(one_memory, w, key), still)
-    (surprise,) = pull(bounded(output - target, largest))
-    return {part: (z, bounded(surprise[part], largest)) for part, z in inputs.items()}
+def count_tokens(chunk: Chunk) -> int | Int[Array, ""]:
+    """Tokens of a chunk (B, H, C, ...) that are not empty slots."""
+    return jax.tree.leaves(chunk.tokens)[0].shape[2] if chunk.mask is None else chunk.mask.sum(dtype=jnp.int32)

@@ -14,47 +14,49 @@ among the last c at t) and N = A diag(eta) D, over the tokens of the window befo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from operator import itemgetter
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from nested_jax.checks import Count, Interval, Positive
 from nested_jax.description import Description
 from nested_jax.level import Level
 from nested_jax.memory import objective
-from nested_jax.memory.deep import bounded
-from nested_jax.memory.projections import heads_first, init_projections, project_in, project_out, time_first
+from nested_jax.memory.projections import init_projections, project_in
 from nested_jax.memory.recurrence import decays
-from nested_jax.memory.stream import CONVOLUTION, StreamState, advance, read_stream
-from nested_jax.numerics import l2norm, scale
-from nested_jax.remat import Checkpoint
-from nested_jax.typing import Array, Float, PyTree
+from nested_jax.memory.stream import Chunk, MemoryLayer, Snapshots
+from nested_jax.numerics import clip_rows, l2norm, scale
+from nested_jax.typing import Array, Float, Int, PyTree
 
 
 class Window(NamedTuple):
-    """The last c - 1 tokens, oldest first, which the next ones learn from once more."""
+    """The last W = c - 1 tokens, oldest first, which the next ones learn from once more."""
 
-    keys: Float[Array, "B H W K"]  # phi(k)
+    keys: Float[Array, "B H W phi"]  # phi(k)
     values: Float[Array, "B H W V"]
     strengths: Float[Array, "B H W"]  # gamma; 0 where there was no token yet
 
 
 class OmegaState(NamedTuple):
-    """Fast state: the memory now, at the last boundary (None: now is one), the window, and tokens since the boundary."""
+    """Fast state of all heads.
 
-    weights: Float[Array, "B H V K"]
-    snapshot: Float[Array, "B H V K"] | None
+    weights: the memory now; snapshot: at the last boundary (None: now is one); elapsed: tokens since the boundary.
+    """
+
+    weights: Float[Array, "B H V phi"]
+    snapshot: Float[Array, "B H V phi"] | None
     window: Window
-    elapsed: Array
+    elapsed: Int[Array, ""]
 
 
 @dataclass(frozen=True)
-class OmegaMemory:
-    """A matrix per head. The call is (weights, state, x (B, T, D)) -> (state, y (B, T, D)).
+class OmegaMemory(MemoryLayer):
+    """A matrix per head that learns from a window of tokens. The call is that of `SequenceLayer`.
 
     Args:
-        width, heads: D and H, V = D / H.
+        width, heads, checkpoint: as of `MemoryLayer`; V = D / H.
         objective: the attentional bias: l2, lp or huber.
         window: c, tokens that every update learns from.
         features: phi, "identity", or "polynomial" for (k, k^2) entry by entry, of twice the width; of unit norm.
@@ -62,22 +64,26 @@ class OmegaMemory:
         power, threshold: of lp and huber.
         max_rate: largest eta; None for 2 / (chunk + 1). gamma is at most 1 / c, and 1 if c is 1.
         surprise: largest norm of an error, larger ones are scaled down to it: keeps the memory bounded at any rate.
-        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
 
     Source: NL Eq. 68; ATLAS (arXiv 2505.23735) section 3; MIRAS (arXiv 2504.13173) section 5.
+
+    >>> layer = OmegaMemory(8, 2, "huber", window=4)
+    >>> weights = layer.init_weights(jax.random.key(0))
+    >>> state, y = layer(weights, layer.init_state(weights, 1), jnp.ones((1, 5, 8)), 0)
+    >>> y.shape
+    (1, 5, 8)
     """
 
-    width: int
-    heads: int
     objective: Literal["l2", "lp", "huber"] = "l2"
-    window: int = 16
+    window: Count = 16
     features: Literal["identity", "polynomial"] = "identity"
-    chunk: int = 64
-    power: float = 3.0
-    threshold: float = 1.0
-    max_rate: float | None = None
-    surprise: float = 2.0
-    checkpoint: Checkpoint = "full"
+    power: Annotated[float, Interval(least=1)] = 3.0
+    threshold: Positive = 1.0
+    max_rate: Positive | None = None
+    surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+    snapshots = Snapshots(
+        drop=lambda state: state._replace(snapshot=None), take=lambda state: state._replace(snapshot=state.weights)
+    )
 
     @property
     def bias(self) -> objective.Objective:
@@ -101,30 +107,21 @@ class OmegaMemory:
         weights = init_projections(key, self.width, self.heads, gates=2 if self.window == 1 else 3)
         return {**weights, "start": jnp.zeros((self.heads, V, V * (1 if self.features == "identity" else 2)))}
 
-    def init_state(self, weights: PyTree, batch: int, max_length: int | None = None) -> StreamState:
-        """Fast state at the starts: a differentiable function of the weights."""
-        start = jnp.repeat(weights["start"][None], batch, axis=0)
-        _, H, V, K = start.shape
-        empty = lambda *shape: jnp.zeros((batch, H, self.window - 1, *shape), start.dtype)
-        memory = OmegaState(start, start, Window(empty(K), empty(V), empty()), jnp.zeros((), jnp.int32))
-        window = jnp.zeros((batch, CONVOLUTION - 1, self.width), weights["taps"].dtype)
-        return StreamState(memory, window, np.int32(0))
+    def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
+        """Queries, keys, values, rates, retentions and, for windows of more than a token, strengths."""
+        return project_in(weights, x, self.heads)
 
-    def __call__(self, weights, state, x, *, reset=None, aligned=False):
-        window, tokens, gates = project_in(weights, state.window, x, self.heads, reset)
-        memory, y = read_stream(
-            self._level(weights, len(x)), state.memory, (*tokens, *gates),
-            position=state.position, aligned=aligned, reset=reset, checkpoint=self.checkpoint,
-            tight=lambda state: state._replace(snapshot=None), loose=lambda state: state._replace(snapshot=state.weights),
-        )  # fmt: skip
-        return StreamState(memory, window, advance(state.position, x.shape[1])), project_out(weights, y, x.dtype)
+    def level(self, weights: PyTree, batch_size: int) -> Level:
+        """The memories of all heads, state `OmegaState`."""
 
-    def levels(self, weights: PyTree, batch: int) -> tuple[Level, ...]:
-        """What learns in it."""
-        return (self._level(weights, batch),)
+        def init(slower):
+            start = jnp.repeat(weights["start"][None], batch_size, axis=0)
+            B, H, V, K = start.shape
+            empty = lambda *shape: jnp.zeros((B, H, self.window - 1, *shape), start.dtype)
+            return OmegaState(start, start, Window(empty(K), empty(V), empty()), jnp.zeros((), jnp.int32))
 
-    def _level(self, weights: PyTree, batch: int) -> Level:
-        one = self.bias.name
+        step = lambda state, context, slower: self.learn(state, jax.tree.map(itemgetter(0), context))
+        one, due = self.bias.name, lambda state: state.elapsed == 0
         description = Description(
             objective=one if self.window == 1 else f"sum over the last {self.window} tokens of gamma ({one})",
             rule="gradient descent, decay",
@@ -132,24 +129,26 @@ class OmegaMemory:
             knowledge="direct parametric conditioning: slow weights make keys, values and gates",
         )
         name = f"{self.objective} memory" if self.window == 1 else "omega memory"
-        init, due = lambda slower: self.init_state(weights, batch).memory, lambda state: state.elapsed == 0
-        return Level(init, self._step, self.chunk, name, due, description=description)
+        return Level(init, step, 1, name, due, description=description, tokens=self.chunk)
 
-    def _strength(self, rate: Array, gate: Array | None = None) -> Array:
+    def strength(
+        self, rate: Float[Array, "*batch C"], gate: Float[Array, "*batch C"] | None = None
+    ) -> Float[Array, "*batch C"]:
         """gamma; of a window of one token it would only be a factor of the rate."""
         return jnp.ones_like(rate) if gate is None else gate / self.window
 
-    def _step(self, state: OmegaState, chunk, slower):
-        q, k, v, rate, retain, *strength = (heads_first(part) for part in chunk.tokens)
+    def learn(self, state: OmegaState, chunk: Chunk) -> tuple[OmegaState, Float[Array, "B H C V"]]:
+        """Learns from one chunk, and reads at each of its tokens."""
+        q, k, v, rate, retain, *gate = chunk.tokens
         C = k.shape[2]
         full = jnp.ones(C, bool) if chunk.mask is None else chunk.mask
         rate = jnp.where(full[None, None], self.largest_rate * rate, 0.0)
-        strength = jnp.where(full[None, None], self._strength(rate, *strength), 0.0)
+        strength = jnp.where(full[None, None], self.strength(rate, *gate), 0.0)
         snapshot = state.weights if state.snapshot is None else state.snapshot
 
         join = lambda old, new: jnp.concatenate([old, new], axis=2)
         seen = Window(*map(join, state.window, (self.lift(k), l2norm(v), strength)))
-        errors = bounded(self.bias.error(seen.keys @ jnp.swapaxes(snapshot, -1, -2), seen.values), self.surprise)
+        errors = clip_rows(self.bias.error(seen.keys @ jnp.swapaxes(snapshot, -1, -2), seen.values), self.surprise)
         pushes = scale(seen.strengths, errors)
 
         rank = jnp.cumsum(full)  # of every token in the order of time, those of the window at 0, -1, ...
@@ -171,30 +170,4 @@ class OmegaMemory:
         elapsed = (state.elapsed + count.astype(jnp.int32)) % self.chunk
         if state.snapshot is not None:
             snapshot = jnp.where(elapsed == 0, weights, snapshot)
-        return OmegaState(weights, None if state.snapshot is None else snapshot, window, elapsed), time_first(y)
-
-
-def definition(layer: OmegaMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one sequence from its start, token by token, `jax.grad` for the errors: the slow twin."""
-    _, tokens, gates = project_in(weights, layer.init_state(weights, 1).window, x[None], layer.heads, None)
-    q, k, v, rate, retain, *strength = (part[:, 0] for part in (*tokens, *gates))  # (T, H, ...)
-    before = lambda part: jnp.pad(part, [(layer.window - 1, 0)] + [(0, 0)] * (part.ndim - 1))
-    gamma = strength[0] / layer.window if strength else jnp.ones_like(rate)
-    history = [before(part) for part in (layer.lift(k), l2norm(v), gamma)]
-
-    def gradient(memory, key, value):
-        error = jax.grad(lambda y: layer.bias.loss(y, value))(memory @ key)
-        return jnp.outer(bounded(error, layer.surprise), key)
-
-    def token(carry, now):
-        memory, snapshot = carry
-        t, q, rate, retain = now
-        snapshot = jnp.where(t % layer.chunk == 0, memory, snapshot)
-        keys, values, strengths = (jax.lax.dynamic_slice_in_dim(part, t, layer.window) for part in history)
-        each = jax.vmap(jax.vmap(gradient), (None, 0, 0))(snapshot, keys, values)  # (c, H, V, phi)
-        memory = retain[:, None, None] * memory - layer.largest_rate * jnp.einsum("h,ch,chvk->hvk", rate, strengths, each)
-        return (memory, snapshot), jnp.einsum("hvk,hk->hv", memory, layer.lift(q))
-
-    carry = (weights["start"], weights["start"])
-    _, y = jax.lax.scan(token, carry, (jnp.arange(len(x)), q, rate, retain))
-    return project_out(weights, y[:, None], x.dtype)[0]
+        return OmegaState(weights, None if state.snapshot is None else snapshot, window, elapsed), y

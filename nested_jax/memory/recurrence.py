@@ -15,13 +15,16 @@ rank, with axes of length 1 where they repeat. What is shared that way is comput
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nested_jax.numerics import HIGHEST, scale, upcast
-from nested_jax.typing import Array, Bool, Float
+from nested_jax.numerics import HIGHEST, scale
+from nested_jax.typing import Array, Bool, Float, PyTree
+
+_exact = partial(jnp.matmul, precision=HIGHEST)  # of the triangular system
 
 
 class MemoryState(NamedTuple):
@@ -42,17 +45,17 @@ class Gates(NamedTuple):
 
 def tokenwise(
     state: MemoryState,
-    inputs: Float[Array, "*batch C K"],
-    errors: Float[Array, "*batch C V"],
+    inputs: Float[Array, "*#batch C K"],
+    errors: Float[Array, "*#batch C V"],
     gates: Gates,
-    queries: Float[Array, "*batch C K"] | None,
+    queries: Float[Array, "*#batch C K"] | None,
     *,
-    anchor: Float[Array, "*batch V K"] | None = None,
-    mask: Bool[Array, "*batch C"] | None = None,
+    anchor: Float[Array, "*#batch V K"] | None = None,
+    mask: Bool[Array, "*#batch C"] | None = None,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence as it is defined, one token after the other: the slow twin of `chunked`, same arguments."""
-    _check(state, inputs, errors, gates)
-    state, inputs, errors, gates, queries = upcast(state, inputs, errors, gates, queries)
+    _assert_fits(state, inputs, errors, gates)
+    state, inputs, errors, gates, queries = _uniform(state, inputs, errors, gates, queries)
     gates, keep = _empty_slots(gates, mask)
     anchor = jnp.zeros_like(state.weights) if anchor is None else anchor
     batch = _batch(state, inputs, errors, gates, queries, anchor)
@@ -83,13 +86,13 @@ def tokenwise(
 
 def chunked(
     state: MemoryState,
-    inputs: Float[Array, "*batch C K"],
-    errors: Float[Array, "*batch C V"],
+    inputs: Float[Array, "*#batch C K"],
+    errors: Float[Array, "*#batch C V"],
     gates: Gates,
-    queries: Float[Array, "*batch C K"] | None,
+    queries: Float[Array, "*#batch C K"] | None,
     *,
-    anchor: Float[Array, "*batch V K"] | None = None,
-    mask: Bool[Array, "*batch C"] | None = None,
+    anchor: Float[Array, "*#batch V K"] | None = None,
+    mask: Bool[Array, "*#batch C"] | None = None,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence over one chunk, by matrix products.
 
@@ -122,9 +125,9 @@ def chunked(
 
 
 class Decays(NamedTuple):
-    """What a chunk's retention and momentum leave, from one token to another and from its start."""
+    """What a chunk's retention and momentum leave, from one token to another and from the chunk's start."""
 
-    retained: Float[Array, "*batch C C"]  # A: retention from after token s to after token t
+    retained: Float[Array, "*batch C C"]  # A[t, s]: retention from after token s to after token t
     carried: Float[Array, "*batch C C"]  # c = A diag(m) Theta: the same for writes, through momentum
     retention: Float[Array, "*batch C"]  # gamma: retention from the chunk's start
     inertia: Float[Array, "*batch C"] | None  # pi: weight of the starting momentum in the weights
@@ -135,12 +138,23 @@ class Decays(NamedTuple):
 def decays(
     retain: Float[Array, "*batch C"],
     momentum: Float[Array, "*batch C"] | None = None,
-    mask: Bool[Array, "*batch C"] | None = None,
+    mask: Bool[Array, "*#batch C"] | None = None,
 ) -> Decays:
-    """What `write` makes of the gates alpha and theta: maps that share these can share the work."""
+    """What `write` makes of the gates alpha and theta: maps that share these can share the work.
+
+    Args:
+        retain: alpha (..., C), in [0, 1].
+        momentum: theta (..., C), in [0, 1]; None for none.
+        mask: (..., C), False for empty slots.
+
+    Returns:
+        `Decays`; the last three are None without momentum.
+    """
+    keep = jnp.ones_like(retain)
     if mask is not None:
-        retain, momentum = (None if gate is None else jnp.where(mask, gate, 1.0) for gate in (retain, momentum))
-    keep = jnp.ones_like(retain) if mask is None else jnp.broadcast_to(mask, retain.shape).astype(retain.dtype)
+        retain = jnp.where(mask, retain, 1.0)
+        momentum = None if momentum is None else jnp.where(mask, momentum, 1.0)
+        keep = jnp.broadcast_to(mask, retain.shape).astype(retain.dtype)
     retained = _decay(retain)
     retention = retained[..., 0] * retain[..., :1]
     if momentum is None:
@@ -149,82 +163,146 @@ def decays(
     from_start = momentum_decay[..., 0] * momentum[..., :1]
     return Decays(
         retained=retained,
-        carried=_mm(retained * keep[..., None, :], momentum_decay),
+        carried=(retained * keep[..., None, :]) @ momentum_decay,
         retention=retention,
-        inertia=_mm(retained, (keep * from_start)[..., None])[..., 0],
+        inertia=(retained @ (keep * from_start)[..., None])[..., 0],
         last=momentum_decay[..., -1, :],
         coasting=from_start[..., -1],
     )
 
 
 class Written(NamedTuple):
-    """One chunk's writes, ready to be read at any of its tokens (`read`)."""
+    """One chunk's writes, ready to be read at any of its tokens by `read`.
+
+    state: after the chunk; before: at its start; written: diag(eta) errors; erased: diag(beta) W_{t-1} x_t.
+    """
 
     state: MemoryState
     before: MemoryState
-    anchor: Array | None
-    inputs: Array
-    written: Array  # diag(eta) errors
-    erased: Array  # diag(beta) W_{t-1} x_t
+    anchor: Float[Array, "*#batch V K"] | None
+    inputs: Float[Array, "*#batch C K"]
+    written: Float[Array, "*#batch C V"]
+    erased: Float[Array, "*batch C V"]
     decays: Decays
 
 
-def write(state, inputs, errors, gates, *, anchor=None, mask=None, decay=None, held=None) -> Written:
+def write(
+    state: MemoryState,
+    inputs: Float[Array, "*#batch C K"],
+    errors: Float[Array, "*#batch C V"],
+    gates: Gates,
+    *,
+    anchor: Float[Array, "*#batch V K"] | None = None,
+    mask: Bool[Array, "*#batch C"] | None = None,
+    decay: Decays | None = None,
+    product: Float[Array, "*#batch C V"] | None = None,
+) -> Written:
     """The state after a chunk, and what `read` needs for the states inside it.
 
-    Arguments as of `chunked`, and what the caller already has: decay, the gates' `decays`; held, W_0 x (..., C, V).
+        (I + (A_ o X X^T) diag beta) U = gamma_ o (X W_0^T) + pi_ o (X S_0^T) - (c_ o X X^T) diag(eta) Delta
+        W_C = gamma_C W_0 + pi_C S_0 - [diag(c_C o eta) Delta + diag(A_C o beta) U]^T X
+        S_C = coasting S_0 - [diag(last o eta) Delta]^T X
+
+    with _ for a shift by one token, and A, c, gamma, pi, last, coasting as in `Decays`.
+
+    Args:
+        state, inputs, errors, gates, anchor, mask: as of `chunked`.
+        decay: `decays(gates.retain, gates.momentum, mask)`, if the caller has it already.
+        product: W_0 x (..., C, V), if the caller has it already.
+
+    Returns:
+        `Written`: the state after the chunk, and the factors of the states inside it.
+
+    Raises:
+        ValueError: a momentum without its decay, or a decay without its momentum; lengths C that differ, or are 0.
+
+    Source: NL Eq. 64-65, 88, 93.
+
+    >>> import jax.numpy as jnp
+    >>> key, value, gate = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]]), jnp.ones(1)
+    >>> chunk = write(MemoryState(jnp.zeros((2, 2))), key, -value, Gates(gate, gate, gate))
+    >>> chunk.state.weights.tolist()
+    [[0.0, 0.0], [3.0, 0.0]]
     """
-    _check(state, inputs, errors, gates)
-    state, inputs, errors, gates = upcast(state, inputs, errors, gates)
+    _assert_fits(state, inputs, errors, gates)
+    state, inputs, errors, gates = _uniform(state, inputs, errors, gates)
     gates, _ = _empty_slots(gates, mask)
     decay = decays(gates.retain, gates.momentum, mask) if decay is None else decay
-    held = _mm(inputs, _t(state.weights)) if held is None else held
+    product = inputs @ state.weights.mT if product is None else product
 
     written = scale(gates.write, errors)
-    known = _shift(decay.retention, 1.0)
-    before = scale(known, held)
+    kept = _shift(decay.retention, 1.0)
+    right = scale(kept, product)
     if anchor is not None:
-        before += scale(1 - known, _mm(inputs, _t(anchor)))
+        right += scale(1 - kept, inputs @ anchor.mT)
     if decay.inertia is not None:
-        before += scale(_shift(decay.inertia, 0.0), _mm(inputs, _t(state.momentum)))
-    before -= _mm(_shift_rows(decay.carried) * _mm(inputs, _t(inputs)), written)
-    lower = _shift_rows(decay.retained) * _mm(inputs, _t(scale(gates.erase, inputs)))
-    erased = scale(gates.erase, _solve(lower, before))
+        right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
+    right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
+    lower = _shift_rows(decay.retained) * (inputs @ scale(gates.erase, inputs).mT)
+    erased = scale(gates.erase, _solve(lower, right))
 
-    last = _t(scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased))
-    kept = decay.retention[..., -1]
-    weights = _times(kept, state.weights) - _mm(last, inputs)
+    change = scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased)
+    kept = decay.retention[..., -1:]
+    weights = scale(kept, state.weights) - change.mT @ inputs
     if anchor is not None:
-        weights += _times(1 - kept, anchor)
+        weights += scale(1 - kept, anchor)
     momentum = None
     if decay.inertia is not None:
-        weights += _times(decay.inertia[..., -1], state.momentum)
-        momentum = _times(decay.coasting, state.momentum)
-        momentum -= _mm(_t(scale(decay.last, written)), inputs)
+        weights += scale(decay.inertia[..., -1:], state.momentum)
+        momentum = scale(decay.coasting[..., None], state.momentum) - scale(decay.last, written).mT @ inputs
     return Written(MemoryState(weights, momentum), state, anchor, inputs, written, erased, decay)
 
 
-def read(chunk: Written, queries: Float[Array, "*batch C K"], *, before: bool = False) -> Float[Array, "*batch C V"]:
-    """W_t q_t at every token t of a chunk, each after its own write; W_{t-1} q_t with `before`."""
+def read(chunk: Written, queries: Float[Array, "*#batch C K"], *, before: bool = False) -> Float[Array, "*batch C V"]:
+    """Reads at every token of a chunk that `write` has written.
+
+        Y = gamma o (Q W_0^T) + pi o (Q S_0^T) - (c o Q X^T) diag(eta) Delta - (A o Q X^T) diag(beta) U
+
+    Args:
+        chunk: what `write` returned.
+        queries: (..., C, K).
+        before: read W_{t-1} q_t, before the token's own write, instead of W_t q_t.
+
+    Returns:
+        Outputs (..., C, V).
+
+    Source: NL Eq. 64-65, 88, 93.
+
+    >>> import jax.numpy as jnp
+    >>> key, value, gate = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]]), jnp.ones(1)
+    >>> chunk = write(MemoryState(jnp.zeros((2, 2))), key, -value, Gates(gate, gate, gate))
+    >>> read(chunk, key).tolist(), read(chunk, key, before=True).tolist()
+    ([[0.0, 3.0]], [[0.0, 0.0]])
+    """
     retained, carried, retention, inertia, *_ = chunk.decays
     if before:
         retained, carried, retention = _shift_rows(retained), _shift_rows(carried), _shift(retention, 1.0)
         inertia = None if inertia is None else _shift(inertia, 0.0)
     queries = queries.astype(retention.dtype)
-    overlap = _mm(queries, _t(chunk.inputs))
-    outputs = scale(retention, _mm(queries, _t(chunk.before.weights)))
+    overlap = queries @ chunk.inputs.mT
+    outputs = scale(retention, queries @ chunk.before.weights.mT)
     if chunk.anchor is not None:
-        outputs += scale(1 - retention, _mm(queries, _t(chunk.anchor)))
+        outputs += scale(1 - retention, queries @ chunk.anchor.mT)
     if inertia is not None:
-        outputs += scale(inertia, _mm(queries, _t(chunk.before.momentum)))
-    return outputs - _mm(carried * overlap, chunk.written) - _mm(retained * overlap, chunk.erased)
+        outputs += scale(inertia, queries @ chunk.before.momentum.mT)
+    return outputs - (carried * overlap) @ chunk.written - (retained * overlap) @ chunk.erased
 
 
-def read_back(chunk: Written, queries: Float[Array, "*batch C V"]) -> Float[Array, "*batch C K"]:
-    """W_t^T q_t at every token t of a chunk without momentum and anchor: reads from the other side, each after its write."""
+def read_transposed(chunk: Written, queries: Float[Array, "*#batch C V"]) -> Float[Array, "*batch C K"]:
+    """W_t^T q_t at every token t of a chunk without momentum and anchor, each after its own write.
+
+        Y^T = gamma o (Q W_0) - (A o Q (diag(eta) Delta + diag(beta) U)^T) X
+
+    Args:
+        chunk: what `write` returned.
+        queries: (..., C, V).
+
+    Returns:
+        Outputs (..., C, K).
+    """
     retained, retention = chunk.decays.retained, chunk.decays.retention
-    overlap = _mm(queries, _t(chunk.written + chunk.erased))
-    return scale(retention, _mm(queries, chunk.before.weights)) - _mm(retained * overlap, chunk.inputs)
+    overlap = queries @ (chunk.written + chunk.erased).mT
+    return scale(retention, queries @ chunk.before.weights) - (retained * overlap) @ chunk.inputs
 
 
 @jax.custom_jvp
@@ -240,17 +318,17 @@ def _decay(gate: Float[Array, "*batch C"]) -> Float[Array, "*batch C C"]:
 def _decay_jvp(primals, tangents):
     """d[t, s] = sum_u [t, u] dgate_u [u - 1, s]: exact at zero gates too, where a logarithm is not."""
     products = _decay(*primals)
-    return products, _mm(products * tangents[0][..., None, :], _shift_rows(products))
+    return products, (products * tangents[0][..., None, :]) @ _shift_rows(products)
 
 
 def _solve(lower: Float[Array, "*batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse."""
     inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
     return jax.lax.custom_linear_solve(
-        lambda x: x + _mm(lower, x, HIGHEST),
+        lambda x: x + _exact(lower, x),
         right,
-        solve=lambda _, right: _mm(inverse, right, HIGHEST),
-        transpose_solve=lambda _, right: _mm(_t(inverse), right, HIGHEST),
+        solve=lambda _, right: _exact(inverse, right),
+        transpose_solve=lambda _, right: _exact(inverse.mT, right),
     )
 
 
@@ -271,25 +349,31 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
         return jnp.stack(cut, axis=-3)
 
     tiles = blocks(0, 0, block)
-    square = _mm(tiles, tiles, HIGHEST)
+    squared = _exact(tiles, tiles)
     one = jnp.expand_dims(jnp.eye(block, dtype=lower.dtype), tuple(range(tiles.ndim - 2)))
-    inverse = _mm(_mm(one - tiles, one + square, HIGHEST), one + _mm(square, square, HIGHEST), HIGHEST)
+    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
     while block < full:
         below = blocks(block, 0, 2 * block)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        corner = -_mm(_mm(second, below, HIGHEST), first, HIGHEST)
+        corner = -_exact(_exact(second, below), first)
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         block *= 2
     return inverse[..., 0, :size, :size]
 
 
-def _check(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> None:
-    lengths = {name: x.shape[-2] for name, x in (("inputs", inputs), ("errors", errors))}
-    lengths |= {f"gates.{name}": gate.shape[-1] for name, gate in gates._asdict().items() if gate is not None}
+def _uniform(*trees: PyTree) -> PyTree:
+    """All arrays of one type, float32 or finer."""
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(trees))
+    return jax.tree.map(partial(jnp.asarray, dtype=dtype), trees)
+
+
+def _assert_fits(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> None:
+    lengths = {"inputs": inputs.shape[-2], "errors": errors.shape[-2]}
+    lengths |= {f"gates.{name}": gate.shape[-1] for name, gate in zip(gates._fields, gates, strict=True) if gate is not None}
     if len(set(lengths.values())) > 1 or not inputs.shape[-2]:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"inputs, errors and gates have one length C of at least 1, not {told}")
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"inputs, errors and gates have one length C of at least 1, not {found}")
     if (state.momentum is None) != (gates.momentum is None):
         missing = "state.momentum" if state.momentum is None else "gates.momentum"
         raise ValueError(f"{missing} is None: a memory has both a momentum and its decay, or neither")
@@ -307,18 +391,6 @@ def _empty_slots(gates: Gates, mask: Array | None) -> tuple[Gates, Array]:
 def _batch(state, inputs, errors, gates, queries, anchor):
     matrices = [x for x in (state.weights, state.momentum, inputs, errors, queries, anchor) if x is not None]
     return jnp.broadcast_shapes(*(x.shape[:-2] for x in matrices), *(g.shape[:-1] for g in gates if g is not None))
-
-
-def _mm(a: Array, b: Array, precision: jax.lax.Precision | None = None) -> Array:
-    return jnp.matmul(a, b, precision=precision)
-
-
-def _times(each: Float[Array, "*batch"], matrices: Float[Array, "*batch V K"]) -> Float[Array, "*batch V K"]:
-    return jnp.einsum("...,...vk->...vk", each, matrices)
-
-
-def _t(x: Array) -> Array:
-    return jnp.swapaxes(x, -1, -2)
 
 
 def _shift(x: Float[Array, "*batch C"], first: float) -> Float[Array, "*batch C"]:

@@ -1,115 +1,202 @@
-"""Reading a stream in pieces of any length: the chunk grid, and the short convolution before a memory.
+"""Layers around a memory that learns while reading, and the chunk grid on which they read pieces of any length.
 
 A memory's chunks count from the start of its document, never from the start of a call, so that any split of the input
-gives the same result. A piece that starts on the grid is read as it lies; any other is laid on the grid, with empty slots
+gives the same result. A piece that starts on the grid is cut into chunks; any other is laid on the grid, with empty slots
 before and after it, in static shapes.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from nested_jax.checks import Count, check_fields
+from nested_jax.errors import UserError
 from nested_jax.level import Level, run
+from nested_jax.memory.layer import LayerState
+from nested_jax.numerics import rms_norm
 from nested_jax.remat import Checkpoint, within
-from nested_jax.typing import Array, Bool, Float, PyTree
+from nested_jax.typing import Array, Bool, Float, Position, PyTree
 
-CONVOLUTION = 4  # taps of the causal depthwise convolution
+CONVOLUTION = 4  # taps W of the causal depthwise convolution
 
 
 class Chunk(NamedTuple):
-    """Context of a memory's level: leaves have a leading time axis."""
+    """One data point of a memory's level: C tokens of every row. As a context it has a leading axis of chunks."""
 
-    tokens: PyTree  # (C, B, ...)
-    mask: Bool[Array, " C"] | None  # False: an empty slot; None: all are full
-    reset: Bool[Array, "C B"] | None  # True at the first token of a new document
+    tokens: PyTree  # (B, H, C, ...)
+    mask: Bool[Array, "*chunks C"] | None  # False: an empty slot; None: there are none
+    reset: Bool[Array, "*chunks B"] | None  # whether the chunk's first token starts a document
 
 
-class StreamState(NamedTuple):
-    """Fast state of a sequence layer that is built on a memory.
+class Snapshots(NamedTuple):
+    """How a level's state goes without copies of weights, and gets them back, at a boundary where both are equal."""
 
-    memory: the state of the memory's level; window: the last inputs of the convolution; position: tokens read so far,
-    one number for the whole batch (a NumPy integer where it is known while tracing, as in a fresh state).
+    drop: Callable[[PyTree], PyTree] = lambda state: state
+    take: Callable[[PyTree], PyTree] = lambda state: state
+
+
+NO_SNAPSHOTS = Snapshots()
+
+
+@dataclass(frozen=True)
+class MemoryLayer(abc.ABC):
+    """A `SequenceLayer` around a memory: short convolution, projections, the memory's level over chunks, output map.
+
+    A subclass has `project`, from tokens to what its level reads, and `level`.
+
+    Args:
+        width: model width D.
+        heads: H; the width per head is K = D / H.
+        chunk: tokens C of one parallel product; where a memory's errors are taken at boundaries, tokens between two.
+        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
+
+    Raises UserError for options of another type or out of range, and for a width that is no multiple of the heads.
     """
 
-    memory: PyTree
-    window: Float[Array, "B W D"]
-    position: Array | np.int32
+    width: Count
+    heads: Count
+    chunk: Count = field(default=64, kw_only=True)
+    checkpoint: Checkpoint = field(default="full", kw_only=True)
+    snapshots: ClassVar[Snapshots] = NO_SNAPSHOTS
 
+    def __post_init__(self):
+        check_fields(self, f"{type(self).__name__}: ")
+        if self.width % self.heads:
+            name = type(self).__name__
+            raise UserError(f"{name}: width {self.width} is not a multiple of heads {self.heads}: change one")
 
-def advance(position: Array | np.int32, tokens: int) -> Array | np.int32:
-    """The position after some more tokens; stays a NumPy integer if it is one."""
-    return position + np.int32(tokens) if isinstance(position, jax.Array) else np.int32(position + tokens)
+    @abc.abstractmethod
+    def init_weights(self, key: Array) -> dict[str, PyTree]:
+        """As of `SequenceLayer`; "start" is the memory's initial state."""
+
+    @abc.abstractmethod
+    def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> PyTree:
+        """What the level reads: a tuple of arrays (B, T, H, ...)."""
+
+    @abc.abstractmethod
+    def level(self, weights: PyTree, batch_size: int) -> Level:
+        """The memory: reads `Chunk`s of `chunk` tokens, emits (B, H, C, K)."""
+
+    def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> LayerState:
+        """Fast state at the starts: a differentiable function of the weights."""
+        recent = jnp.zeros((batch_size, CONVOLUTION - 1, self.width), weights["taps"].dtype)
+        return LayerState(self.level(weights, batch_size).init(()), recent)
+
+    def __call__(
+        self,
+        weights: PyTree,
+        state: LayerState,
+        x: Float[Array, "B T D"],
+        position: Position,
+        *,
+        reset: Bool[Array, "B T"] | None = None,
+        aligned: bool = False,
+    ) -> tuple[LayerState, Float[Array, "B T D"]]:
+        """Reads T more tokens, see `SequenceLayer`."""
+        recent, x = convolve(weights["taps"], state.recent, x, reset)
+        level, tokens = self.level(weights, len(x)), self.project(weights, x)
+        memory, y = read_stream(
+            level, state.memory, tokens, position,
+            reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots,
+        )  # fmt: skip
+        return LayerState(memory, recent), project_out(weights, y, x.dtype)
+
+    def levels(self, weights: PyTree, batch_size: int) -> tuple[Level, ...]:
+        """What learns in it."""
+        return (self.level(weights, batch_size),)
 
 
 def read_stream(
     level: Level,
     state: PyTree,
     tokens: PyTree,
+    position: Position,
     *,
-    position: Array | np.int32,
-    aligned: bool = False,
     reset: Bool[Array, "B T"] | None = None,
+    aligned: bool = False,
     checkpoint: Checkpoint = "full",
-    tight=lambda state: state,
-    loose=lambda state: state,
-) -> tuple[PyTree, PyTree]:
-    """Let a memory's level read T more tokens, wherever the last piece ended.
+    snapshots: Snapshots = NO_SNAPSHOTS,
+) -> tuple[PyTree, Float[Array, "B T H V"]]:
+    """Lets a memory's level read T more tokens, wherever the last piece ended.
 
     Args:
-        level: reads `Chunk`s of `period` slots, counts its own tokens, and emits (C, B, ...) per chunk.
-        tokens: pytree of (T, B, ...).
+        level: reads `Chunk`s, counts its own tokens, and emits (B, H, C, V) a chunk.
+        state: of the level.
+        tokens: pytree of (B, T, H, ...).
         position: tokens read before this piece.
-        aligned: the piece starts on the chunk grid, though its position does not say so while tracing.
         reset: starts of documents, on the grid: such a row restarts from the level's start.
-        checkpoint: what the backward pass keeps, in chunks, see `nested_jax.level.scan`.
-        tight, loose: convert the state to and from a form that holds no more than what whole chunks need.
+        aligned: the piece starts on the grid, though its position does not say so while tracing.
+        checkpoint: what the backward pass keeps, in periods of the level, see `nested_jax.remat.scan`.
+        snapshots: of the level's state; the scan over whole periods carries none, so that its backward pass keeps none.
 
     Returns:
-        (state, outputs), outputs (T, B, ...).
+        (state, outputs).
     """
-    length = jax.tree.leaves(tokens)[0].shape[0]
-    reset = None if reset is None else reset.T
-    period = level.period
-    starting = lambda form: level if reset is None else _restarting(level, form(level.init(())))
-    if aligned or length == 1 or _on_grid(position, period):
-        outputs = []
-        whole = length - length % period
-        if whole:
-            chunks = _cut(Chunk(tokens, None, reset), slice(0, whole))
-            keep = within(checkpoint, whole // period)
-            state, emitted = run(starting(tight), tight(state), chunks, checkpoint=keep)
-            state = loose(state)
-            outputs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), emitted))
-        if length > whole:
-            state, emitted = run(starting(loose), state, _cut(Chunk(tokens, None, reset), slice(whole, length)))
-            outputs.extend(emitted)
-        return state, jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *outputs)
+    length, C, period = jax.tree.leaves(tokens)[0].shape[1], level.tokens, level.period * level.tokens
+    known = not isinstance(position, jax.Array)
+    if not (aligned or length == 1 or (known and position % period == 0)):
+        return _read_off_grid(level, state, tokens, position, reset, checkpoint)
 
+    def chunks(begin, end, size):
+        part = jax.tree.map(lambda x: _to_chunks(x[:, begin:end], size), tokens)
+        return Chunk(part, None, None if reset is None else reset[:, begin:end:size].T)
+
+    whole, full, outputs = length - length % period, length - length % C, []
+    if whole:
+        restarting, keep = _restarting(level, reset, snapshots.drop), within(checkpoint, whole // period)
+        state, y = run(restarting, snapshots.drop(state), chunks(0, whole, C), checkpoint=keep)
+        state = snapshots.take(state)
+        outputs.append(_from_chunks(y))
+    for begin, end in ((whole, full), (full, length)):  # whole chunks of a longer period, then what remains of a chunk
+        if begin < end:
+            state, y = _restarting(level, reset).step(state, chunks(begin, end, min(C, end - begin)), ())
+            outputs.append(_from_chunks(y))
+    return state, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _read_off_grid(level, state, tokens, position, reset, checkpoint):
+    """A piece laid on the grid at its place in a period, empty slots around it."""
+    B, length = jax.tree.leaves(tokens)[0].shape[:2]
+    C, period = level.tokens, level.period * level.tokens
     offset = position % period
     slots = -(-(length + period - 1) // period) * period
-    lay = lambda x: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((slots, *x.shape[1:]), x.dtype), x, offset, axis=0)
+
+    def lay(x):
+        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros((B, slots, *x.shape[2:]), x.dtype), x, offset, axis=1)
+
     at = jnp.arange(slots)
-    laid = Chunk(jax.tree.map(lay, tokens), (at >= offset) & (at < offset + length), jax.tree.map(lay, reset))
-    state, emitted = run(starting(loose), state, laid, checkpoint=within(checkpoint, slots // period))
-    take = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(slots, *x.shape[2:]), offset, length, axis=0)
-    return state, jax.tree.map(take, emitted)
+    mask = ((at >= offset) & (at < offset + length)).reshape(-1, C)
+    part = jax.tree.map(lambda x: _to_chunks(lay(x), C), tokens)
+    laid = Chunk(part, mask, None if reset is None else lay(reset)[:, ::C].T)
+    state, y = run(_restarting(level, reset), state, laid, checkpoint=within(checkpoint, slots // period))
+    return state, jax.lax.dynamic_slice_in_dim(_from_chunks(y), offset, length, axis=1)
 
 
-def _on_grid(position: Array | np.int32, period: int) -> bool:
-    """Whether a position is known, while tracing, to be a multiple of the period."""
-    return not isinstance(position, jax.Array) and int(position) % period == 0
+def _to_chunks(x: Float[Array, "B T H ..."], size: int) -> Float[Array, "chunks B H C ..."]:
+    return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1).swapaxes(2, 3)
 
 
-def _restarting(level: Level, fresh: PyTree) -> Level:
-    """The level, started anew where a chunk's first slot starts a document."""
+def _from_chunks(y: Float[Array, "... B H C V"]) -> Float[Array, "B T H V"]:
+    y = y.reshape(-1, *y.shape[-4:]).swapaxes(2, 3).swapaxes(0, 1)
+    return y.reshape(len(y), -1, *y.shape[3:])
 
-    def step(state, chunk, slower):
-        return level.step(where_rows(chunk.reset[0], fresh, state), chunk, slower)
+
+def _restarting(level: Level, reset: Array | None, form: Callable = lambda state: state) -> Level:
+    """The level, started anew in the rows in which a context's first token starts a document."""
+    if reset is None:
+        return level
+    fresh = form(level.init(()))
+
+    def step(state, context, slower):
+        return level.step(where_rows(context.reset[0], fresh, state), context, slower)
 
     return dataclasses.replace(level, step=step)
 
@@ -123,30 +210,39 @@ def where_rows(rows: Bool[Array, " B"], fresh: PyTree, state: PyTree) -> PyTree:
     return jax.tree.map(choose, fresh, state)
 
 
-def _cut(chunk: Chunk, piece: slice) -> Chunk:
-    return jax.tree.map(lambda x: x[piece], chunk)
+@partial(jax.checkpoint, static_argnums=2)  # the backward pass keeps the memory's output, not its normalised copy too
+def project_out(weights: PyTree, y: Float[Array, "B T H K"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    """RMS norm of every head, then the output map."""
+    y = rms_norm(weights["norm"], y)
+    return y.reshape(*y.shape[:2], -1).astype(dtype) @ weights["out"].astype(dtype)
 
 
 @jax.checkpoint
 def convolve(
-    taps: Float[Array, "W D"], window: Float[Array, "B W-1 D"], x: Float[Array, "B T D"], reset: Bool[Array, "B T"] | None
+    taps: Float[Array, "W D"],
+    recent: Float[Array, "B W-1 D"],
+    x: Float[Array, "B T D"],
+    reset: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B W-1 D"], Float[Array, "B T D"]]:
     """Causal depthwise convolution that continues from the last inputs and does not look across a document's start.
 
     The backward pass keeps its inputs alone.
+
+    Returns:
+        (the last W - 1 inputs, outputs).
     """
     length, width = x.shape[1], taps.shape[0]
-    padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+    padded = jnp.concatenate([recent.astype(x.dtype), x], axis=1)
     if reset is not None:
         document = jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (width - 1, 0)))
-    total = 0
+    total = jnp.zeros_like(x)
     for tap in range(width):
         shifted = padded[:, tap : tap + length]
         if reset is not None and tap < width - 1:
             same = document[:, tap : tap + length] == document[:, width - 1 :]
             shifted = jnp.where(same[..., None], shifted, 0)
         total += taps[tap].astype(x.dtype)[None, None] * shifted
-    window = padded[:, length:].astype(window.dtype)
+    recent = padded[:, length:].astype(recent.dtype)
     if reset is not None:
-        window = jnp.where((document[:, length:] == document[:, -1:])[..., None], window, 0)
-    return window, total
+        recent = jnp.where((document[:, length:] == document[:, -1:])[..., None], recent, 0)
+    return recent, total

@@ -1,4 +1,4 @@
-"""Inner loops of any length that can be differentiated: a scan that keeps few of its states."""
+"""Differentiable inner loops of any length: a scan that keeps few of its states."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ def unroll(
     debug: bool = False,
     offload: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """Runs an inner loop, as `jax.lax.scan` does, and computes again in the backward pass what it did not keep.
+    """`jax.lax.scan` whose backward pass recomputes the states that it did not keep.
 
         state_t, y_t = step(state_{t-1}, x_t)
 
-    Of T steps, the backward pass holds about
+    For T steps, the backward pass keeps about
 
-    | `checkpoint` | states | what happens inside steps | forward passes |
+    | `checkpoint` | states | residuals of steps | forward passes |
     |---|---|---|---|
     | "none" | - | of all T | 1 |
     | "full" | T | of one | 2 |
     | n | n | of T / n | 2 |
     | "sqrt" | sqrt T | of sqrt T | 2 |
-    | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + how many numbers |
+    | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + length of the tuple |
     | "log" | 4 log_4 T | of at most 3 | 1 + log_4 T |
 
-    and the part of xs that a segment reads, of each layer of segments: a quarter of it with "log".
+    and, for each layer of segments, the part of xs that one segment reads: a quarter of it with "log".
 
     Args:
-        step: (state, x) -> (state, y), pure. An optax optimizer is one: its state and the parameters are the state, its
-            gradient is taken inside.
-        state: where the loop starts, a pytree of arrays.
-        xs: pytree of arrays with a leading axis of T, what each step is given.
-        checkpoint: see above. A `Level` takes the same: `nested_jax.run(level, ..., checkpoint=...)`.
-        debug: a plain Python loop instead, step by step, in which `print` and a debugger see numbers; not under `jit`.
-        offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host"); not of
+        step: (state, x) -> (state, y), pure. For an optax optimizer, the state is (parameters, optimizer state), and the
+            step computes the gradient.
+        state: the initial state, a pytree of arrays.
+        xs: pytree of arrays (T, ...), one slice a step.
+        checkpoint: see above; `nested_jax.run(level, ..., checkpoint=...)` takes the same.
+        debug: run a Python loop instead, with concrete values for `print` and debuggers; not under `jit`.
+        offload: keep the states before segments in the host's memory ("pinned_host"), where the backend has one; not with
             "none" and "full", which have no segments.
 
     Returns:
         (state, ys), each y stacked along a leading axis of T.
 
     Raises:
-        UserError: an empty context, leaves of several lengths, more segments than steps, a step that changes the state's
-            structure, or a leaf's shape or type.
+        UserError: xs is empty or has leaves of different lengths, there are more segments than steps, or the step changes
+            the state's structure or a leaf's shape or dtype.
 
-    Source: NL section 3.3 (transfer by initialisation); nested rematerialisation as in MixFlow-MG.
+    Source: Kemaev et al., MixFlow-MG, arXiv 2505.00793 (nested rematerialisation); NL Section 3.3 (initialisation).
 
     The derivative of 100 steps of gradient descent on (w - target)^2 / 2 with respect to their learning rate:
 
@@ -76,4 +76,4 @@ def _loop(step, state, xs):
         before, (state, y) = state, step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
         assert_same("unroll", before, state)
         outputs.append(y)
-    return state, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+    return state, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Literal
 
 from nested_jax.checks import Count, Interval, Positive, check_fields
@@ -71,19 +72,24 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; fast state and parameters stay in float32."""
 
-    @property
+    @cached_property
     def adapting(self) -> int:
         """How many of the last blocks learn in context."""
         return (self.layers if self.cms.blocks is None else self.cms.blocks) if self.cms.periods else 0
 
-    @property
+    @cached_property
+    def attends(self) -> bool:
+        """Whether the sequence layer is attention, whose state is a cache of tokens."""
+        return self.mixer in ("attention", "sliding-window")
+
+    @cached_property
     def reading(self) -> int:
         """Tokens of the sequence layer's longest chunk; 1 for attention."""
-        if self.mixer in ("attention", "sliding-window"):
+        if self.attends:
             return 1
         return self.projection_chunk or self.chunk if self.mixer == "self-modifying" else self.chunk
 
-    @property
+    @cached_property
     def alignment(self) -> int:
         """Documents start on multiples of this many tokens: the longest period that counts from a document's start."""
         return math.lcm(self.reading, *self.cms.periods)
@@ -94,7 +100,7 @@ class ModelConfig:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
         if self.projection_chunk is not None and self.projection_chunk % self.chunk:
             raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
-        if self.cms.blocks is not None and self.cms.blocks > self.layers:
+        if self.adapting > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
 
 

@@ -1,4 +1,9 @@
-"""Optimizers as associative memories: optax transformations."""
+"""Optimizers as associative memories: optax transformations.
+
+`scale_by_RULE(...)` emits directions of ascent; `RULE(learning_rate, ...)` is the optimizer. Gradients and updates are trees
+of the parameters' shapes and dtypes. Memories are float32, or float64 with float64 parameters. Kernels are (in, out), as in
+Flax; the paper's matrices are (out, in). Hyperparameters that are numbers may be traced arrays, such as learned rates.
+"""
 
 from nested_jax.optim._adagrad_memory import adagrad_memory, scale_by_adagrad_memory
 from nested_jax.optim._adam_memory import adam_memory, scale_by_adam_memory

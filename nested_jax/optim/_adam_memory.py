@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
-from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check
 from nested_jax.typing import Array, PyTree
 
 
 class AdamMemoryState(NamedTuple):
-    """Steps taken; gradients and their squares, summed or averaged: one value for every parameter, float32 or finer."""
+    """Steps taken, int32; first and second moments, sums or averages of the parameters' shapes, float32 or finer."""
 
     count: Array
     first: PyTree
@@ -23,30 +23,45 @@ class AdamMemoryState(NamedTuple):
 
 
 def scale_by_adam_memory(
-    first: float = 0.9, second: float = 0.999, *, penalty: float = 0.0, eps: float = 1e-8, average: bool = True
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    *,
+    penalty: ArrayLike = 0.0,
+    eps: ArrayLike = 1e-8,
+    average: bool = True,
 ) -> optax.GradientTransformation:
     """The element-wise memory that maps gradients to their root mean square with the least squared error.
 
-        m* = argmin_m  sum_s (m g_s - P)^2 + penalty m^2  =  P sum g_s / (sum g_s^2 + penalty),    P = sqrt(sum g_s^2)
-        emits m*, its denominator larger by eps P        (NL Eq. 101-105)
+        m* = argmin_m  sum_s (m g_s - P)^2 + penalty m^2  =  P sum_s g_s / (sum_s g_s^2 + penalty),   P = sqrt(sum_s g_s^2)
+        emits m*, its denominator increased by eps P
 
-        average:  the sums are averages that decay by `first` and `second`, bias-corrected; with penalty 0, Adam
-        sum:      the sums grow by first * g and second * g^2, as the paper has it
+        average:  both sums are averages with decays b1 and b2 and bias correction; with penalty 0 it is Adam
+        sum:      b1 sum_s g_s and b2 sum_s g_s^2, as in the paper
 
-    Where all gradients were exactly zero it emits zero, with derivatives of zero.
+    Where all gradients were exactly zero it emits zero, with zero derivatives.
 
     Args:
-        first: decay of the average of gradients, at least 0 and below 1; of a sum, the weight of each.
-        second: the same of their squares.
+        b1: decay of the average of gradients, in [0, 1); of a sum, the weight of each gradient, at least 0.
+        b2: the same for squared gradients.
         penalty: lambda, at least 0.
-        eps: at least 0; it keeps tiny gradients from full steps.
+        eps: at least 0; it damps the updates of tiny gradients.
         average: averages, or sums.
+
+    Returns:
+        A transformation of gradients of any shapes, with state `AdamMemoryState`.
 
     Raises:
         UserError: a hyperparameter is out of range.
+
+    Source: NL Eq. 101-105; Kingma and Ba, Adam, arXiv 1412.6980.
+
+    >>> rule = scale_by_adam_memory(1.0, 1.0, average=False)
+    >>> _, state = rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))
+    >>> print(rule.update(jnp.array([4.0]), state)[0])  # 7 / sqrt(9 + 16)
+    [1.4]
     """
-    check("adam_memory", low=0.0, below=1.0 if average else math.inf, first=first, second=second)
-    check("adam_memory", low=0.0, penalty=penalty, eps=eps)
+    check("adam_memory", BELOW_ONE if average else NON_NEGATIVE, b1=b1, b2=b2)
+    check("adam_memory", NON_NEGATIVE, penalty=penalty, eps=eps)
 
     def init(params):
         return AdamMemoryState(jnp.zeros((), jnp.int32), zeros(params), zeros(params))
@@ -55,47 +70,51 @@ def scale_by_adam_memory(
         del params
         gradients = upcast(updates)
         count = optax.safe_increment(state.count)
-        squares = jax.tree.map(jnp.square, gradients)
-        sums = grow(state.first, gradients, first, average), grow(state.second, squares, second, average)
+        first = accumulate(state.first, gradients, b1, average)
+        second = accumulate(state.second, jax.tree.map(jnp.square, gradients), b2, average)
         correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m
-        best = lambda m, h: safe_divide(m * safe_sqrt(h), h + penalty + eps * safe_sqrt(h))
-        emitted = jax.tree.map(best, correct(sums[0], first), correct(sums[1], second))
-        return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, *sums)
+        best = lambda m, v: safe_divide(m * safe_sqrt(v), v + penalty + eps * safe_sqrt(v))
+        emitted = jax.tree.map(best, correct(first, b1), correct(second, b2))
+        return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, first, second)
 
     return optax.GradientTransformation(init, update)
 
 
-def grow(memory: PyTree, terms: PyTree, weight: Array | float, average: bool) -> PyTree:
-    """An average that decays by the weight, or a sum in which each term has it."""
+def accumulate(memory: PyTree, terms: PyTree, weight: ArrayLike, average: bool) -> PyTree:
+    """weight m + (1 - weight) x for an average, m + weight x for a sum."""
     add = (lambda m, x: weight * m + (1 - weight) * x) if average else (lambda m, x: m + weight * x)
     return optax.tree.cast_like(jax.tree.map(add, memory, terms), memory)
 
 
 def adam_memory(
     learning_rate: optax.ScalarOrSchedule,
-    first: float = 0.9,
-    second: float = 0.999,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
     *,
-    penalty: float = 0.0,
-    eps: float = 1e-8,
+    penalty: ArrayLike = 0.0,
+    eps: ArrayLike = 1e-8,
     average: bool = True,
 ) -> optax.GradientTransformation:
-    """`scale_by_adam_memory`, then the learning rate. By default it is `optax.adam`.
+    """Adam as a memory: `scale_by_adam_memory`, then the learning rate. By default it is `optax.adam`.
+
+        w <- w - learning_rate m*
 
     Args:
         learning_rate: a number or a schedule.
-        first, second, penalty, eps, average: as of `scale_by_adam_memory`.
+        b1, b2, penalty, eps, average: as of `scale_by_adam_memory`.
+
+    Returns:
+        An optimizer of parameters of any shapes.
 
     Raises:
         UserError: a hyperparameter is not finite or out of range.
 
+    Source: NL Eq. 101-105; Kingma and Ba, Adam, arXiv 1412.6980.
+
     >>> rule = adam_memory(0.1)
     >>> print(rule.update(jnp.array([3.0, -2.0]), rule.init(jnp.zeros(2)))[0].round(3))
     [-0.1  0.1]
-
-    References:
-        NL, Eq. 101-105; Kingma and Ba, Adam, arXiv 1412.6980.
     """
     check("adam_memory", learning_rate=learning_rate)
-    rule = scale_by_adam_memory(first, second, penalty=penalty, eps=eps, average=average)
+    rule = scale_by_adam_memory(b1, b2, penalty=penalty, eps=eps, average=average)
     return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))

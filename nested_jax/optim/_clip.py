@@ -1,34 +1,45 @@
-"""Clipping by the norm, safe to differentiate."""
+"""Clipping by the global norm, with finite derivatives at zero."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._hyperparameters import POSITIVE, check
 
 
-def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """Scales a whole tree of gradients down to a norm of at most `largest`.
+def clip_by_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """Scales a whole tree of gradients down to a norm of at most `max_norm`.
+
+        g <- g min(1, max_norm / |g|)
 
     As `optax.clip_by_global_norm`, with derivatives that are finite where the gradient is exactly zero.
 
+    Args:
+        max_norm: the largest Euclidean norm of the tree, above 0.
+
+    Returns:
+        A transformation of gradients of any shapes, without state.
+
     Raises:
-        UserError: `largest` is not finite, or not above 0.
+        UserError: `max_norm` is not finite, or not above 0.
+
+    Source: Pascanu et al., arXiv 1211.5063; `optax.clip_by_global_norm`.
 
     >>> clip = clip_by_norm(1.0)
     >>> [jax.grad(lambda g: clip.update(g, clip.init(g))[0])(g).item() for g in (0.0, 0.5, 2.0)]
     [1.0, 1.0, 0.0]
     """
-    check("clip_by_norm", above=0.0, largest=largest)
+    check("clip_by_norm", POSITIVE, max_norm=max_norm)
 
     def update(updates, state, params=None):
         del params
-        squares = sum(jnp.sum(jnp.square(upcast(x))) for x in jax.tree.leaves(updates))
-        over = squares > largest**2
-        scale = jnp.where(over, largest * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
-        return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state
+        squares = optax.tree.norm(upcast(updates), squared=True)
+        over = squares > max_norm**2
+        scale = jnp.where(over, max_norm * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
+        return optax.tree.cast_like(optax.tree.scale(scale, updates), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -1,4 +1,4 @@
-"""Continuum: groups of parameters that learn at frequencies of their own."""
+"""Continuum: groups of parameters, each with its own update frequency."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import optax
 
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.numerics import upcast, zeros
-from nested_jax.optim._hyperparameters import check, check_period
+from nested_jax.optim._hyperparameters import check, check_count
 from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
 
 class ContinuumState(NamedTuple):
-    """One group's: steps taken, the sum of its gradients since its last update, in float32 or finer, the inner state."""
+    """Of one group: steps taken, int32; sum of gradients since its last update, float32 or finer; the inner state."""
 
     count: Array
     pending: PyTree
@@ -25,21 +25,36 @@ class ContinuumState(NamedTuple):
 
 
 def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, stepping every `period` steps on the sum of the gradients in between.
+    """An inner optimizer that updates every `period` steps, from the sum of the gradients in between.
 
-        w <- w + inner(sum of the last `period` gradients)        where period divides the step, else unchanged (NL Eq. 71)
+        w <- w + inner(sum of the last `period` gradients)        where period divides the step, else unchanged
 
     As `optax.MultiSteps(inner, period, use_grad_mean=False)`, with sums in float32. Between its updates the inner optimizer
-    costs nothing. Extra arguments reach it as they are at the step on which it moves.
+    costs nothing. Extra arguments of `update` reach the inner optimizer at the steps on which it updates.
 
     Args:
-        inner: any optax transformation. A schedule inside it counts its own steps.
-        period: steps between two updates; 1 makes it the inner optimizer.
+        inner: any optax transformation. A schedule inside it counts its own updates.
+        period: steps between two updates, at least 1; 1 makes it the inner optimizer.
+
+    Returns:
+        A transformation of gradients of any shapes, with state `ContinuumState`; it emits zeros between updates.
 
     Raises:
         UserError: the period is no whole number of at least 1.
+
+    Source: NL Eq. 71.
+
+    >>> rule = scale_by_continuum(optax.identity(), period=2)
+    >>> state = rule.init(jnp.zeros(()))
+    >>> for gradient in (1.0, 2.0, 3.0, 4.0):
+    ...     updates, state = rule.update(jnp.asarray(gradient), state)
+    ...     print(updates)
+    0.0
+    3.0
+    0.0
+    7.0
     """
-    check_period("continuum", period=period)
+    check_count("continuum", period=period)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -47,15 +62,16 @@ def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> 
 
     def update(updates, state, params=None, **extra):
         pending = jax.tree.map(jnp.add, state.pending, upcast(updates))
-        still = jax.tree.map(jnp.zeros_like, updates)
 
-        def move(pending, memory):
+        def step(pending, memory):
             emitted, memory = inner.update(optax.tree.cast_like(pending, updates), memory, params, **extra)
-            return optax.tree.cast_like(emitted, updates), memory, jax.tree.map(jnp.zeros_like, pending)
+            return optax.tree.cast_like(emitted, updates), memory, optax.tree.zeros_like(pending)
+
+        def skip(pending, memory):
+            return optax.tree.zeros_like(updates), memory, pending
 
         count = optax.safe_increment(state.count)
-        wait = lambda pending, memory: (still, memory, pending)
-        emitted, memory, pending = jax.lax.cond(count % period == 0, move, wait, pending, state.inner)
+        emitted, memory, pending = jax.lax.cond(count % period == 0, step, skip, pending, state.inner)
         return emitted, ContinuumState(count, pending, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -68,20 +84,27 @@ def continuum(
     *,
     inner: optax.GradientTransformation | Mapping[str, optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A spectrum of frequencies: every group of parameters has a period and an inner optimizer, `scale_by_continuum`.
+    """Several update frequencies: every group of parameters has a period and an inner optimizer, `scale_by_continuum`.
 
-    The learning rate comes last, so that a schedule counts steps and not a group's updates.
+        w <- w + learning_rate inner(sum of the group's last `period` gradients)        every `period` steps of its group
+
+    The learning rate comes last, so a schedule counts steps, not a group's updates.
 
     Args:
         learning_rate: a number or a schedule.
-        periods: steps between two updates of each group, or of all parameters if it is one number.
-        groups: a tree like the parameters, or a prefix of it, with every leaf's group, or a function of the parameters that
-            makes one; as of `optax.partition`. None with one period.
-        inner: the optimizer without its learning rate, of all groups or, by its name, of each; None: Adam.
+        periods: steps between two updates: {group: steps}, or one number for all parameters.
+        groups: a tree of group names with the structure of the parameters or a prefix of it, or a function from parameters
+            to such a tree, as of `optax.partition`. None with one period.
+        inner: the optimizer without its learning rate: one for all groups, or {group: optimizer}. None: Adam.
+
+    Returns:
+        An optimizer of parameters of any shapes.
 
     Raises:
         UserError: a hyperparameter is not finite, a period no whole number of at least 1, or a group unknown or without a
-            period of its own.
+            period.
+
+    Source: NL Eq. 71.
 
     >>> params = {"slow": jnp.zeros(()), "fast": jnp.zeros(())}
     >>> rule = continuum(1.0, {"a": 2, "b": 1}, {"slow": "a", "fast": "b"}, inner=optax.identity())
@@ -91,29 +114,26 @@ def continuum(
     ...     print({name: float(update) for name, update in updates.items()})
     {'fast': -1.0, 'slow': -0.0}
     {'fast': -1.0, 'slow': -2.0}
-
-    References:
-        NL, Eq. 71.
     """
     check("continuum", learning_rate=learning_rate)
     if isinstance(periods, Mapping):
         if groups is None:
-            raise UserError(f"continuum: groups are missing: say which parameters belong to each of {', '.join(periods)}")
-        every = isinstance(inner, Mapping)
-        if every and set(inner) != set(periods):
-            raise UserError(f"continuum: inner has {sorted(inner)} and periods {sorted(periods)}: give the same groups")
-        rules = {group: scale_by_continuum(_rule(inner[group] if every else inner), n) for group, n in periods.items()}
+            raise UserError(f"continuum: groups are missing: give the group of every parameter, one of {', '.join(periods)}")
+        optimizers = inner if isinstance(inner, Mapping) else dict.fromkeys(periods, inner)
+        if set(optimizers) != set(periods):
+            raise UserError(f"continuum: inner has {sorted(optimizers)} and periods {sorted(periods)}: give the same groups")
+        rules = {group: scale_by_continuum(_rule(optimizers[group]), period) for group, period in periods.items()}
         rule = _partition(rules, groups)
     else:
-        for thing, by_group in (("groups", groups is not None), ("inner", isinstance(inner, Mapping))):
-            if by_group:
-                raise UserError(f"continuum: {thing} by group with the one period {periods}: give periods {{group: steps}}")
+        if isinstance(inner, Mapping) or groups is not None:
+            name = "inner" if groups is None else "groups"
+            raise UserError(f"continuum: {name} by group with the one period {periods}: give periods {{group: steps}}")
         rule = scale_by_continuum(_rule(inner), periods)
     return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
 
 
 def _partition(rules: Mapping[str, optax.GradientTransformation], groups) -> optax.GradientTransformationExtraArgs:
-    """`optax.partition` that names a group it does not know."""
+    """`optax.partition` with an error that has the path of an unknown group."""
     parts = optax.partition(rules, groups)
 
     def init(params):

@@ -12,13 +12,13 @@ import optax
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import check, rate_at
-from nested_jax.paths import DimensionNumbers, as_matrices, from_matrices, masked, path_name, resolve
-from nested_jax.typing import Array
+from nested_jax.optim._hyperparameters import NON_NEGATIVE, check, learning_rate_at
+from nested_jax.paths import DimensionNumbers, as_matrices, from_matrices, is_masked, path_name, resolve_dimension_numbers
+from nested_jax.typing import Array, Float
 
 
 class DeltaGradientDescentState(NamedTuple):
-    """Steps taken, by which a schedule is read."""
+    """Steps taken, int32, for schedules."""
 
     count: Array
     description = Description("1/2 |W x - u|^2, u = -surprise", "closed form: the proximal step, delta rule")
@@ -27,12 +27,12 @@ class DeltaGradientDescentState(NamedTuple):
 def scale_by_delta_gradient_descent(
     learning_rate: optax.ScalarOrSchedule, *, dimension_numbers: DimensionNumbers = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A linear layer stores its input x and target u = -delta, minus the local surprise, and first forgets what x recalls.
+    """A linear layer takes the proximal step on its squared error, with target minus its local surprise, u = -delta.
 
         W <- argmin_W  |W x - u|^2 / 2 + |W - W_t|^2 / (2 eta)
-           = W (I - eta' x x^T) - eta' delta x^T,      eta' = eta / (1 + eta |x|^2)             (NL Eq. 56-57)
+           = W_t (I - eta' x x^T) - eta' delta x^T,      eta' = eta / (1 + eta |x|^2)
 
-    Of a batch it minimises the mean error, with C = sum x x^T / examples and G the gradient of the mean loss; for a Flax
+    For a batch it minimises the mean error, with C = sum x x^T / examples and G the gradient of the mean loss. For a Flax
     kernel K (in, out), which is W^T:
 
         emits  (I + eta C)^{-1} (G + C K)       the step is -eta times that
@@ -41,20 +41,28 @@ def scale_by_delta_gradient_descent(
     gradient.
 
     Args:
-        learning_rate: eta, a number or a schedule; it is needed inside.
-        dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
-            None: leaves of two axes.
+        learning_rate: eta, a number of at least 0 or a schedule; the proximal problem contains it.
+        dimension_numbers: which leaves are matrices, and their (in, out) axes, as in `optax.contrib.muon`; see `matrices`.
+            None: leaves of two axes, (in, out).
 
     Returns:
         A transformation whose `update(gradients, state, params, inputs=...)` takes the inputs of linear layers: a mapping
         from their kernel's path, such as "dense/kernel", to inputs (..., in), or (L, ..., in) of a stack (L, in, out).
-        `nested_jax.local_surprise` gives them. All their leading axes count as examples. Under `optax.masked` or
-        `optax.partition`, those of kernels that are masked are left alone.
+        `nested_jax.local_surprise` computes them. All their leading axes count as examples. Under `optax.masked` or
+        `optax.partition`, inputs of masked kernels are ignored. Its state is `DeltaGradientDescentState`.
 
     Raises:
-        UserError: the learning rate is not finite; inputs are missing, or fit no kernel.
+        UserError: the learning rate is not finite or below 0; inputs or params are missing, or inputs fit no kernel.
+
+    Source: NL Eq. 56-57.
+
+    >>> params, x = {"kernel": jnp.array([[1.0], [0.0]])}, jnp.array([[1.0, 1.0]])
+    >>> rule = scale_by_delta_gradient_descent(0.5)
+    >>> updates, _ = rule.update({"kernel": jnp.zeros((2, 1))}, rule.init(params), params, inputs={"kernel": x})
+    >>> print(updates["kernel"].T.round(3))  # C K / (1 + 0.5 |x|^2)
+    [[0.5 0.5]]
     """
-    check("delta_gradient_descent", low=0.0, learning_rate=learning_rate)
+    check("delta_gradient_descent", NON_NEGATIVE, learning_rate=learning_rate)
 
     def init(params):
         del params
@@ -68,24 +76,24 @@ def scale_by_delta_gradient_descent(
             raise UserError(
                 "delta_gradient_descent: inputs are missing: call update(gradients, state, params, inputs={path: x})"
             )
-        rate, emitted, unused = rate_at(learning_rate, state.count), [], set(inputs)
+        rate, emitted, unused = learning_rate_at(learning_rate, state.count), [], set(inputs)
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
-        kernels = structure.flatten_up_to(params)
-        for (path, g), numbers, kernel in zip(paths, resolve(dimension_numbers, updates), kernels, strict=True):
-            x = inputs.get(path_name(path))
+        leaves = zip(
+            paths, resolve_dimension_numbers(dimension_numbers, updates), structure.flatten_up_to(params), strict=True
+        )
+        for (key_path, g), numbers, kernel in leaves:
+            path = path_name(key_path)
+            x = inputs.get(path)
             if x is None:
                 emitted.append(g)
                 continue
-            unused.discard(path_name(path))
+            unused.discard(path)
             if numbers is None:
-                raise UserError(
-                    f"delta_gradient_descent: there are inputs for parameter {path_name(path)}, which is no matrix"
-                )
-            turned = [as_matrices(upcast(part), numbers) for part in (g, kernel)]
-            direction = _direction(path_name(path), rate, *turned, upcast(x))
+                raise UserError(f"delta_gradient_descent: there are inputs of parameter {path}, which is no matrix")
+            gradient, kernel = (as_matrices(upcast(part), numbers) for part in (g, kernel))
+            direction = _direction(path, rate, gradient, kernel, upcast(x))
             emitted.append(from_matrices(direction, numbers, g.shape).astype(g.dtype))
-        hidden = masked(updates)
-        unknown = sorted(path for path in unused if not hidden(path))
+        unknown = sorted(path for path in unused if not is_masked(updates, path))
         if unknown:
             raise UserError(f"delta_gradient_descent: there are inputs for {unknown[0]}, which is no parameter")
         return structure.unflatten(emitted), DeltaGradientDescentState(optax.safe_increment(state.count))
@@ -93,7 +101,14 @@ def scale_by_delta_gradient_descent(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _direction(path: str, rate: Array, gradient: Array, kernel: Array, x: Array) -> Array:
+def _direction(
+    path: str,
+    rate: Array,
+    gradient: Float[Array, "*stack N M"],
+    kernel: Float[Array, "*stack N M"],
+    x: Array,
+) -> Float[Array, "*stack N M"]:
+    """(I + eta C)^{-1} (G + C K) of every matrix of a stack."""
     stacked, width = gradient.shape[:-2], gradient.shape[-2]
     if x.shape[: len(stacked)] != stacked or x.ndim <= len(stacked) or x.shape[-1] != width:
         raise UserError(
@@ -102,14 +117,14 @@ def _direction(path: str, rate: Array, gradient: Array, kernel: Array, x: Array)
         )
     x = x.reshape(*stacked, -1, width).astype(gradient.dtype)
     C = jnp.swapaxes(x, -2, -1) @ x / x.shape[-2]
-    one = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
-    sides = (one + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    identity = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
+    sides = (identity + rate.astype(x.dtype) * C, gradient + C @ kernel)
     solve = lambda sides: jax.scipy.linalg.solve(*sides, assume_a="pos")
     if not stacked:
         return solve(sides)
-    # One layer after another: of several batched LAPACK calls in one program, XLA on two CPU cores never comes back.
-    one_by_one = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
-    return one_by_one.reshape(gradient.shape)
+    # One layer after the other: several batched LAPACK calls in one program deadlock in XLA on two CPU cores.
+    solutions = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
+    return solutions.reshape(gradient.shape)
 
 
 def delta_gradient_descent(
@@ -117,14 +132,22 @@ def delta_gradient_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Delta gradient descent: `scale_by_delta_gradient_descent`, then the same learning rate.
 
+        K <- K - eta (I + eta C)^{-1} (G + C K)        kernels K (in, out)
+
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: eta, a number of at least 0 or a schedule.
         dimension_numbers: as of `scale_by_delta_gradient_descent`.
 
-    Raises:
-        UserError: the learning rate is not finite; inputs are missing, or fit no kernel.
+    Returns:
+        An optimizer whose `update(gradients, state, params, inputs=...)` takes the inputs of linear layers, as
+        `scale_by_delta_gradient_descent` does.
 
-    One example, at a rate so high that the layer then gives its target, which is minus the surprise:
+    Raises:
+        UserError: the learning rate is not finite or below 0; inputs or params are missing, or inputs fit no kernel.
+
+    Source: NL Eq. 56-57.
+
+    One example at a high rate: the layer's output becomes its target, minus the surprise.
 
     >>> params = {"kernel": jnp.zeros((2, 1))}
     >>> x, surprise = jnp.array([[3.0, 4.0]]), jnp.array([[-1.0]])
@@ -132,9 +155,6 @@ def delta_gradient_descent(
     >>> updates, _ = rule.update({"kernel": x.T @ surprise}, rule.init(params), params, inputs={"kernel": x})
     >>> (x @ optax.apply_updates(params, updates)["kernel"]).round(3).tolist()
     [[1.0]]
-
-    References:
-        NL, Eq. 56-57.
     """
     return optax.chain(
         scale_by_delta_gradient_descent(learning_rate, dimension_numbers=dimension_numbers),

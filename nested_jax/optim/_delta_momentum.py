@@ -1,4 +1,4 @@
-"""Delta momentum: a memory of gradients that makes room before it writes."""
+"""Delta momentum: a memory of gradients trained by the delta rule."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.numerics import unit_norm, upcast, zeros
-from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._hyperparameters import UP_TO_ONE, check
 from nested_jax.paths import DimensionNumbers, map_matrices
 from nested_jax.typing import PyTree
 
 
 class DeltaMomentumState(NamedTuple):
-    """The memory, one value for every parameter, of its shape, in float32 or finer; and the preconditioner's state."""
+    """The memory m: a tree of the parameters' shapes, float32 or finer; and the preconditioner's state."""
 
     momentum: PyTree
     preconditioner: PyTree
@@ -23,34 +24,44 @@ class DeltaMomentumState(NamedTuple):
 
 
 def scale_by_delta_momentum(
-    decay: float = 0.9,
-    erase: float = 0.1,
+    decay: ArrayLike = 0.9,
+    erase: ArrayLike = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,
     dimension_numbers: DimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A linear memory of gradients trained on its squared error: what it holds along a new gradient is erased first.
+    """A linear memory of gradients trained on its squared error: its part along a new gradient is erased before the write.
 
         m <- decay m - erase u (u^T m) + P(g)      u = g / |g|_F, matrices (in, out) as in Flax kernels
         m <- (decay - erase u^2) m + P(g)          element-wise for vectors, |g| taken along the last axis
         emits m
 
-    In the paper's orientation (out, in) it is m (decay I - erase u^T u) + P(g) (NL Eq. 48-49).
+    In the paper's orientation (out, in) it is m (decay I - erase u^T u) + P(g).
 
     Args:
-        decay: what is kept of the memory each step, from 0 to 1.
-        erase: strength of the erasure, from 0 (which leaves momentum) to 1.
+        decay: share of the memory kept each step, in [0, 1].
+        erase: strength of the erasure, in [0, 1]; 0 is momentum.
         normalize: False takes the paper's u = g. Its erasure depends on the scale of the loss, and diverges where
             erase |g|^2 exceeds 1 + decay.
-        preconditioner: P, any optax transformation; None for P(g) = g.
-        dimension_numbers: which leaves are matrices, and along which axes; as optax's Muon takes them (see `matrices`).
-            None: leaves of two axes.
+        preconditioner: P, any optax transformation. None: P(g) = g.
+        dimension_numbers: which leaves are matrices, and their (in, out) axes, as in `optax.contrib.muon`; see `matrices`.
+            None: leaves of two axes, (in, out).
+
+    Returns:
+        A transformation of gradients of any shapes, with state `DeltaMomentumState`.
 
     Raises:
         UserError: a hyperparameter is out of range, or dimension numbers do not fit a parameter.
+
+    Source: NL Eq. 48-49.
+
+    >>> rule = scale_by_delta_momentum(decay=1.0, erase=1.0)
+    >>> _, state = rule.update(jnp.array([[3.0, 4.0]]), rule.init(jnp.zeros((1, 2))))
+    >>> print(rule.update(jnp.array([[0.0, 2.0]]), state)[0])  # one input: all columns are erased
+    [[0. 2.]]
     """
-    check("delta_momentum", low=0.0, high=1.0, decay=decay, erase=erase)
+    check("delta_momentum", UP_TO_ONE, decay=decay, erase=erase)
     values = optax.with_extra_args_support(preconditioner or optax.identity())
 
     def init(params):
@@ -76,23 +87,30 @@ def scale_by_delta_momentum(
 
 def delta_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    decay: float = 0.9,
-    erase: float = 0.1,
+    decay: ArrayLike = 0.9,
+    erase: ArrayLike = 0.1,
     *,
     normalize: bool = True,
     preconditioner: optax.GradientTransformation | None = None,
     dimension_numbers: DimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_delta_momentum`, then the learning rate. Without erasure it is `momentum`.
+    """Delta momentum: `scale_by_delta_momentum`, then the learning rate. Without erasure it is `momentum`.
+
+        m <- decay m - erase u (u^T m) + P(g)        w <- w - learning_rate m
 
     Args:
         learning_rate: a number or a schedule.
         decay, erase, normalize, preconditioner, dimension_numbers: as of `scale_by_delta_momentum`.
 
+    Returns:
+        An optimizer of parameters of any shapes; kernels are (in, out).
+
     Raises:
         UserError: a hyperparameter is not finite or out of range, or dimension numbers do not fit a parameter.
 
-    A gradient replaces what the memory holds along it, and leaves the rest:
+    Source: NL Eq. 48-49.
+
+    A gradient replaces the part of the memory along it and leaves the rest:
 
     >>> rule = delta_momentum(1.0, decay=1.0, erase=1.0)
     >>> state = rule.init(jnp.zeros((2, 2)))
@@ -101,9 +119,6 @@ def delta_momentum(
     >>> print(-updates)
     [[1. 0.]
      [0. 3.]]
-
-    References:
-        NL, Eq. 48-49.
     """
     check("delta_momentum", learning_rate=learning_rate)
     rule = scale_by_delta_momentum(

@@ -1,4 +1,4 @@
-"""Generalised gradient descent: the next weights minimise an objective and a retention, both given."""
+"""Generalized gradient descent: the next weights minimise a given objective plus a given retention."""
 
 from __future__ import annotations
 
@@ -9,31 +9,65 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg
+from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import check, check_period, rate_at
-from nested_jax.typing import Array, PyTree
+from nested_jax.optim._hyperparameters import POSITIVE, check, check_count, learning_rate_at
+from nested_jax.typing import Array, Float, PyTree
 
 
 class GeneralizedGradientDescentState(NamedTuple):
-    """Steps taken, and the weights before the present ones, newest first: leaves (window - 1, ...), float32 or finer."""
+    """Steps taken, int32; the window - 1 weights before the present ones, newest first: leaves (window - 1, ...)."""
 
     count: Array
     past: PyTree
     description = Description("retention of recent weights", "keeps the last ones as they are")
 
 
-def linearised(weights: PyTree, gradients: PyTree, **extra: PyTree) -> Array:
-    """The loss to first order, <W, g>: the objective of gradient descent (NL Eq. 31)."""
+def linearised(weights: PyTree, gradients: PyTree, **extra: PyTree) -> Float[Array, ""]:
+    """The objective of gradient descent: the loss to first order.
+
+        <W, g>
+
+    Args:
+        weights: W, a tree of arrays.
+        gradients: g, of the same shapes.
+        extra: extra arguments of `update`, ignored.
+
+    Returns:
+        A scalar.
+
+    Source: NL Eq. 31.
+
+    >>> print(linearised(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])))
+    11.0
+    """
     return optax.tree.vdot(weights, gradients)
 
 
-def proximal(weights: PyTree, recent: PyTree, learning_rate: Array) -> Array:
-    """|W - W_t|^2 / (2 eta): the retention of gradient descent (NL Eq. 31)."""
-    last = jax.tree.map(lambda w: w[0], recent)
-    return optax.tree.norm(optax.tree.sub(weights, last), squared=True) / (2 * learning_rate)
+def proximal(weights: PyTree, recent: PyTree, learning_rate: ArrayLike) -> Float[Array, ""]:
+    """The retention of gradient descent: squared distance from the present weights.
+
+        |W - W_t|^2 / (2 eta)
+
+    Args:
+        weights: W, a tree of arrays.
+        recent: the last weights, newest first: leaves (window, ...).
+        learning_rate: eta.
+
+    Returns:
+        A scalar.
+
+    Source: NL Eq. 31.
+
+    >>> print(proximal(jnp.array([1.0, 2.0]), jnp.array([[0.0, 0.0]]), 0.5))
+    5.0
+    """
+    present = jax.tree.map(lambda w: w[0], recent)
+    return optax.tree.norm(optax.tree.sub(weights, present), squared=True) / (2 * learning_rate)
 
 
 def scale_by_generalized_gradient_descent(
@@ -44,27 +78,35 @@ def scale_by_generalized_gradient_descent(
     window: int = 1,
     steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """The next weights as the solution of a problem of their own (NL Def. 5).
+    """The next weights minimise an objective plus a retention.
 
-        W+ = argmin_W  objective(W, g) + retention(W, recent W, eta)        emits W_t - W+
+        W_{t+1} = argmin_W  objective(W, g) + retention(W, (W_t, ..., W_{t-window+1}), eta)        emits W_t - W_{t+1}
 
-    Solved by Newton's method with conjugate gradients: one step is exact where both are quadratic and convex, as they are
-    by default, where W+ is the step of gradient descent.
+    Solved by Newton's method with conjugate gradients: one step is exact where both are quadratic and convex, as the
+    defaults are. With the defaults it is gradient descent.
 
     Args:
-        learning_rate: eta, a number or a schedule, above 0; the retention's.
-        objective: (weights, gradients, **extra arguments of `update`) -> a scalar, differentiable twice.
-        retention: (weights, recent weights with leaves (window, ...), newest first, eta) -> a scalar, differentiable twice.
-        window: how many of the last weights the retention sees; before there are so many, the first ones again.
-        steps: of Newton's method, from W_t.
+        learning_rate: eta, a number above 0 or a schedule, for the retention.
+        objective: (weights, gradients, **extra arguments of `update`) -> a scalar, twice differentiable.
+        retention: (weights, recent weights with leaves (window, ...), newest first, eta) -> a scalar, twice differentiable.
+        window: number of last weights the retention receives, at least 1. Until there are as many, the first ones repeat.
+        steps: Newton steps from W_t, at least 1.
+
+    Returns:
+        A transformation of gradients of any shapes, with state `GeneralizedGradientDescentState`. Its `update` needs params.
 
     Raises:
-        UserError: the learning rate is not finite and above 0, there is no window or step, or params are missing.
+        UserError: the learning rate is not finite and above 0, window or steps are below 1, or params are missing.
+
+    Source: NL Definition 5.
+
+    >>> rule = scale_by_generalized_gradient_descent(0.5)
+    >>> weights = jnp.array([3.0])
+    >>> print(rule.update(jnp.array([4.0]), rule.init(weights), weights)[0])  # 0.5 * 4
+    [2.]
     """
-    check("generalized_gradient_descent", learning_rate=learning_rate)
-    if not callable(learning_rate) and not isinstance(learning_rate, jax.core.Tracer) and learning_rate <= 0:
-        raise UserError(f"generalized_gradient_descent: learning_rate {learning_rate} must be above 0")
-    check_period("generalized_gradient_descent", window=window, steps=steps)
+    check("generalized_gradient_descent", POSITIVE, learning_rate=learning_rate)
+    check_count("generalized_gradient_descent", window=window, steps=steps)
 
     def init(params):
         past = jax.tree.map(lambda w: jnp.repeat(w[None], window - 1, axis=0), upcast(params))
@@ -79,14 +121,14 @@ def scale_by_generalized_gradient_descent(
 
         def problem(flat):
             weights = unravel(flat)
-            rate = rate_at(learning_rate, state.count)
+            rate = learning_rate_at(learning_rate, state.count)
             return objective(weights, gradients, **extra) + retention(weights, recent, rate)
 
-        back = jnp.zeros_like(start)  # W_t - W+, summed by itself: beside weights, small steps would be rounded
+        step = jnp.zeros_like(start)  # W_t - W_{t+1}: small steps would be rounded if they were added to weights
         for _ in range(steps):
-            curvature = lambda v, flat=start - back: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
-            back = back + jax.scipy.sparse.linalg.cg(curvature, jax.grad(problem)(start - back))[0]
-        emitted = optax.tree.cast_like(unravel(back), updates)
+            curvature = lambda v, flat=start - step: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
+            step = step + cg(curvature, jax.grad(problem)(start - step))[0]
+        emitted = optax.tree.cast_like(unravel(step), updates)
         past = jax.tree.map(lambda w: w[:-1], recent)
         return emitted, GeneralizedGradientDescentState(optax.safe_increment(state.count), past)
 
@@ -101,15 +143,22 @@ def generalized_gradient_descent(
     window: int = 1,
     steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_generalized_gradient_descent`, whose solution becomes the weights.
+    """Generalized gradient descent: `scale_by_generalized_gradient_descent`, whose solution becomes the weights.
+
+        W <- argmin_W  objective(W, g) + retention(W, recent weights, eta)
 
     Args:
         learning_rate, objective, retention, window, steps: as of `scale_by_generalized_gradient_descent`.
 
-    Raises:
-        UserError: the learning rate is not finite and above 0, there is no window or step, or params are missing.
+    Returns:
+        An optimizer of parameters of any shapes. Its `update` needs params.
 
-    With a retention that also pulls towards zero, gradient descent with weight decay, the decay taken implicitly:
+    Raises:
+        UserError: the learning rate is not finite and above 0, window or steps are below 1, or params are missing.
+
+    Source: NL Eq. 31 and Definition 5.
+
+    A retention that also penalises |W|^2 / 2 gives gradient descent with implicit weight decay:
 
     >>> def decaying(weights, recent, rate):
     ...     return proximal(weights, recent, rate) + optax.tree.norm(weights, squared=True) / 2
@@ -117,9 +166,6 @@ def generalized_gradient_descent(
     >>> weights = jnp.array([3.0])
     >>> optax.apply_updates(weights, rule.update(jnp.zeros(1), rule.init(weights), weights)[0]).round(3).tolist()
     [2.0]
-
-    References:
-        NL, Eq. 31 and Definition 5.
     """
     rule = scale_by_generalized_gradient_descent(learning_rate, objective, retention, window=window, steps=steps)
     return optax.chain(rule, optax.scale(-1.0))

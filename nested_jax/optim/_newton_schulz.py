@@ -1,4 +1,4 @@
-"""Newton-Schulz iterations: orthogonal matrices from products alone."""
+"""Newton-Schulz iterations: orthogonalisation by matrix products alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import check
+from nested_jax.optim._hyperparameters import POSITIVE, check, check_count
 from nested_jax.typing import Array, Float
 
 
@@ -20,29 +20,33 @@ def newton_schulz(
     steps: int = 5,
     *,
     form: Literal["quintic", "gradient"] = "quintic",
-    step_size: float = 0.5,
+    step_size: ArrayLike = 0.5,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch M N"]:
-    """Orthogonalises matrices, the last two axes: U V^T of x = U diag(s) V^T, about (quintic) or in the limit (gradient).
+    """Orthogonalises matrices: U V^T of x = U diag(s) V^T, approximately (quintic) or in the limit (gradient).
 
         O_0 = x / |x|_F
         quintic:   O <- a O + b (O O^T) O + c (O O^T)^2 O        a, b, c = 3.4445, -4.7750, 2.0315
         gradient:  O <- O - step_size O (O^T O - I)
 
-    The second is gradient descent on |O^T O - I|^2 / 4 (NL Eq. 43-44); with a step size of 1/2 it is the cubic
-    Newton-Schulz iteration. The first is Muon's, optax's own: five steps bring singular values above |x|_F / 50
-    to between 0.65 and 1.15, and smaller ones less far.
-    A matrix of zeros stays one, with derivatives of zero.
+    The quintic form is Muon's, as in optax: five steps bring singular values above |x|_F / 50 to between 0.65 and 1.15,
+    and smaller ones closer to 1. The gradient form is gradient descent on |O^T O - I|^2 / 4; with a step size of 1/2 it is
+    the cubic Newton-Schulz iteration. Zeros stay zeros, with zero derivatives.
 
     Args:
-        x: matrices of either orientation: the iteration commutes with transposition.
+        x: matrices (..., M, N) in either orientation: the iteration commutes with transposition.
         steps: number of iterations, at least 1.
         form: which iteration.
         step_size: of the gradient form, above 0.
-        dtype: type of the products, such as bfloat16; None for that of x. The result has that of x.
+        dtype: dtype of the products, such as bfloat16. None: that of x.
+
+    Returns:
+        Matrices of the shape and dtype of x.
 
     Raises:
-        UserError: x is no matrix, the form is unknown, there is no step, or its size is not finite and above 0.
+        UserError: x is no matrix, the form is unknown, steps are below 1, or the step size is not finite and above 0.
+
+    Source: NL Eq. 43-44 (gradient); Jordan et al., Muon, 2024 (quintic).
 
     >>> x = jnp.array([[3.0, 0.0], [0.0, 4.0]])
     >>> newton_schulz(x, 20, form="gradient").round(3).tolist()
@@ -50,19 +54,18 @@ def newton_schulz(
     """
     if x.ndim < 2:
         raise UserError(f"newton_schulz takes matrices, not shape {list(x.shape)}: give at least two axes")
-    if steps < 1:
-        raise UserError(f"newton_schulz steps {steps}: give at least 1")
+    check_count("newton_schulz", steps=steps)
     assert_choice("newton_schulz form", form, ("quintic", "gradient"))
-    check("newton_schulz", above=0.0, step_size=step_size)
+    check("newton_schulz", POSITIVE, step_size=step_size)
     o = x.astype(dtype or x.dtype)
-    some = jnp.sum(jnp.square(upcast(o)), (-2, -1), keepdims=True) > 0
-    o = jnp.where(some, o, 1)  # a norm has no derivative at zero
+    nonzero = jnp.sum(jnp.square(upcast(o)), (-2, -1), keepdims=True) > 0
+    o = jnp.where(nonzero, o, 1)  # a norm has no derivative at zero
     o = _quintic(o, steps) if form == "quintic" else _gradient(o, steps, step_size)
-    return jnp.where(some, o, 0).astype(x.dtype)
+    return jnp.where(nonzero, o, 0).astype(x.dtype)
 
 
 def _quintic(x, steps):
-    """optax's, which it offers as Muon: here with a momentum that remembers nothing."""
+    """optax's iteration: its Muon with a momentum of decay 0."""
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=axes)
     return muon.update(x, muon.init(x))[0]
@@ -73,8 +76,8 @@ def _gradient(x, steps, step_size):
     wide = o.shape[-2] < o.shape[-1]
 
     def step(_, o):
-        turned = jnp.swapaxes(o, -2, -1)
-        cube = (o @ turned) @ o if wide else o @ (turned @ o)  # by the smaller of the two Gram matrices
+        transposed = jnp.swapaxes(o, -2, -1)
+        cube = (o @ transposed) @ o if wide else o @ (transposed @ o)  # by the smaller of the two Gram matrices
         return o - step_size * (cube - o)
 
     return jax.lax.fori_loop(0, steps, step, o)

@@ -1,93 +1,111 @@
-"""The picture drawn: one lane a level, from fast to slow, over a logarithmic axis of update frequencies."""
+"""The picture drawn: names at the left, and beside them dots on a logarithmic axis of frequencies, joined by arrows."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from nested_jax.picture.component import closure
-
-if TYPE_CHECKING:
-    from nested_jax.picture.component import Component, Picture
+from nested_jax.picture.component import Component, closure
 
 SHADES = ("#eef3f8", "#ffffff")
 CONTEXT, START, GENERATED = "#1f5a99", "#c26a1b", "#7a7a7a"
+MEANINGS = {
+    CONTEXT: ("-", "context: its new state is read by"),
+    GENERATED: (":", "generation: gradients through it are the context of"),
+    START: ("--", "initialisation: it makes the start of"),
+}
+ROW, UNIT, LEVELS, TOP, BOTTOM = 0.55, 1.15, 0.9, 0.95, 0.75  # in inches: a row, a unit of the axis, and margins
 
 
-def draw(picture: Picture) -> Figure:
-    """A dot for every component, its name and objective beside it; arrows for its context and for its start."""
-    places = _places(picture.components)
-    at = {c.name: (places[_key(c)], row) for row, c in enumerate(picture.components)}
-    rows, most = len(at), max(places.values())
-    figure = Figure(figsize=(13, 1.6 + 0.55 * rows), layout="constrained")
+def draw(components: Sequence[Component]) -> Figure:
+    """A figure of components in the order of their levels.
+
+    Names and objectives stand in a column of their own, at the left of all dots. Arrows bend to the right of the dots that
+    they join and stay between their rows, so that none crosses a text.
+    """
+    places = _places(components)
+    x = {c.name: places[_key(c)] for c in components}
+    y = {c.name: float(row) for row, c in enumerate(components)}
+    rows, width = len(components), max(max(places.values()), 1.0) + 2.2
+    texts = [(c, ", ".join(filter(None, [c.objective or "objective not stated", _count(c)]))) for c in components]
+    figure = Figure()
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(
-        xlabel="update frequency, logarithmic, close ones set apart", xlim=(-0.6, most + 2.8), ylim=(rows - 0.4, -0.6)
-    )
-    for c in picture.components:
-        x, y = at[c.name]
-        axes.axhspan(y - 0.5, y + 0.5, color=SHADES[c.level % 2], zorder=0, linewidth=0)
-        axes.plot(x, y, "o", color=CONTEXT if c.frequency else "gray", markersize=9, zorder=3)
-        name, size = c.name, f"{c.parameters:,} parameters" if c.parameters else ""
-        words = ", ".join(filter(None, [c.objective or "objective not stated", size]))
-        for text, down, font, color in ((name, 5, 10, "black"), (words, -8, 8, "#444444")):
-            box = {"boxstyle": "square,pad=0.1", "color": SHADES[c.level % 2], "alpha": 0.85}
-            axes.annotate(
-                text,
-                (x, y),
-                (12, down),
-                textcoords="offset points",
-                fontsize=font,
-                color=color,
-                va="center",
-                bbox=box,
-                zorder=4,
-            )
-    above = closure({c.name: set(c.needs) for c in picture.components})
-    for c in picture.components:
-        nearest = {
-            n for n in c.needs if n in at and not any(n in above[m] for m in c.needs if m != n and n not in above.get(n, ()))
-        }
-        kinds = (
-            (CONTEXT, "-", nearest, 0.25),
-            (START, "--", c.starts_from, -0.25),
-            (GENERATED, ":", c.generated_by if not nearest else (), 0.25),
-        )
-        for color, dashes, names, bend in kinds:
-            for name in names:
-                if name in at:
-                    arrow = FancyArrowPatch(
-                        at[name], at[c.name], connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=13,
-                        color=color, linestyle=dashes, shrinkA=6, shrinkB=6, linewidth=1.2, zorder=2,
-                    )  # fmt: skip
-                    axes.add_patch(arrow)
-    ticks = {place: c.updates for c in picture.components for place in [places[_key(c)]]}
-    axes.set_xticks(list(ticks), [text.replace(" a ", "\na ") for text in ticks.values()])
-    first = {}
-    for c in picture.components:
-        first.setdefault(c.level, []).append(at[c.name][1])
-    axes.set_yticks([sum(r) / len(r) for r in first.values()], [f"level {level}" for level in first])
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.4, width - 0.4), ylim=(rows - 0.5, -0.5))
+    axes.set_xlabel("update frequency, logarithmic", loc="left")
+    options = {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "va": "center",
+        "annotation_clip": False,
+    }
+    labels = []
+    for c, text in texts:
+        for words, up, font, color in ((c.name, 6, 10, "black"), (text, -7, 8, "#444444")):
+            labels.append(axes.annotate(words, (0, y[c.name]), (0, up), fontsize=font, color=color, **options))
+    column = max(label.get_window_extent().width for label in labels) / figure.dpi + 0.2  # inches
+    size = LEVELS + column + width * UNIT, TOP + rows * ROW + BOTTOM
+    figure.set_size_inches(*size)
+    axes.set_position(((LEVELS + column) / size[0], BOTTOM / size[1], width * UNIT / size[0], rows * ROW / size[1]))
+    for label in labels:
+        label.set_x(-72 * column)
+    for c in components:
+        at, left = y[c.name], -column / (width * UNIT)
+        axes.axhspan(at - 0.5, at + 0.5, left, 1, color=SHADES[c.level % 2], zorder=-1, linewidth=0, clip_on=False)
+        axes.plot(x[c.name], at, "o", color=CONTEXT if c.frequency else "gray", markersize=9, zorder=3)
+    for source, target, color in _arrows(components):
+        over, up = (x[target] - x[source]) * UNIT, (y[source] - y[target]) * ROW
+        bend = min(0.4 if color == START else 0.25, abs(up / (2 * over)) if over else 1, 1.5 * UNIT / abs(up))
+        arrow = FancyArrowPatch(
+            (x[source], y[source]), (x[target], y[target]), connectionstyle=f"arc3,rad={math.copysign(bend, up)}",
+            arrowstyle="-|>", mutation_scale=13, color=color, linestyle=MEANINGS[color][0], shrinkA=6, shrinkB=6,
+            linewidth=1.2, zorder=2,
+        )  # fmt: skip
+        axes.add_patch(arrow)
+    ticks = {places[_key(c)]: c.updates.replace(" a ", "\na ") for c in components}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    rows_of: dict[int, list[float]] = {}
+    for c in components:
+        rows_of.setdefault(c.level, []).append(y[c.name])
+    axes.set_yticks([sum(r) / len(r) for r in rows_of.values()], [f"level {level}" for level in rows_of])
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.plot([], [], color=CONTEXT, label="context: its new state is read by")
-    axes.plot([], [], color=GENERATED, linestyle=":", label="generation: gradients through it are the context of")
-    axes.plot([], [], color=START, linestyle="--", label="initialisation: it makes the start of")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
+    axes.tick_params(axis="y", pad=72 * column + 8)
+    axes.spines[:].set_visible(False)
+    for color, (dashes, meaning) in MEANINGS.items():
+        axes.plot([], [], color=color, linestyle=dashes, label=meaning)
+    axes.legend(loc="lower left", bbox_to_anchor=(-column / (width * UNIT), 1.0), frameon=False, fontsize=9)
     return figure
+
+
+def _arrows(components: Sequence[Component]) -> Iterator[tuple[str, str, str]]:
+    """(from, to, colour), of needs only those that no other need leads to."""
+    names = {c.name for c in components}
+    above = closure({c.name: c.needs for c in components})
+    through = lambda name, needs: any(name in above[m] and m not in above[name] for m in needs if m != name)
+    for c in components:
+        there = lambda others: [name for name in others if name in names]
+        needs = [name for name in there(c.needs) if not through(name, there(c.needs))]
+        kinds: tuple[tuple[str, Iterable[str]], ...] = (
+            (CONTEXT, needs), (START, there(c.starts_from)), (GENERATED, () if needs else there(c.generated_by))
+        )  # fmt: skip
+        yield from ((name, c.name, color) for color, others in kinds for name in others)
+
+
+def _count(component: Component) -> str:
+    return f"{component.parameters:,} parameters" if component.parameters else ""
 
 
 def _key(component: Component) -> tuple[bool, str, float]:
     return component.frequency == 0, component.unit, component.frequency
 
 
-def _places(components: tuple[Component, ...]) -> dict[tuple, float]:
-    """Where each frequency lies: by its logarithm, at least 1 apart, 0 and infinity at the ends."""
-    places, x, last = {}, 0.0, None
+def _places(components: Sequence[Component]) -> dict[tuple, float]:
+    """The place of each frequency on the axis: its logarithm, at least 1 apart; 0 and infinity are the ends."""
+    places: dict[tuple, float] = {}
+    x, last = 0.0, None
     for c in reversed(components):
         if _key(c) in places:
             continue

@@ -12,7 +12,8 @@ from jax.extend import core
 
 from nested_jax.jaxpr.walk import scan_counts
 
-Branch = tuple[tuple[int, ...], int]  # where a cond is in the jaxpr, and which of its branches
+Where = tuple[int, ...]  # the places of an equation and of those that it is inside of
+Branch = tuple[Where, int]  # where a cond is in the jaxpr, and which of its branches
 
 _SAME = {"convert_element_type", "copy", "copy_p", "reshape", "transpose", "squeeze", "expand_dims", "optimization_barrier"}
 _OF_THEIR_TYPE = {"bitcast_convert_type", "ffi_call", "io_callback", "pallas_call", "pure_callback"}
@@ -24,7 +25,7 @@ class Loop(NamedTuple):
     inputs: tuple[int, ...]
     first: int
     ends: tuple[int, ...]
-    where: tuple[int, ...]
+    where: Where
     branch: Branch | None  # the outermost branch that it is in
     equation: core.JaxprEqn
 
@@ -87,15 +88,9 @@ class Graph:
         self.known[new] = value
         return new
 
-    def _walk(self, jaxpr: Any, arguments: Sequence[int], where: tuple[int, ...], branch: Branch | None) -> list[int]:
-        jaxpr, constants = _open(jaxpr)
-        values = dict(zip(jaxpr.constvars, map(self._literal, constants), strict=True))
-        values |= dict(zip(jaxpr.invars, arguments, strict=True))
-        read = lambda v: self._literal(v.val) if isinstance(v, core.Literal) else values[v]
-        for i, equation in enumerate(jaxpr.eqns):
-            outs = self._equation(equation, [read(v) for v in equation.invars], (*where, i), branch)
-            values |= dict(zip(equation.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def _walk(self, jaxpr: Any, arguments: Sequence[int], where: Where, branch: Branch | None) -> list[int]:
+        apply = lambda equation, inputs, here: self._equation(equation, inputs, here, branch)
+        return _evaluate(jaxpr, arguments, apply, self._literal, where)
 
     def _equation(self, equation, inputs, where, branch) -> list[int]:
         name, params = equation.primitive.name, equation.params
@@ -109,12 +104,12 @@ class Graph:
         if name == "while":
             first = params["cond_nconsts"] + params["body_nconsts"]
             return self._loop(equation, inputs, first, len(inputs), where, branch)
-        if (called := _called(equation)) is not None:
-            return self._walk(called, inputs, where, branch)
         if name in _SAME:
             return [self._new((), [value]) for value in inputs]
         if name == "select_n":
             return [self._new(inputs[:1], inputs[1:])]
+        if name == "mul" and any(v in self.known and not np.any(self.known[v]) for v in inputs):
+            return [self._new()]  # times zero
         return [self._new(inputs) for _ in equation.outvars]
 
     def _loop(self, equation, inputs, first, last, where, branch) -> list[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +15,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
 from nested_jax.models.config import ModelConfig
-from nested_jax.models.language_model import LanguageModel
-from nested_jax.picture.component import Component, Picture, distinct
+from nested_jax.models.module import LanguageModel
+from nested_jax.picture.component import Component, distinct, listed
 from nested_jax.picture.graph import Graph
-from nested_jax.picture.memories import learned
-from nested_jax.picture.words import listed
+from nested_jax.picture.parts import Part, parts_of
+from nested_jax.picture.picture import Picture
+from nested_jax.picture.trial import Extra
+from nested_jax.picture.words import component_of
 from nested_jax.typing import PyTree
 
 _ALONE = {"parameters": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}  # what an optimizer moves if nothing else is given
@@ -36,9 +41,7 @@ class _Learner(NamedTuple):
     context: str = ""  # of the slow weights; by default what the optimizer makes of gradients
 
 
-def describe(
-    system: Any, *, tokens_per_step: int | None = None, extra: Callable[[PyTree], dict[str, Any]] | None = None
-) -> Picture:
+def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra | None = None) -> Picture:
     """The nested-learning picture of a system: what learns in it, how often, from what, towards what (NL Def. 1-4).
 
     Nothing is looked up by name. A `Level` has its period and says what its objective is; of an optax transformation the
@@ -81,39 +84,24 @@ def describe(
     """
     if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
         raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
-    parts = list(system) if type(system) in (tuple, list) else [system]
-    parts = [part.gradient_transformation() if isinstance(part, optax.MultiSteps) else part for part in parts]
-    optimizers = [part for part in parts if isinstance(part, optax.GradientTransformation)]
+    given = list(system) if type(system) in (tuple, list) else [system]
+    given = [one.gradient_transformation() if isinstance(one, optax.MultiSteps) else one for one in given]
+    optimizers = [one for one in given if isinstance(one, optax.GradientTransformation)]
     if len(optimizers) > 1:
         raise UserError(f"describe: {len(optimizers)} optimizers: give one, such as their optax.chain or optax.partition")
-    learners = [_learner(part) for part in parts if not isinstance(part, optax.GradientTransformation)]
-    if not learners:
-        learners = [_learner(_ALONE)]
-    components = _renamed([list(_in_context(learner)) for learner in learners])
-    writers = tuple(c.name for c in components[-1:])
-    slow, labels, size = _slow(learners, optimizers[0] if optimizers else None, extra, writers)
-    if not components and not slow:
+    learners = [_learner(one) for one in given if not isinstance(one, optax.GradientTransformation)] or [_learner(_ALONE)]
+    fast = [memory for learner in learners for memory in _in_context(learner)]
+    parts, size, words = _slow(learners, optimizers[0] if optimizers else None, extra)
+    if not fast and not parts:
         raise UserError("describe: nothing can learn in this: give parameters that are not empty, or a level")
-    slow = _renamed([components, slow])[len(components) :]
-    of = lambda label: [c.name for c, its in zip(slow, labels, strict=True) if its == label]
-    full = lambda label: of(label) or [label]
-    starts = lambda c: tuple(name for label in c.starts_from for name in full(label))
-    components = [dataclasses.replace(c, starts_from=starts(c)) for c in components]
+    for one, name in zip([*fast, *parts], distinct([one.name for one in [*fast, *parts]]), strict=True):
+        one.name = name
+    rows = [memory.component(parts) for memory in fast]
+    writers = tuple(memory.name for memory in fast[-1:])
+    slow = [component_of(part, *words.get(part.label or "", ("", "")), writers) for part in parts]
     if tokens_per_step is not None:
         slow = [dataclasses.replace(c, frequency=c.frequency / tokens_per_step, unit="token") for c in slow]
-    return Picture.of(components + slow, size)
-
-
-def _renamed(groups: Sequence[Sequence[Component]]) -> list[Component]:
-    """All components, each of a name of its own; what they need and start from is of their own group."""
-    names = iter(distinct([c.name for group in groups for c in group]))
-    made = []
-    for group in groups:
-        new = {c.name: next(names) for c in group}
-        for c in group:
-            needs, starts = tuple(new[n] for n in c.needs), tuple(new.get(n, n) for n in c.starts_from)
-            made.append(dataclasses.replace(c, name=new[c.name], needs=needs, starts_from=starts))
-    return made
+    return Picture.of(rows + slow, size)
 
 
 def _learner(system: Any) -> _Learner:
@@ -143,17 +131,19 @@ def _learner(system: Any) -> _Learner:
     return _Learner(system, lambda path: "parameters", lambda weights: [])
 
 
-def _slow(learners: Sequence[_Learner], optimizer, extra, writers) -> tuple[list[Component], list[str], int]:
-    """Components of the parameters and of what moves them, their labels, and the bytes of the optimizer's state."""
+def _slow(
+    learners: Sequence[_Learner], optimizer: optax.GradientTransformation | None, extra: Extra | None
+) -> tuple[list[Part], int, dict[str, tuple[str, str]]]:
+    """The parts of the parameters and of what moves them, the bytes of its state, (objective, context) by label."""
     learners = [learner for learner in learners if any(leaf.size for leaf in jax.tree.leaves(learner.shapes))]
     if not learners and optimizer is not None:
         raise UserError("describe: the optimizer has no parameters to move: give these too, (system, parameters, optimizer)")
     if not learners:
-        return [], [], 0
+        return [], 0, {}
     shapes = learners[0].shapes if len(learners) == 1 else tuple(learner.shapes for learner in learners)
     labels = [label for learner in learners for label in _labels(learner)]
     words = {label: (learner.objective, learner.context) for learner in learners for label in _labels(learner)}
-    return learned(optimizer or optax.set_to_zero(), shapes, labels, words, extra, writers)
+    return *parts_of(optimizer or optax.set_to_zero(), shapes, labels, extra), words
 
 
 def _labels(learner: _Learner) -> list[str]:
@@ -162,108 +152,124 @@ def _labels(learner: _Learner) -> list[str]:
     return [learner.serves(plain(path)) for path, _ in jax.tree_util.tree_leaves_with_path(learner.shapes)]
 
 
-def _in_context(learner: _Learner) -> Iterator[Component]:
-    """Components of the levels, each after those whose new state it needs."""
-    found: list[tuple[Level, int]] = []
+@dataclass(eq=False)
+class _Fast:
+    """What learns in context: a level, or a memory whose new state a level's step reads."""
 
-    def states(weights):
-        found[:] = learner.levels(weights)
-        return [_start(level) for level, _ in found]
+    name: str
+    frequency: float  # updates per token
+    says: Description
+    blocks: int = 1
+    start: PyTree = None
+    resets: tuple[_Fast, ...] = ()  # levels that restart it
+    needs: tuple[_Fast, ...] = ()  # whose new state its update reads
+    teachers: tuple[str, ...] = ()  # the slow weights that its start is a function of, by label
+    bytes: int | None = None
 
-    shapes = jax.eval_shape(states, learner.shapes)
-    graph = Graph(states, learner.shapes)
+    def component(self, slow: Sequence[Part]) -> Component:
+        """Its row, of a system with these slow parts."""
+        of = lambda label: [part.name for part in slow if part.label == label] or [label]
+        resets = [level.name for level in self.resets if level.says.objective is not None]
+        starts = resets or [name for label in self.teachers for name in of(label)]
+        start = f"restarts from {listed(resets)}" if resets else "a start that slow weights learn"
+        return Component(
+            self.name, self.frequency, "token",
+            context=self.says.context or (f"what {self.needs[-1].name} emits" if self.needs else "a stream of data points"),
+            objective=self.says.objective or "",
+            rule=self.says.rule,
+            knowledge="; ".join(filter(None, [f"initialisation: {start}" if starts else "", self.says.knowledge])),
+            needs=tuple(memory.name for memory in self.needs),
+            starts_from=tuple(starts),
+            state_bytes=self.bytes,
+        )  # fmt: skip
+
+
+def _in_context(learner: _Learner) -> list[_Fast]:
+    """What learns in context, from fast to slow."""
+    levels: list[_Fast] = []
+
+    def starts(weights: PyTree) -> list[PyTree]:
+        levels[:] = [one for level, blocks in learner.levels(weights) for one in _opened(level, _Slower(), blocks)[1]]
+        return [level.start for level in levels]
+
+    graph = Graph(starts, learner.shapes)
     labels = dict(zip(graph.inputs, _labels(learner), strict=True))
-    leaves, structure = jax.tree.flatten(shapes)
-    teachers = [{labels[v] for v in graph.behind([out]) if v in labels} for out in graph.outputs]
-    states = structure.unflatten(map(_Leaf, leaves, teachers))
-    names: list[str] = []
-    taken: list[str] = []
-    apart = [(_apart(level, blocks, taken), blocks) for level, blocks in found]
-    for (level, blocks), state in zip(apart, states, strict=True):
-        for component in _walk(level, state, blocks, tuple(names)):
-            names.append(component.name)
-            yield component
+    leaves = iter(zip(graph.outputs, graph.closed.out_avals, strict=True))
+    learning: list[_Fast] = []
+    for level in levels:
+        own = list(itertools.islice(leaves, len(jax.tree.leaves(level.start))))
+        sizes = [aval.size * aval.dtype.itemsize for _, aval in own]
+        level.bytes = sum(sizes) * level.blocks or None if all(sizes) else None  # an empty one grows
+        level.teachers = tuple(sorted({labels[v] for v in graph.behind([out for out, _ in own]) if v in labels}))
+        if level.says.objective is None:
+            continue
+        for inner in level.says.inner:
+            learning += _inner(level, inner, tuple(learning))
+        level.needs = tuple(learning)
+        learning.append(level)
+    return learning
 
 
-class _Leaf:
-    """A leaf of a level's state, and the slow weights that its start is made from."""
-
-    def __init__(self, shape, teachers):
-        self.bytes, self.teachers = shape.size * shape.dtype.itemsize, teachers
-
-
-def _start(level: Level) -> PyTree:
+def _inner(level: _Fast, inner: Any, faster: tuple[_Fast, ...]) -> list[_Fast]:
+    """The memories inside a level's step, of a description or of an optax rule, which also gives the level its rule."""
+    if isinstance(inner, Description):
+        return [_Fast(f"{inner.name} of {level.name}", level.frequency, inner, needs=faster)]
     try:
-        return level.init(())
-    except IndexError as error:
-        if str(error) != "tuple index out of range":
-            raise
-        return ()  # it starts from slower levels, and none are given
+        *parts, weights = parts_of(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""])[0]
+        step = component_of(weights, "").rule
+    except UserError:  # it is for parameters of its own
+        parts, step = [], "an optax rule"
+    level.says = dataclasses.replace(level.says, rule=level.says.rule or step)
+    memories = {}
+    for part in parts:
+        row = component_of(part, "")
+        says = Description(row.objective, row.rule, row.context, row.knowledge)
+        memories[part] = _Fast(f"{part.name} of {level.name}", part.frequency * level.frequency, says)
+    for part, memory in memories.items():
+        memory.needs = (*faster, *(memories[other] for other in part.above))
+    return list(memories.values())
 
 
-def _apart(level: Level, blocks: int, taken: list[str]) -> Level:
-    """The level, each that learns in it by the name of its component, of which there is one."""
-    if level.parts:
-        *two, reset = level.parts
-        return dataclasses.replace(level, parts=(*(_apart(part, blocks, taken) for part in two), reset))
-    if level.description.objective is None:
-        return level
-    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
-    taken.append(distinct([*taken, name])[-1])
-    return dataclasses.replace(level, name=taken[-1])
+class _Unknown(Exception):
+    """The state of a slower level was read that is not known."""
 
 
-def _learners(level: Level) -> tuple[str, ...]:
-    """The names of what learns in a level."""
-    if level.parts:
-        return _learners(level.parts[0]) + _learners(level.parts[1])
-    return () if level.description.objective is None else (level.name,)
+@jax.tree_util.register_pytree_node_class
+class _Slower(tuple):
+    """The states of slower levels as far as they are known: `_Unknown` is raised for one that is not, and for any other."""
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return _Slower(super().__getitem__(index))
+        try:
+            state = super().__getitem__(index)
+        except IndexError:
+            raise _Unknown from None
+        if state is _Unknown:
+            raise _Unknown
+        return state
+
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, states):
+        return cls(states)
 
 
-def _walk(
-    level: Level, state: PyTree, blocks: int, before: tuple[str, ...], restarts: tuple[str, ...] = ()
-) -> Iterator[Component]:
-    """A level's components, from fast to slow. `before`: the faster ones; `restarts`: those that reset this one."""
-    if level.parts:
+def _opened(level: Level, slower: _Slower, blocks: int, resets: tuple[_Fast, ...] = ()) -> tuple[PyTree, list[_Fast]]:
+    """A level's first state, `_Unknown` if it reads one that is not known; and the levels in it, from fast to slow."""
+    if level.parts is not None:
         fast, slow, reset = level.parts
-        state = state if isinstance(state, Nested) else Nested((), ())
-        for component in _walk(fast, state.fast, blocks, before, _learners(slow) if reset else ()):
-            before = (*before, component.name)
-            yield component
-        yield from _walk(slow, state.slow, blocks, before, restarts)
-        return
-    says, frequency = level.description, level.description.updates / level.period
-    if says.objective is None:
-        return
-    name, step = level.name, ""
-    for inner in says.inner:
-        if isinstance(inner, optax.GradientTransformation):
-            try:
-                *memories, weights = learned(inner, {"parameters": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, [""], {})[0]
-                step = weights.rule
-            except UserError:  # it is for parameters of its own
-                memories, step = [], "an optax rule"
-        else:
-            memories = [Component(inner.name, 1, "step", inner.context, inner.objective, inner.rule, inner.knowledge)]
-        new = distinct([*before, *(f"{c.name} of {name}" for c in memories)])[len(before) :]
-        renamed = dict(zip((c.name for c in memories), new, strict=True))
-        for c in memories:
-            needs = (*before, *(renamed[n] for n in c.needs))
-            yield dataclasses.replace(
-                c, name=renamed[c.name], frequency=c.frequency * frequency, unit="token", needs=needs, state_bytes=None
-            )
-        before = (*before, *renamed.values())
-    start = "initialisation: " + (f"restarts from {listed(restarts)}" if restarts else "a start that slow weights learn")
-    leaves = jax.tree.leaves(state)
-    teachers = restarts or sorted({label for leaf in leaves for label in leaf.teachers})
-    bounded = all(leaf.bytes for leaf in leaves)  # an empty one grows
-    yield Component(
-        name, frequency, "token",
-        context=says.context or (f"what {before[-1]} emits" if before else "a stream of data points"),
-        objective=says.objective,
-        rule=says.rule or step,
-        knowledge="; ".join(filter(None, [start if teachers else "", says.knowledge])),
-        needs=before,
-        starts_from=tuple(teachers),
-        state_bytes=sum(leaf.bytes for leaf in leaves) * blocks or None if bounded else None,
-    )  # fmt: skip
+        slow_state, slow_levels = _opened(slow, slower, blocks, resets)
+        restart = tuple(slow_levels) if reset else ()
+        fast_state, fast_levels = _opened(fast, _Slower((slow_state, *slower)), blocks, restart)
+        known = slow_state is not _Unknown and fast_state is not _Unknown
+        return Nested(slow_state, fast_state) if known else _Unknown, fast_levels + slow_levels
+    try:
+        state = level.init(slower)
+    except _Unknown:
+        state = _Unknown
+    name = f"{level.name}, {blocks} blocks" if blocks > 1 else level.name
+    frequency, start = level.description.updates / (level.period * level.tokens), () if state is _Unknown else state
+    return state, [_Fast(name, frequency, level.description, blocks, start, resets)]

@@ -1,1 +1,1 @@
-"""The training program: a config, a step, a loop, and the run folder it leaves. Nothing is imported here: help is quick."""
+"""The training program: config, step, loop, and the run folder that it writes. It imports nothing, so that help is quick."""

@@ -1,13 +1,13 @@
-"""Checkpoints: parameters, optimizer, carried fast state and the place in the data, together, by Orbax.
+"""Checkpoints by Orbax: parameters, optimizer state, carried fast state and the position in the data, together.
 
-Orbax commits a checkpoint by renaming it; a list of its files is then put beside them, so that one that was cut short
-later is told from a whole one before it is read.
+Orbax commits a checkpoint by renaming it. A list of its files with their digests is then added, so that a checkpoint that
+was changed or cut short later is refused before it is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,17 @@ CHECKPOINTS, _FILES = "checkpoints", "files.json"
 
 
 class Checkpoints:
-    """The last two checkpoints of a run folder, in a folder of their own, named by step."""
+    """The last two checkpoints of a run folder, in its subfolder `checkpoints`, named by step.
+
+    Args:
+        folder: the run folder.
+
+    >>> import contextlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.closing(Checkpoints(Path(folder))) as checkpoints:
+    ...     checkpoints.save(TrainState(jnp.int32(7), {"w": jnp.ones(2)}, jnp.zeros(()), None), {})
+    ...     checkpoints.latest(), checkpoints.restore_parameters({"w": jnp.zeros(2)})["w"].tolist()
+    (7, [1.0, 1.0])
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute() / CHECKPOINTS
@@ -33,11 +43,19 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint."""
+        """The step of the newest checkpoint; None where there is none."""
         return self._orbax.latest_step()
 
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint named by `state.step`, `progress` (JSON) in it, and drops all but the last two."""
+        """Writes a checkpoint and deletes all but the last two.
+
+        Args:
+            state: its step is the checkpoint's name.
+            progress: a JSON value that is saved with it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         step = int(state.step)
         items = {"progress": ocp.args.JsonSave(progress)}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
@@ -49,16 +67,23 @@ class Checkpoints:
             raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, into the shapes and shardings of an abstract state, and its progress.
+        """The newest checkpoint.
 
-        Raises UserError naming the checkpoint where it is cut short, unreadable or of other shapes.
+        Args:
+            shapes: a state, which may be abstract: its shapes, types and shardings are those of the result.
+
+        Returns:
+            The state and the progress that were saved.
+
+        Raises:
+            UserError: the checkpoint was changed or cut short, is unreadable, or of other shapes or types.
         """
         items = self._read(_trees(shapes), progress=ocp.args.JsonRestore())
         state = TrainState(jnp.int32(self.latest()), items["parameters"], items["optimizer"], items.get("fast"))
         return state, items["progress"]
 
     def restore_parameters(self, shapes: PyTree) -> PyTree:
-        """The newest checkpoint's parameters alone. Raises UserError as `restore`."""
+        """The parameters alone of the newest checkpoint. Raises UserError as `restore`."""
         return self._read({"parameters": shapes})["parameters"]
 
     def close(self) -> None:
@@ -66,18 +91,20 @@ class Checkpoints:
         self._orbax.close()
 
     def _read(self, trees: dict[str, PyTree], **others: Any):
-        path = self.folder / str(self.latest())
-        older = [step for step in self._orbax.all_steps() if step != self.latest()]
+        if (step := self.latest()) is None:
+            raise UserError(f"{self.folder} holds no checkpoint: let nested-jax train go on")
+        path = self.folder / str(step)
+        older = [earlier for earlier in self._orbax.all_steps() if earlier != step]
         remedy = f"delete that folder to go on from step {older[-1]}" if older else "start over with --fresh"
         if fault := _missing(path):
             raise UserError(f"checkpoint {path} is cut short: {fault}; {remedy}")
         try:
-            kept = self._orbax.item_metadata(self.latest())
+            saved = self._orbax.item_metadata(step)
             for name, tree in trees.items():
-                if fault := _other_shape(kept[name].tree if name in kept else {}, tree):
+                if fault := _other_shape(saved[name].tree if name in saved else {}, tree):
                     raise UserError(f"checkpoint {path} is of another shape: {name} {fault}; {remedy}")
             items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-            return self._orbax.restore(self.latest(), args=ocp.args.Composite(**items, **others))
+            return self._orbax.restore(step, args=ocp.args.Composite(**items, **others))
         except UserError:
             raise
         except Exception as error:  # whatever the storage layers raise
@@ -101,7 +128,7 @@ def _list_files(path: Path) -> None:
 
 
 def _missing(path: Path) -> str | None:
-    """What is wrong with the first file that is not as listed. (A kill between commit and list leaves none.)"""
+    """The first difference from the list of files; None for none, and for no list: a kill after the commit leaves none."""
     if not (path / _FILES).exists():
         return None if (path / "parameters").is_dir() else "parameters is gone"
     try:
@@ -118,18 +145,14 @@ def _missing(path: Path) -> str | None:
     return None
 
 
-def _digest(file: Path) -> list[int]:
-    """Size in bytes and CRC-32."""
-    checksum, size = 0, 0
+def _digest(file: Path) -> str:
     with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return [size, checksum]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _other_shape(kept: PyTree, wanted: PyTree) -> str | None:
+def _other_shape(saved: PyTree, wanted: PyTree) -> str | None:
     """The first leaf whose shape or type differs."""
-    theirs, ours = _shapes(kept), _shapes(wanted)
+    theirs, ours = _shapes(saved), _shapes(wanted)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             return f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in this run"

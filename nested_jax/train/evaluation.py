@@ -1,23 +1,23 @@
-"""Held-out text: a model's bits per byte beside what counting bytes and pairs of bytes gives on the same text."""
+"""Held-out text: a model's bits per byte, and the entropies of the same text's bytes and pairs of bytes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
-from flax import nnx
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_entropies
+from nested_jax.models.language_model import init_state
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
-from nested_jax.train.state import bind
-from nested_jax.train.step import eval_step
+from nested_jax.train.step import cross_entropy
 from nested_jax.typing import PyTree
 
 
 class HeldOut:
-    """The first `limit` bytes of some documents, cut into batches for a network.
+    """The first `limit` bytes of some documents, cut into batches.
 
     `entropies` are the text's unigram and bigram entropies, `text_bytes` its length.
     """
@@ -25,7 +25,6 @@ class HeldOut:
     def __init__(
         self,
         config: TrainConfig,
-        net: nnx.GraphDef,
         tokenizer: ByteTokenizer | SentencePieceTokenizer,
         documents: Sequence[bytes],
         *,
@@ -42,9 +41,11 @@ class HeldOut:
             carry=config.carry,
         )
         self.text_bytes = self._batches.text_bytes
-        start = lambda parameters: bind(net, parameters).init_state(config.batch, max_length=config.window)
+        model = config.model
+        start = lambda parameters: init_state(model, parameters, config.batch, max_length=config.window)
         self._start = jax.jit(start) if config.carry else lambda parameters: None
-        self._step, self._surprise = jax.jit(eval_step(net)), jax.jit(layer_surprise(net))
+        self._step = jax.jit(partial(cross_entropy, model))
+        self._surprise = jax.jit(layer_surprise(model))
         self._carry = config.carry
 
     def bits_per_byte(self, parameters: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what it was made with, and who is writing to it."""
+"""The run folder: its config, the fingerprint of its text, and its lock."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from nested_jax.train.checkpoint import CHECKPOINTS
 from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
-_NOTHING = {_LOCK, f"{_CONFIG}.part"}  # what a start that did not get far may leave
+_LEFTOVERS = {_LOCK, f"{_CONFIG}.part"}  # files that a process stopped early may leave
 _REMEDY = "give --fresh to start over (the old run is kept under another name) or another --run-dir"
 
 
 def read_config(folder: Path) -> TrainConfig | None:
-    """The config that a folder's run was made with; None where there is no folder, or an empty one.
+    """The config of the run in a folder.
 
-    Raises UserError for a folder that holds something else.
+    Args:
+        folder: a run folder, or a path where none is yet.
+
+    Returns:
+        The config; None where there is no folder, or an empty one.
+
+    Raises:
+        UserError: the folder contains something else, or its config is damaged.
     """
-    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _NOTHING):
+    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _LEFTOVERS):
         return None
     try:
         saved = json.loads((folder / _CONFIG).read_text())
-        config = TrainConfig.from_json(saved["train"])
-        config.check()
-        return config
+        return TrainConfig.from_json(saved["train"])
     except FileNotFoundError:
         raise UserError(f"{folder} holds files and no run (no {_CONFIG}): give another --run-dir") from None
     except NotADirectoryError:
@@ -39,35 +44,56 @@ def read_config(folder: Path) -> TrainConfig | None:
 
 
 def write_config(folder: Path, config: TrainConfig, text: str) -> None:
-    """Writes config.json, whole or not at all; `text` is the fingerprint of the documents."""
+    """Writes config.json, by renaming a complete file.
+
+    Args:
+        folder: the run folder.
+        config: of the run.
+        text: the fingerprint of its documents.
+    """
     part = folder / f"{_CONFIG}.part"
     part.write_text(json.dumps({"train": config.to_json(), "text": text}, indent=2) + "\n")
     part.rename(folder / _CONFIG)
 
 
-def begun(folder: Path, given: TrainConfig) -> bool:
-    """Whether the folder holds a run that the given config goes on with.
+def resumable(folder: Path, given: TrainConfig) -> TrainConfig | None:
+    """The config of the run in a folder that another config resumes.
 
-    Raises UserError naming the first field that makes it another run.
+    Args:
+        folder: the run folder.
+        given: the other config.
+
+    Returns:
+        The saved config; None where there is no run, or `given.fresh`.
+
+    Raises:
+        UserError: a field of the config makes it another run, which is named.
     """
     if given.fresh:
-        return False
+        return None
     saved = read_config(folder)
     if saved and (found := difference(saved, given)):
         name, theirs, ours = found
         remedy = f"give {name} {theirs} or more, or {_REMEDY}" if name == "--steps" else _REMEDY
         raise UserError(f"{folder} holds a run with {name} {theirs}, not {ours}: {remedy}")
-    return saved is not None
+    return saved
 
 
 def assert_same_text(folder: Path, text: str) -> None:
-    """Raises UserError where the folder's run read other documents."""
+    """Raises UserError where the run in a folder was made with documents of another fingerprint."""
     if json.loads((folder / _CONFIG).read_text()).get("text") != text:
         raise UserError(f"the text of --data has changed since the run in {folder} was made: {_REMEDY}")
 
 
 def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
-    """A digest of how many documents each split has, and of all of them, or of `most` spread over a split that has more.
+    """A digest of documents.
+
+    Args:
+        *splits: sequences of documents.
+        most: documents of a split that are read, evenly spaced; of all of them the number counts.
+
+    Returns:
+        16 hexadecimal digits.
 
     >>> fingerprint([b"abc"], [b"d"]) == fingerprint([b"abc"], [b"e"])
     False
@@ -83,39 +109,50 @@ def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
 
 
 def stamp(folder: Path) -> tuple[bytes, list[str]]:
-    """What tells whether another process has trained in the folder: its config, and the steps of its checkpoints."""
+    """The config and the steps of the checkpoints: another value means that another process has trained in the folder."""
     config, checkpoints = folder / _CONFIG, folder / CHECKPOINTS
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return config.read_bytes() if config.is_file() else b"", sorted(filter(str.isdigit, names))
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Renames the folder of a run to the first of FOLDER.1, FOLDER.2, ... that is free; where it went, if it was there.
+    """Renames the folder of a run to the first of FOLDER.1, FOLDER.2, ... that is free.
 
-    Raises UserError for a folder that holds something else, or is in use.
+    Args:
+        folder: the run folder.
+
+    Returns:
+        The new path; None where there is no folder, or an empty one.
+
+    Raises:
+        UserError: the folder contains something else, or is in use.
     """
-    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _NOTHING):
+    if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _LEFTOVERS):
         return None
     if not (folder / _CONFIG).is_file():
         raise UserError(f"--run-dir {folder} holds no run (no {_CONFIG}) to start over: give another --run-dir")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"--run-dir {folder} holds the working directory, which --fresh cannot rename: run from elsewhere")
-    with claim(folder):
+    with lock(folder):
         aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
         return folder.rename(aside)
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing to it. Raises UserError where that cannot be."""
+def lock(folder: Path) -> Iterator[None]:
+    """A context in which no other process trains in a folder, which is made where it is missing.
+
+    Raises:
+        UserError: the folder is locked, or cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w")
+        file = (folder / _LOCK).open("w")
     except OSError as error:
         raise UserError(f"--run-dir {folder} cannot be written to: {error.strerror}; give another --run-dir") from error
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is training in {folder}: wait for it or give another --run-dir") from None
         yield

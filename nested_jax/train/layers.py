@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from rich.table import Table
 
 from nested_jax.data import Batch
+from nested_jax.models.config import ModelConfig
 from nested_jax.surprise import layers, surprise_and_grad
 from nested_jax.train.step import cross_entropy
 from nested_jax.typing import Array, PyTree
@@ -24,14 +24,14 @@ MEANING = (
 MOST = 12  # rows of a table
 
 
-def layer_surprise(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch], dict[str, Array]]:
+def layer_surprise(model: ModelConfig) -> Callable[[PyTree, PyTree | None, Batch], dict[str, Array]]:
     """(parameters, fast state, batch) -> numbers named "inputs/LAYER", "surprise/LAYER" and "share/LAYER"; jit it.
 
     A layer is a kernel's path, or "PATH[i]" in a stack. The loss is summed over the targets.
     """
 
     def measure(parameters, fast, batch):
-        loss = lambda parameters, given: cross_entropy(net, parameters, *given)
+        loss = lambda parameters, given: cross_entropy(model, parameters, *given)
         _, gradient, pairs = surprise_and_grad(loss, parameters, (fast, batch), has_aux=True)
         whole, numbers = jnp.maximum(optax.global_norm(gradient), 1e-30), {}
         for key, pair in pairs.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from nested_jax.data import NgramEntropies
@@ -17,120 +18,143 @@ from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate, optimizer
-from nested_jax.train.progress import Display, say
+from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import TrainState, network, start
+from nested_jax.train.state import TrainState, init_train_state
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
-from nested_jax.train.text import TOKENIZER, open_text
+from nested_jax.train.text import TOKENIZER, Text, open_text
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
-    """Trains in `config.run_dir`, from where a run in it stopped, and returns the last state.
+    """Trains in `config.run_dir`, from where a run in it stopped.
 
     The folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.model and, at the end, loss.png
     and report.md. A run that was stopped and resumed has the state and metrics, to the bit, of one that was not.
 
+    Args:
+        config: of the run.
+        console: where progress is shown; None: the standard output.
+
+    Returns:
+        The state after `config.steps` updates.
+
     Raises:
         UserError: config, text and folder do not fit; nothing in the folder has changed.
-        NonFinite: the loss, a gradient or the fast state is no longer a number; the last checkpoint is kept.
+        NonFinite: the loss, a gradient or the fast state is not finite; the last checkpoint is kept.
         Interrupted: stopped by Ctrl-C or SIGTERM, and saved.
     """
     console, folder = console or Console(), Path(config.run_dir)
-    config.check()
     found = folders.stamp(folder)
-    begun = folders.begun(folder, config)
-    net = network(config.model)
+    saved = folders.resumable(folder, config)
     state, progress = None, {"tokens": 0, "seconds": 0.0}
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        if begun:
+        checkpoints = None
+        if saved:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
             if checkpoints.latest() is not None:
-                state, progress = checkpoints.restore(jax.eval_shape(lambda: start(config)))
+                state, progress = checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
-                say(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
+                print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
-            assert_resumable(folder, folders.read_config(folder), state)
-        text = open_text(config, net, folder if begun else None)
-        if begun:
+            assert_resumable(folder, saved, state)
+        text = open_text(config, folder if saved else None)
+        if saved:
             folders.assert_same_text(folder, text.fingerprint)
         elif config.fresh and (aside := folders.set_aside(folder)):
-            say(console, f"the run that was in {folder} is now in {aside}")
+            print_line(console, f"the run that was in {folder} is now in {aside}")
             found = folders.stamp(folder)
-        stack.enter_context(folders.claim(folder))
+        stack.enter_context(folders.lock(folder))
         if folders.stamp(folder) != found:
-            raise UserError(f"another process has trained in {folder} meanwhile: give the same command again")
+            raise UserError(f"another process has trained in {folder} since this one started: give the same command again")
         folders.write_config(folder, config, text.fingerprint)
         if not (folder / TOKENIZER).exists():
             text.tokenizer.save(folder / TOKENIZER)
-        if not begun:
+        if checkpoints is None:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         if state is None:
-            state = jax.jit(lambda: start(config))()
+            state = jax.jit(lambda: init_train_state(config))()
         else:
             text.batches.set_state(progress["data"])
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
-        run = _Run(config, console, net, text, checkpoints, record, state, progress)
-        run.greet()
-        run.update_to_the_end(interruption)
+        run = _Run(config, console, text, checkpoints, record, state, progress)
+        run.print_start()
+        run.update(interruption)
         interruption.release()
         run.report()
         return run.state
 
 
 class _Run:
-    """A run under way: the state, and everything that reads it or writes it down."""
+    """The state of a run, and what reads and writes it."""
 
-    def __init__(self, config, console, net, text, checkpoints, record, state: TrainState, progress: dict[str, Any]):
-        self.config, self.console, self.net, self.text = config, console, net, text
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        text: Text,
+        checkpoints: Checkpoints,
+        record: Record,
+        state: TrainState,
+        progress: dict[str, Any],
+    ):
+        self.config, self.console, self.text = config, console, text
         self.checkpoints, self.record = checkpoints, record
         self.state, self.step, self.tokens = state, int(state.step), progress["tokens"]
-        self._begun = time.monotonic() - progress["seconds"]
+        self._start = time.monotonic() - progress["seconds"]
 
     @property
     def seconds(self) -> float:
-        """Wall time spent on this run, earlier sessions included."""
-        return time.monotonic() - self._begun
+        """Wall time of this run, including that before it was resumed."""
+        return time.monotonic() - self._start
 
     @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
 
-    def greet(self) -> None:
-        """Says what is about to be trained, on what."""
+    def print_start(self) -> None:
+        """Prints the model, the text and the step that the run starts from."""
         config, heldout = self.config, self.text.heldout
-        begin = f"from step {self.step}" if self.step else "from the start"
-        say(self.console, f"{config.preset}, {self.size:,} parameters, {begin}; Ctrl-C saves, the same command resumes")
-        say(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_entropies(heldout.entropies)}")
+        where = f"from step {self.step}" if self.step else "from the start"
+        print_line(
+            self.console, f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes"
+        )
+        print_line(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_entropies(heldout.entropies)}")
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
-            say(self.console, f"note: {never}; give --carry or --window {2 * slowest}")
+            print_line(self.console, f"note: {never}; give --carry or --window {2 * slowest}")
 
-    def update_to_the_end(self, interruption: Interruption) -> None:
-        """All remaining updates, with what is due between them; raises Interrupted on a signal, once saved."""
+    def update(self, interruption: Interruption) -> None:
+        """All remaining updates, with the evaluations, checkpoints and rows between them.
+
+        Raises:
+            Interrupted: after a signal, once the state is saved.
+            NonFinite: as `train`.
+        """
         config = self.config
-        update = jax.jit(train_step(self.net, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
+        update = jax.jit(train_step(config.model, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
         rate = learning_rate(config)
         with Display(self.console, self.step, config.steps) as display:
-            self._evaluate(interruption, display)  # a signal may have come before it
+            self._evaluate(interruption, display)  # in case a signal has stopped it before
             while self.step < config.steps and interruption.signal is None:
                 batch = next(self.text.batches)
                 self.state, metrics = update(self.state, batch)
                 self.step += 1
                 self._assert_healthy(metrics)
-                targets, size = (
-                    int(batch.weights.sum()),
-                    self.text.tokenizer.byte_lengths[batch.targets] * batch.weights,
-                )
+                targets = int(batch.weights.sum())
+                text_bytes = float((self.text.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
                 self.tokens += targets
-                row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(size.sum(), 1)}
+                row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(text_bytes, 1)}
                 speed = display.update(self.step, targets, **row)
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    row |= {"gradient_norm": float(metrics.gradient_norm), "learning_rate": float(rate(self.step - 1))}
+                    row |= {
+                        "gradient_norm": float(metrics.gradient_norm),
+                        "learning_rate": float(jnp.asarray(rate(self.step - 1))),
+                    }
                     row |= {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": speed}
                     self.record.add(self.step, **row)
                 self._evaluate(interruption, display)
@@ -142,12 +166,12 @@ class _Run:
                 raise Interrupted(f"{where}; resume with: {command(config)}", interruption.signal)
 
     def report(self) -> None:
-        """Writes loss.png and report.md and says where they are."""
+        """Writes loss.png and report.md and prints where they are."""
         config, heldout = self.config, self.text.heldout
-        row = self.record.heldout(self.step)
+        row = self.record.heldout(self.step) or {}
         bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
-        ids = sample(self.net, self.state.parameters, self.text.tokenizer, **options)
+        ids = sample(self.config.model, self.state.parameters, self.text.tokenizer, **options)
         folder = Path(config.run_dir)
         report.draw(folder, self.record.rows, heldout.entropies)
         report.write(
@@ -162,11 +186,13 @@ class _Run:
             sample="".join(characters(self.text.tokenizer, ids)),
             layers=layers.section(row) if config.show_surprise else "",
         )
-        say(self.console, f"held-out {bits:.3f} bits per byte, {_entropies(heldout.entropies)}")
-        say(self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text")
+        print_line(self.console, f"held-out {bits:.3f} bits per byte, {_entropies(heldout.entropies)}")
+        print_line(
+            self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text"
+        )
 
     def _evaluate(self, interruption: Interruption, display: Display) -> None:
-        """Evaluates where it is due and not done."""
+        """Evaluates, if this step is one of those to evaluate at and not evaluated yet."""
         every, last = self.config.eval_every, self.step == self.config.steps
         if not (last or (every and self.step and self.step % every == 0)) or self.record.heldout(self.step):
             return
@@ -175,11 +201,10 @@ class _Run:
         if bits is not None:
             surprise = heldout.layer_surprise(self.state.parameters) if self.config.show_surprise else {}
             self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict(), **surprise)
-            display.say(
-                f"step {self.step}/{self.config.steps}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}"
-            )
+            step = f"step {self.step}/{self.config.steps}"
+            display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}")
             if surprise:
-                display.show(layers.table(surprise))
+                display.print_table(layers.table(surprise))
 
     def _save(self) -> None:
         progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}
@@ -196,7 +221,7 @@ class _Run:
 
 
 def assert_resumable(folder: Path, saved: TrainConfig, state: TrainState | None) -> None:
-    """Raises UserError where going on would lose rows: metrics are damaged, or of steps whose checkpoints are gone."""
+    """Raises UserError where resuming would lose rows: metrics are damaged, or of steps whose checkpoints are gone."""
     last = max((row["step"] for row in read_rows(folder)), default=0)
     if state is None and last > saved.checkpoint_every:
         remedy = "put them back, or give --fresh to start over (the old run is kept under another name)"

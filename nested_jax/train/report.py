@@ -1,21 +1,28 @@
-"""What a finished run leaves to read: the loss figure and report.md."""
+"""The report of a finished run: loss.png and report.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from nested_jax.data import NgramEntropies
 from nested_jax.train.config import TrainConfig, command
 
 FIGURE, REPORT = "loss.png", "report.md"
+TEMPERATURE = 0.8  # of the sample
 
 
 def draw(folder: Path, rows: list[dict[str, Any]], entropies: NgramEntropies) -> None:
-    """Writes loss.png: bits per byte over steps, of the training windows and of the held-out text."""
+    """Writes loss.png: bits per byte over steps, of the training windows and of the held-out text.
+
+    Args:
+        folder: the run folder.
+        rows: of metrics.jsonl.
+        entropies: of the held-out text.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
@@ -42,7 +49,20 @@ def write(
     sample: str,
     layers: str = "",
 ) -> None:
-    """Writes report.md, which shows loss.png; `layers` is a section on its linear layers, if there is to be one."""
+    """Writes report.md, which shows loss.png.
+
+    Args:
+        folder: the run folder.
+        config: of the run.
+        bits_per_byte: of the held-out text.
+        entropies: of the held-out text.
+        text_bytes: bytes of the held-out text.
+        parameters: number of parameters.
+        tokens: targets seen in training.
+        seconds: wall time.
+        sample: text drawn from the model.
+        layers: a Markdown section on linear layers; empty for none.
+    """
     verdict = "below" if bits_per_byte < entropies.bigram else "not below"
     section = f"{layers}\n\n" if layers else ""
     fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
@@ -84,11 +104,8 @@ A sample, seed {config.seed}, temperature {TEMPERATURE}, from the start of a doc
     part.rename(folder / REPORT)
 
 
-TEMPERATURE = 0.8  # of the sample
-
-
 def written(folder: Path, steps: int) -> bool:
-    """Whether the folder's report is of a run of this many steps."""
+    """Whether the folder has a report of a run of this many steps."""
     path = folder / REPORT
     return path.is_file() and _steps_line(steps) in path.read_text(errors="replace")
 
@@ -98,4 +115,5 @@ def _steps_line(steps: int) -> str:
 
 
 def _backticks(text: str) -> list[str]:
+    """The runs of backticks in a text."""
     return ["`" * n for n in range(1, 100) if "`" * n in text]

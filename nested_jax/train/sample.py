@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer
-from nested_jax.train.state import bind
+from nested_jax.models.config import ModelConfig
+from nested_jax.models.language_model import apply, init_state
 from nested_jax.typing import PyTree
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
 
 def sample(
-    net: nnx.GraphDef,
+    model: ModelConfig,
     parameters: PyTree,
     tokenizer: Tokenizer,
     prompt: str = "",
@@ -38,23 +38,24 @@ def sample(
 
     @jax.jit
     def read(parameters, ids_T, key):
-        model = bind(net, parameters)
-        logits, state = model(ids_T[None], model.init_state(1, max_length=len(ids_T) + tokens))
+        state = init_state(model, parameters, 1, max_length=len(ids_T) + tokens)
+        logits, state = apply(model, parameters, ids_T[None], state)
         return draw(logits[0, -1], key), state
 
     @jax.jit
     def write(parameters, token, state, key):
-        logits, state = bind(net, parameters)(token[None, None], state)
+        logits, state = apply(model, parameters, token[None, None], state)
         return draw(logits[0, -1], key), state
 
     key = jax.random.key(seed)
     ids = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)]).astype(np.int32)
-    for n in range(tokens):
-        now = jax.random.fold_in(key, n)
-        token, state = write(parameters, token, state, now) if n else read(parameters, ids, now)
+    token, state = read(parameters, ids, jax.random.fold_in(key, 0))
+    for n in range(1, tokens + 1):
         if int(token) == tokenizer.boundary:
             return
         yield int(token)
+        if n < tokens:
+            token, state = write(parameters, token, state, jax.random.fold_in(key, n))
 
 
 def characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -63,12 +64,12 @@ def characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     >>> list(characters(ByteTokenizer(), "né!".encode()))
     ['n', 'é', '!']
     """
-    held: list[int] = []
+    waiting: list[int] = []
     for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
-        if not text.endswith("\ufffd") or len(held) == 4:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd") or len(waiting) == 4:
             yield text
-            held = []
-    if held:
-        yield tokenizer.decode(held)
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from nested_jax.models.config import ModelConfig
+from nested_jax.models.language_model import apply, init_state
+from nested_jax.models.owners import state_owners
 from nested_jax.paths import path_name
 from nested_jax.surprise import Pair, layers, surprise_and_grad
 from nested_jax.train.optimizer import WithInputs
-from nested_jax.train.state import TrainState, bind
+from nested_jax.train.state import TrainState
 from nested_jax.train.stopping import NonFinite
 from nested_jax.typing import Array, Float, PyTree
 
@@ -34,7 +34,7 @@ _CAUSES = {  # what may be broken, the first cause first
 
 
 class Metrics(NamedTuple):
-    """What an update tells about itself."""
+    """What an update reports."""
 
     loss: Array  # () float32, nats per target
     bits: Array  # () float32, bits per target
@@ -43,22 +43,24 @@ class Metrics(NamedTuple):
     finite: PyTree  # bool for each leaf, in a dict of _CAUSES
 
 
-def cross_entropy(net: nnx.GraphDef, parameters: PyTree, fast: PyTree | None, batch: Batch) -> tuple[Array, PyTree]:
-    """Summed next-token cross-entropy of a batch, in nats, () float32, and the fast state after it.
+def cross_entropy(
+    model: ModelConfig, parameters: PyTree, fast: PyTree | None, batch: Batch
+) -> tuple[Float[Array, ""], PyTree]:
+    """Summed next-token cross-entropy of a batch, in nats, float32, and the fast state after it.
 
     `fast` None starts from the parameters, which so get the gradients of what memories start from.
     """
     rows, window = batch.tokens.shape
-    model = bind(net, parameters)
     if fast is None:
-        fast = model.init_state(rows, max_length=window)
-    logits, fast = model(batch.tokens, fast, reset=batch.reset, multiple=window)  # windows of one length follow one another
+        fast = init_state(model, parameters, rows, max_length=window)
+    # windows of one length follow one another
+    logits, fast = apply(model, parameters, batch.tokens, fast, reset=batch.reset, multiple=window)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
     return (losses * batch.weights).sum(), fast
 
 
 def train_step(
-    net: nnx.GraphDef, rule: optax.GradientTransformation | WithInputs, *, accumulate: int = 1
+    model: ModelConfig, rule: optax.GradientTransformation | WithInputs, *, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update as a pure function (state, batch) -> (state, metrics); jit it with the state donated.
 
@@ -73,7 +75,7 @@ def train_step(
         pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
         def loss(parameters, fast, piece):
-            total, fast = cross_entropy(net, parameters, fast, piece)
+            total, fast = cross_entropy(model, parameters, fast, piece)
             return total / targets, jax.lax.stop_gradient(fast)
 
         def differentiate(parameters, fast, piece):
@@ -97,7 +99,7 @@ def train_step(
         parameters = optax.apply_updates(state.parameters, updates)
         finite = {
             "parameters": _finite(state.parameters),
-            "fast": _finite(fast_finite, jnp.all),
+            "fast": jax.tree.map(jnp.all, fast_finite),
             "loss": jnp.isfinite(value),
             "gradients": _finite(gradients),
             "updated": _finite(parameters),
@@ -135,34 +137,18 @@ def layer_inputs(
     return inputs
 
 
-def eval_step(net: nnx.GraphDef) -> Callable[[PyTree, PyTree | None, Batch], tuple[Array, PyTree]]:
-    """`cross_entropy` of a network, to be jitted."""
-    return lambda parameters, fast, batch: cross_entropy(net, parameters, fast, batch)
-
-
 def assert_healthy(step: int, metrics: Metrics, model: ModelConfig) -> None:
     """Raises NonFinite naming the step, the level and the leaf: the first cause, of all that a broken number breaks."""
     if metrics.healthy:
         return
-    wrong = [path for path, finite in jax.tree_util.tree_leaves_with_path(metrics.finite) if not finite]
-    wrong.sort(key=lambda path: list(_CAUSES).index(path[0].key))
-    kind = wrong[0][0].key
-    leaf = jax.tree_util.keystr(wrong[0][1:], simple=True, separator="/")
-    level = _level(leaf, model) if kind == "fast" else "pre-training"
+    kind = next(kind for kind in _CAUSES if not all(jax.tree.leaves(metrics.finite[kind])))
+    leaves = jax.tree_util.tree_leaves_with_path(metrics.finite[kind])
+    owners = jax.tree.leaves(state_owners(model, metrics.finite[kind])) if kind == "fast" else ["pre-training"] * len(leaves)
+    path, level = next((path, level) for (path, finite), level in zip(leaves, owners, strict=True) if not finite)
+    leaf = jax.tree_util.keystr(path, simple=True, separator="/")
     raise NonFinite(f"step {step}, level {level}: {_CAUSES[kind].format(leaf)} is not finite")
 
 
-def _level(leaf: str, model: ModelConfig) -> str:
-    """What users call the level that a leaf of the fast state belongs to."""
-    if found := re.match("learning/levels/((fast/)*)slow/", leaf):  # a nest: slow, fast/slow, fast/fast/slow, ...
-        index = found[1].count("/")
-        return f"CMS level{model.cms.frozen + index + 1}, period {model.cms.periods[index]}"
-    if leaf.startswith("learning/open/"):
-        return f"open segment of the CMS, period {model.cms.periods[-1]}"
-    if model.mixer in ("attention", "sliding-window"):
-        return "caches of the sequence layers"
-    return f"memories of the sequence layers, chunk {model.reading if '/memory/slow/' in leaf else model.chunk}"
-
-
-def _finite(tree: PyTree, check: Callable = lambda x: jnp.isfinite(x).all()) -> PyTree:
-    return jax.tree.map(check, tree)
+def _finite(tree: PyTree) -> PyTree:
+    """Of each leaf, whether all its entries are finite."""
+    return jax.tree.map(jnp.all, jax.tree.map(jnp.isfinite, tree))

@@ -1,4 +1,4 @@
-"""How a run ends early: by a signal, taken as a wish that is granted between two updates, or by a broken number."""
+"""Early ends of a run: a signal, handled between two updates, or a number that is not finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import threading
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was saved and stopped by a signal: the message says how to go on, `signal` which one it was."""
+    """A signal stopped a run, which was saved.
+
+    Args:
+        message: where it stopped, and the command that resumes it.
+        number: of the signal.
+    """
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -15,11 +20,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class NonFinite(ArithmeticError):
-    """Training met a number that is infinite or not a number: says at which step, in which level and leaf."""
+    """A number of the training is infinite or NaN. The message has its step, level and leaf."""
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as usual."""
+    """A context in which the first SIGINT or SIGTERM only sets `signal`. A second one acts as usual.
+
+    >>> with Interruption() as interruption:
+    ...     signal.raise_signal(signal.SIGTERM)
+    >>> interruption.signal == signal.SIGTERM
+    True
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -34,7 +45,7 @@ class Interruption:
         self.release()
 
     def release(self) -> None:
-        """From now on, signals act as usual."""
+        """Restores the former handlers: signals act as usual."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

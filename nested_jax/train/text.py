@@ -1,4 +1,4 @@
-"""The text of a run: its tokenizer, its training batches and what is held out."""
+"""The text of a run: its tokenizer, training batches and held-out text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import grain
-from flax import nnx
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
 from nested_jax.errors import UserError
@@ -20,18 +19,28 @@ TOKENIZER = "tokenizer.model"
 
 
 class Text(NamedTuple):
-    """What a run reads."""
+    """The text of a run."""
 
     tokenizer: Tokenizer
-    batches: grain.DatasetIterator  # of Batch, without end
+    batches: grain.DatasetIterator
+    """Of `Batch`es, without end."""
     heldout: HeldOut
     fingerprint: str
+    """A digest of the documents."""
 
 
-def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Text:
-    """Opens the text of a config; `folder`, of a run already begun, has its tokenizer.
+def open_text(config: TrainConfig, folder: Path | None) -> Text:
+    """Opens the text of a config.
 
-    Raises UserError where text, tokenizer and model do not fit together.
+    Args:
+        config: of the run.
+        folder: the folder of a run to resume, which has the tokenizer; None for a new run.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: text, tokenizer and model do not fit together.
     """
     documents = open_documents(config.data, "train")
     tokenizer = choose_tokenizer(config, documents, folder)
@@ -44,15 +53,24 @@ def open_text(config: TrainConfig, net: nnx.GraphDef, folder: Path | None) -> Te
         seed=config.seed,
         carry=config.carry,
     )
-    others = open_documents(config.data, "heldout")
-    heldout = HeldOut(config, net, tokenizer, others, limit=config.eval_bytes)
-    return Text(tokenizer, batches, heldout, fingerprint(documents, others))
+    heldout_documents = open_documents(config.data, "heldout")
+    heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes)
+    return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents))
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:
-    """The tokenizer of a run folder, else the one that the config asks for.
+    """The tokenizer of a run.
 
-    Raises UserError where the model has fewer tokens than the tokenizer.
+    Args:
+        config: its `tokenizer` is used where the folder has none.
+        documents: text to train a tokenizer on.
+        folder: the folder of a run to resume; None for a new run.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: the model has fewer tokens than the tokenizer, or the tokenizer cannot be made.
     """
     vocabulary = config.model.vocabulary
     if folder and (folder / TOKENIZER).exists():
@@ -61,7 +79,7 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":
         if vocabulary <= 2**8:
-            raise UserError(f"--model.vocabulary {vocabulary} is too small for --tokenizer sentencepiece: give 4096, say")
+            raise UserError(f"--model.vocabulary {vocabulary} is too small for --tokenizer sentencepiece: give 4096")
         tokenizer = SentencePieceTokenizer.train(documents, vocabulary)
     elif Path(config.tokenizer).is_file():
         tokenizer = load_tokenizer(config.tokenizer)

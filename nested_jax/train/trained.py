@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from flax import nnx
 
 from nested_jax.data import load_tokenizer
 from nested_jax.errors import UserError
@@ -14,7 +13,7 @@ from nested_jax.train.checkpoint import CHECKPOINTS, Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
 from nested_jax.train.sample import Tokenizer
-from nested_jax.train.state import draw_parameters, network
+from nested_jax.train.state import init_params
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree
 
@@ -23,7 +22,6 @@ class Trained(NamedTuple):
     """A model as a run's last checkpoint has it."""
 
     config: TrainConfig
-    net: nnx.GraphDef
     parameters: PyTree
     tokenizer: Tokenizer
     step: int
@@ -36,6 +34,6 @@ def load(folder: Path) -> Trained:
         raise UserError(f"--run-dir {folder} holds no run: make one with nested-jax train --run-dir {folder}")
     if not (folder / CHECKPOINTS).is_dir() or (step := (checkpoints := Checkpoints(folder)).latest()) is None:
         raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
-    parameters = checkpoints.restore_parameters(jax.eval_shape(lambda: draw_parameters(config.model, 0)))
+    parameters = checkpoints.restore_parameters(jax.eval_shape(lambda: init_params(config.model, config.seed)))
     checkpoints.close()
-    return Trained(config, network(config.model), parameters, load_tokenizer(folder / TOKENIZER), step)
+    return Trained(config, parameters, load_tokenizer(folder / TOKENIZER), step)

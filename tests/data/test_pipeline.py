@@ -202,13 +202,13 @@ def test_a_document_is_encoded_once_each_time_it_is_read():
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ({"window": 0}, "window 0 must be at least 1"),
-        ({"batch": -2}, "batch -2 must be at least 1"),
-        ({"alignment": 0}, "alignment 0 must be at least 1"),
+        ({"window": 0}, "window 0 must be a whole number of at least 1"),
+        ({"batch": -2}, "batch -2 must be a whole number of at least 1"),
+        ({"alignment": 0}, "alignment 0 must be a whole number of at least 1"),
         ({"documents": []}, "no documents to make batches of: give at least one"),
     ],
 )
-def test_sizes_that_do_not_fit_are_told_in_one_line(wrong, line):
+def test_sizes_that_do_not_fit_are_named_in_one_line(wrong, line):
     options = {"documents": TEXTS, "tokenizer": BYTES, "window": 8, "batch": 1, "alignment": 4} | wrong
     with pytest.raises(UserError, match=f"^{line}$"):
         train_batches(**options, seed=0)
@@ -216,9 +216,9 @@ def test_sizes_that_do_not_fit_are_told_in_one_line(wrong, line):
         heldout_batches(**options)
 
 
-def test_a_wrong_shard_and_a_wrong_limit_are_told_in_one_line():
+def test_a_wrong_shard_and_a_wrong_limit_are_named_in_one_line():
     options = {"window": 8, "batch": 1, "alignment": 4}
     with pytest.raises(UserError, match="^shard 2 of 2: the index must be at least 0 and below the count$"):
         train_batches(TEXTS, BYTES, seed=0, shard_index=2, shard_count=2, **options)
-    with pytest.raises(UserError, match="^limit_tokens 0 must be at least 1$"):
+    with pytest.raises(UserError, match="^limit_tokens 0 must be a whole number of at least 1$"):
         heldout_batches(TEXTS, BYTES, limit_tokens=0, **options)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +14,9 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.data import LocalText, ngram_entropies, open_documents
+from nested_jax.data import ngram_entropies, open_documents
 from nested_jax.data import text as text_module
 from nested_jax.errors import UserError
-
-
-@pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("NESTED_JAX_CACHE", str(path))
-    return path
 
 
 @pytest.fixture
@@ -39,31 +33,21 @@ def read(source, split, **options):
     return [bytes(text) for text in open_documents(source, split, **options)]
 
 
-def prepared(cache):
-    return sorted(path.parent.name for path in cache.glob("local_text/*/1.0.0"))
-
-
-def run(code, **environment):
-    """Runs Python code of its own process."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
-
-
-def test_splits_are_by_file_disjoint_and_complete(folder, cache):
+def test_splits_are_by_file_disjoint_and_complete(folder):
     train, heldout = read(folder, "train"), read(folder, "heldout")
     assert len(heldout) >= 1 and len(train) >= 25
     assert not set(train) & set(heldout)
     assert sorted(train + heldout) == sorted(path.read_bytes() for path in folder.rglob("*.txt"))
-    assert list(cache.iterdir()), "prepared where $NESTED_JAX_CACHE says"
+    assert train != sorted(train), "shuffled"
 
 
-def test_documents_are_the_same_wherever_they_are_prepared(folder, cache, tmp_path_factory):
-    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / folder.name)
+def test_documents_are_the_same_wherever_the_folder_is(folder, tmp_path_factory):
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "other")
     for split in ("train", "heldout"):
-        assert read(folder, split) == read(moved, split, data_dir=cache / "other")
+        assert read(folder, split) == read(moved, split)
 
 
-def test_a_new_file_moves_no_other_between_splits(folder, cache):
+def test_a_new_file_moves_no_other_between_splits(folder):
     heldout = set(read(folder, "heldout"))
     (folder / "new.txt").write_text("a new file")
     assert len(set(read(folder, "heldout")) ^ heldout) <= 1
@@ -74,14 +58,12 @@ def test_a_twentieth_is_held_out():
 
 
 @pytest.mark.parametrize("change", ["content", "name", "new", "gone"])
-def test_changed_text_is_prepared_again_and_unchanged_text_is_not(change, folder, cache):
+def test_changed_text_is_read_again(change, folder):
     before = read(folder, "train") + read(folder, "heldout")
-    first = prepared(cache)
     file = folder / "part0" / "00.txt"
     text = file.read_bytes()
     os.utime(file)
-    read(folder, "train")
-    assert prepared(cache) == first and len(first) == 1
+    assert read(folder, "train") + read(folder, "heldout") == before
     if change == "content":
         file.write_bytes(text.replace(b"best", b"rest"))
     elif change == "name":
@@ -91,12 +73,11 @@ def test_changed_text_is_prepared_again_and_unchanged_text_is_not(change, folder
     else:
         file.unlink()
     after = read(folder, "train") + read(folder, "heldout")
-    assert len(prepared(cache)) == 2
     assert sorted(after) == sorted(path.read_bytes() for path in folder.rglob("*.txt"))
     assert (sorted(after) == sorted(before)) == (change == "name")
 
 
-def test_binary_empty_hidden_and_repeated_files_of_a_folder_are_left_out(folder, cache):
+def test_binary_empty_hidden_and_repeated_files_of_a_folder_are_left_out(folder):
     expected = sorted(read(folder, "train") + read(folder, "heldout"))
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
@@ -110,20 +91,20 @@ def test_binary_empty_hidden_and_repeated_files_of_a_folder_are_left_out(folder,
     assert sorted(read(folder, "train") + read(folder, "heldout")) == expected
 
 
-def test_a_cache_within_the_folder_is_no_part_of_it(folder):
-    expected = sorted(path.read_bytes() for path in folder.rglob("*.txt"))
-    for _ in range(2):
-        assert sorted(read(folder, "train", data_dir=folder) + read(folder, "heldout", data_dir=folder)) == expected
-    assert len(prepared(folder)) == 1
+def test_a_prepared_dataset_within_the_folder_is_no_part_of_it(folder):
+    expected = sorted(read(folder, "train") + read(folder, "heldout"))
+    assert read("headlines/plain", "train", data_dir=folder)
+    assert list(folder.glob("headlines/*/*/dataset_info.json"))
+    assert sorted(read(folder, "train") + read(folder, "heldout")) == expected
 
 
-def test_a_folder_named_stdlib_is_a_folder(folder, cache, monkeypatch):
+def test_a_folder_named_stdlib_is_a_folder(folder, monkeypatch):
     folder.rename(folder.with_name("stdlib"))
     monkeypatch.chdir(folder.parent)
     assert len(read("./stdlib", "train") + read("./stdlib", "heldout")) == 30
 
 
-def test_a_single_file_is_cut_at_blank_lines(tmp_path, cache):
+def test_a_single_file_is_cut_at_blank_lines(tmp_path):
     paragraphs = [f"{i} " + "It is a far, far better thing that I do.\n" * 20 + "\n" for i in range(400)]
     path = tmp_path / "tale of two cities.txt"
     path.write_text("".join(paragraphs))
@@ -134,7 +115,7 @@ def test_a_single_file_is_cut_at_blank_lines(tmp_path, cache):
     assert sorted(b"".join(train + heldout)) == sorted(path.read_bytes())
 
 
-def test_a_few_files_are_cut_too(tmp_path, cache):
+def test_a_few_files_are_cut_too(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.md").write_text(f"{i}: To be, or not to be, that is the question.\n" * 500)
     train, heldout = read(tmp_path, "train"), read(tmp_path, "heldout")
@@ -142,7 +123,7 @@ def test_a_few_files_are_cut_too(tmp_path, cache):
     assert sum(map(len, train + heldout)) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_a_file_without_line_ends_is_cut_between_characters(tmp_path, cache):
+def test_a_file_without_line_ends_is_cut_between_characters(tmp_path):
     path = tmp_path / "snow.txt"
     path.write_text("☃" * 3000)
     texts = read(path, "train") + read(path, "heldout")
@@ -167,7 +148,7 @@ def test_cutting_loses_nothing(text, size):
         ("é".encode("latin-1") * 99, "is binary: it holds NUL bytes or is not UTF-8; give UTF-8 text"),
     ],
 )
-def test_a_file_that_is_no_text_is_told_in_one_line(content, line, tmp_path, cache):
+def test_a_file_that_is_no_text_is_named_in_one_line(content, line, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{path} {line}") as caught:
@@ -175,95 +156,56 @@ def test_a_file_that_is_no_text_is_told_in_one_line(content, line, tmp_path, cac
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_text_is_told_in_one_line(tmp_path, cache):
+def test_a_folder_without_text_is_named_in_one_line(tmp_path):
     (tmp_path / "binary").write_bytes(bytes(100))
     with pytest.raises(UserError, match=f"^{tmp_path} holds 0 bytes of UTF-8 text: give"):
         open_documents(tmp_path)
 
 
-def test_a_pipe_is_no_source(tmp_path, cache):
+def test_a_pipe_is_no_source(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is neither a file nor a folder: give"):
         open_documents(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("cache_dir", ["file", "file/below"])
-def test_a_cache_that_cannot_be_written_is_told_in_one_line(cache_dir, folder, tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    (base / "file").touch()
-    with pytest.raises(UserError, match=r"writable \(\$NESTED_JAX_CACHE moves it\)$") as caught:
-        open_documents(folder, data_dir=base / cache_dir)
-    assert "\n" not in str(caught.value)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=f"^{folder}/part0/00.txt: Permission denied; give a source that can be read$"):
+        open_documents(folder)
 
 
 @pytest.mark.parametrize("source", ["./no/such", "/no/such", "~/no_such_folder", "no/such", "no_such.txt"])
-def test_a_missing_path_is_told_in_one_line(source, cache):
+def test_a_missing_path_is_named_in_one_line(source):
     with pytest.raises(UserError, match=f'^path {source} does not exist: give "stdlib", the path of .* or a TFDS .*$'):
         open_documents(source)
 
 
 @pytest.mark.parametrize("source", ["no_such_dataset", "no_such:text", "stdlb", ""])
-def test_an_unknown_dataset_is_told_in_one_line(source, cache):
+def test_an_unknown_dataset_is_named_in_one_line(source):
     with pytest.raises(UserError, match=f"^dataset ({source}|'') is unknown: give \"stdlib\", the path of .*$"):
         open_documents(source)
 
 
-def test_an_unknown_split_is_told_in_one_line(cache):
+def test_an_unknown_split_is_named_in_one_line():
     with pytest.raises(UserError, match="^split 'test' is unknown"):
         open_documents("stdlib", "test")
 
 
-def test_killed_half_way_leaves_nothing_broken(folder, cache):
-    killed = run(
-        f"""
-        import os, signal
-        from nested_jax.data import LocalText, open_documents
-        whole = LocalText._generate_examples
-        def half(self, heldout):
-            yield from list(whole(self, heldout))[:1]
-            os.kill(os.getpid(), signal.SIGKILL)
-        LocalText._generate_examples = half
-        open_documents({str(folder)!r})
-        """
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list(cache.glob("local_text/*/incomplete*")) and not prepared(cache)
-    assert len(read(folder, "train") + read(folder, "heldout")) == 30
-    assert not list(cache.glob("local_text/*/incomplete*"))
-
-
-def test_two_processes_may_prepare_at_once(folder, cache):
-    code = f"import nested_jax.data as data; print(len(data.open_documents({str(folder)!r})))"
-    command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    counts = {process.communicate(timeout=120)[0].strip() for process in both}
-    assert counts == {str(len(read(folder, "train")))}
-
-
-def test_no_tensorflow_and_no_chatter(folder, cache):
-    done = run(
-        f"""
+def test_local_text_needs_no_tfds_and_prints_nothing(folder):
+    code = f"""
         import sys
         from nested_jax.data import ByteTokenizer, heldout_batches, open_documents, train_batches
         options = dict(window=64, batch=2, alignment=16)
         next(train_batches(open_documents({str(folder)!r}), ByteTokenizer(), seed=0, **options))
         next(iter(heldout_batches(open_documents({str(folder)!r}, "heldout"), ByteTokenizer(), **options)))
-        assert "tensorflow" not in sys.modules
-        """
-    )
+        assert not {{"tensorflow", "tensorflow_datasets"}} & set(sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_a_prepared_dataset_is_a_dataset_like_any_other(folder, cache):
-    texts = read(folder, "heldout")
-    (path,) = cache.glob("local_text/*/1.0.0")
-    rows = tfds.builder_from_directory(path).as_data_source("heldout")
-    assert read(path, "heldout") == texts == [row["text"] for row in rows]
-    assert read(f"{path}:name", "heldout") == [row["name"] for row in rows]
-    with pytest.raises(UserError, match=f"^TFDS dataset {path}:nose has no such feature: it has name, text; give"):
-        open_documents(f"{path}:nose")
-    with pytest.raises(UserError, match=f"^TFDS dataset {folder}:text cannot be read: .*"):
-        open_documents(f"{folder}:text")
 
 
 class Headlines(tfds.core.GeneratorBasedBuilder):
@@ -285,6 +227,36 @@ class Headlines(tfds.core.GeneratorBasedBuilder):
             yield i, {"headline": f"headline {i}", "body": f"body {i}\n" * (10**4 if count == 1 else 1)}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder in which TFDS prepares datasets."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_prepared_dataset_is_opened_by_its_folder(folder, cache):
+    texts = read("headlines/tested", "heldout", data_dir=cache)
+    path = cache / "headlines/tested/1.0.0"
+    rows = tfds.builder_from_directory(path).as_data_source("test")
+    assert read(path, "heldout") == texts == [row["body"] for row in rows]
+    assert read(f"{path}:headline", "heldout") == [row["headline"] for row in rows]
+    with pytest.raises(UserError, match=f"^TFDS dataset {path}:nose has no such feature: it has body, headline; give"):
+        open_documents(f"{path}:nose")
+    with pytest.raises(UserError, match=f"^TFDS dataset {folder}:text cannot be read: .*"):
+        open_documents(f"{folder}:text")
+
+
+def test_tfds_needs_no_tensorflow(cache):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_text
+        assert len(test_text.read("headlines/tested", "train", data_dir={str(cache)!r})) == 100
+        assert "tensorflow" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_tfds_name_is_opened_with_its_own_splits(cache):
     assert set(read("headlines/tested", "train", data_dir=cache)) == {b"body %d\n" % i for i in range(100)}
     assert set(read("headlines/tested", "heldout", data_dir=cache)) == {b"body %d\n" % i for i in range(100, 130)}
@@ -303,7 +275,7 @@ def test_a_tfds_split_of_a_few_documents_is_cut(cache):
     assert len(train) == 4 and b"".join(train + heldout) == b"body 0\n" * 10**4
 
 
-def test_a_tfds_dataset_that_does_not_fit_is_told_in_one_line(cache):
+def test_a_tfds_dataset_that_does_not_fit_is_named_in_one_line(cache):
     no_feature = "^TFDS dataset headlines{} has no such feature: it has {}; give name:feature$"
     with pytest.raises(UserError, match=no_feature.format("/wordless", "no text at all")):
         open_documents("headlines/wordless", data_dir=cache)
@@ -311,10 +283,10 @@ def test_a_tfds_dataset_that_does_not_fit_is_told_in_one_line(cache):
         open_documents("headlines:nose", data_dir=cache)
     with pytest.raises(UserError, match="^TFDS dataset headlines/nose cannot be read: .*; install what it needs"):
         open_documents("headlines/nose", data_dir=cache)
-    assert not list(cache.glob("headlines")), "told before anything is downloaded"
+    assert not list(cache.glob("headlines/wordless")), "refused before anything is downloaded"
 
 
-def test_the_standard_library(cache):
+def test_the_standard_library():
     train, heldout = open_documents("stdlib"), open_documents("stdlib", "heldout")
     assert 0.01 < len(heldout) / (len(train) + len(heldout)) < 0.1
     assert sum(map(len, train)) > 5e6 and sum(map(len, heldout)) > 1e5
@@ -326,13 +298,6 @@ def test_the_standard_library(cache):
     assert not any(b"class TestCase(unittest.TestCase)" in text for text in everything), "no tests"
     entropies = ngram_entropies(heldout)
     assert 4.2 < entropies.unigram < 5.0 and 3.1 < entropies.bigram < 3.8
-
-
-def test_the_builder_is_a_tfds_builder(folder, cache):
-    builder = LocalText(folder, data_dir=cache)
-    builder.download_and_prepare()
-    assert builder.info.splits["train"].num_examples + builder.info.splits["heldout"].num_examples == 30
-    assert builder.info.file_format.value == "array_record"
 
 
 def test_entropies_of_known_sources():

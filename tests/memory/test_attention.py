@@ -1,4 +1,4 @@
-"""Attention against its definition, query by query; caches that grow, are bounded, or slide.
+"""Attention against its reference, query by query; caches that grow, are bounded, or slide.
 
 `jax.nn.dot_product_attention` takes its softmax in float32 whatever the inputs are: tolerances are those of float32.
 """
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory import attention
-from nested_jax.memory.attention import Attention, definition
+from nested_jax.memory import attention, reference
+from nested_jax.memory.attention import Attention
 
 D, H = 8, 2
 
@@ -23,14 +23,14 @@ def make(window=None, T=13, B=1):
 
 
 def read(layer, weights, x, max_length=None, **keywords):
-    return layer(weights, layer.init_state(weights, len(x), max_length), x, **keywords)
+    return layer(weights, layer.init_state(weights, len(x), max_length), x, 0, **keywords)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_layer_is_its_definition(x64, window):
+def test_layer_is_its_reference(x64, window):
     layer, weights, x = make(window)
     both = lambda f: jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(f(w, x))), (0, 1)))(weights, x)
-    fast, slow = both(lambda w, x: read(layer, w, x)[1]), both(lambda w, x: definition(layer, w, x[0]))
+    fast, slow = both(lambda w, x: read(layer, w, x)[1]), both(lambda w, x: reference.attention(layer, w, x[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fast, slow)
 
 
@@ -42,7 +42,7 @@ def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
 
     def in_two(weights, x, reset):
         state, first = read(layer, weights, x[:, :11], reset=reset[:, :11])
-        return first, layer(weights, state, x[:, 11:], reset=reset[:, 11:])[1]
+        return first, layer(weights, state, x[:, 11:], 11, reset=reset[:, 11:])[1]
 
     at_once = lambda weights, x, reset: read(layer, weights, x, reset=reset)[1]
     whole = at_once(weights, x, reset)
@@ -57,7 +57,8 @@ def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
 def test_any_split(x64, window, max_length, pieces):
     """Cache that holds all, ring that overwrites; the position traced."""
     layer, weights, x = make(window, B=2)
-    assert_split(layer, jitted(layer), weights, x, max_length, pieces)
+    call = lambda weights, now, x, position: jitted(layer)(weights, now, x, jnp.int32(position))
+    assert_split(layer, call, weights, x, max_length, pieces)
 
 
 @pytest.mark.parametrize("pieces", [(11, 1, 1), (3, 1, 9)], ids=str)
@@ -77,7 +78,7 @@ def assert_split(layer, call, weights, x, max_length, pieces):
     state, whole = jax.jit(lambda weights, x: read(layer, weights, x, max_length))(weights, x)
     parts, now = [], layer.init_state(weights, 2, max_length)
     for end, piece in zip(np.cumsum(pieces), pieces, strict=True):
-        now, y = call(weights, now, x[:, end - piece : end])
+        now, y = call(weights, now, x[:, end - piece : end], int(end - piece))
         parts.append(y)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     close(jnp.concatenate(parts, 1), whole)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory import linear, omega, titans
-from nested_jax.memory.deep import Deep, in_batch
+from nested_jax.memory import reference
+from nested_jax.memory.deep import Deep, broadcast_start
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.stream import convolve
 from nested_jax.memory.titans import Titans
 
 D, H, F = 8, 2, 3
@@ -33,10 +34,10 @@ LAYERS = {
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
 }
-DEFINITIONS = {
-    LinearMemory: linear.definition,
-    OmegaMemory: omega.definition,
-    Titans: titans.definition,
+REFERENCES = {
+    LinearMemory: reference.linear_memory,
+    OmegaMemory: reference.omega_memory,
+    Titans: reference.titans,
 }  # self-modifying Titans': test_self_modifying.py
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -66,7 +67,7 @@ def jitted(layer):
 @functools.cache
 def whole(layer):
     """(weights, x, reset=None) -> (state, y) from a fresh state, position known while tracing."""
-    return jax.jit(lambda weights, x, reset=None: layer(weights, layer.init_state(weights, len(x)), x, reset=reset))
+    return jax.jit(lambda weights, x, reset=None: layer(weights, layer.init_state(weights, len(x)), x, 0, reset=reset))
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def gradients(layer):
     """(weights, x) -> value and gradients of a read-out of all outputs that no normalisation makes constant."""
 
     def loss(weights, x):
-        return jnp.sum(jnp.sin(layer(weights, layer.init_state(weights, len(x)), x)[1]))
+        return jnp.sum(jnp.sin(layer(weights, layer.init_state(weights, len(x)), x, 0)[1]))
 
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
@@ -84,13 +85,12 @@ def assert_close(got, expected, rtol=1e-9):
         np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-10, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if type(layer) in DEFINITIONS])
-def test_layer_is_its_definition(x64, name):
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if type(layer) in REFERENCES])
+def test_layer_is_its_reference(x64, name):
     """Values, and gradients with respect to all weights and inputs."""
     layer = LAYERS[name]
     weights, x = random_weights(layer), inputs(1)
-    definition = DEFINITIONS[type(layer)]
-    slow = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1)))
+    slow = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(REFERENCES[type(layer)](layer, w, x[0]))), (0, 1)))
     assert_close(gradients(layer)(weights, x), slow(weights, x))
 
 
@@ -102,7 +102,7 @@ def test_any_split(x64, name, pieces):
     weights, x = random_weights(layer), inputs()
     state, parts, start = layer.init_state(weights, 2), [], 0
     for piece in pieces:
-        state, y = jitted(layer)(weights, state, x[:, start : start + piece])
+        state, y = jitted(layer)(weights, state, x[:, start : start + piece], jnp.int32(start))
         parts.append(y)
         start += piece
     expected = whole(layer)(weights, x)
@@ -144,9 +144,7 @@ def test_gradients_from_initial_weights(x64, name):
     """Every learned leaf gets one, every memory's start too; they are finite where the input is zero."""
     layer = LAYERS[name]
     weights = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0)))
-    x = (
-        inputs(1) if type(layer) in DEFINITIONS else jnp.tile(inputs(1)[:, :BOUNDARY], (1, 2, 1))
-    )  # whole chunks compile fast
+    x = inputs(1) if type(layer) in REFERENCES else jnp.tile(inputs(1)[:, :BOUNDARY], (1, 2, 1))  # whole chunks compile fast
     for path, g in jax.tree_util.tree_leaves_with_path(gradients(layer)(weights, x)[1]):
         each = g.swapaxes(0, 1) if g.ndim == 4 else g[None]  # starts of deep memories are (H, M, ., .)
         for i, part in enumerate(each):
@@ -165,8 +163,8 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
     call = jax.jit(lambda *arguments: traces.append(1) or layer(*arguments))
     state = layer.init_state(weights, 2)
     types = jax.tree.map(lambda s: (s.shape, s.dtype), state)
-    for piece in x.astype(jnp.bfloat16):
-        state, y = call(weights, state, piece)
+    for position, piece in enumerate(x.astype(jnp.bfloat16)):
+        state, y = call(weights, state, piece, position)
         assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
         assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == types
     assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
@@ -176,10 +174,11 @@ def test_bfloat16_in_and_out_with_a_float32_state(name):
 def retentions(layer, weights, x):
     """Every token's alpha (T, B, H), the memories at their starts."""
     if isinstance(layer, SelfModifyingTitans):
-        projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), len(x)))
-        z = x.reshape(*x.shape[:2], H, -1).swapaxes(0, 1)
-        return jnp.moveaxis(layer.generate(weights, projections, z, z, jnp.zeros(z.shape[:3]))[3].retain, 2, 0)
-    rate, *others = project_in(weights, layer.init_state(weights, len(x)).window, x, H, None)[2]
+        projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), len(x)))
+        z = x.reshape(*x.shape[:2], H, -1).swapaxes(1, 2)
+        return jnp.moveaxis(layer.generate(weights, projections, z, z, jnp.zeros(z.shape[:3])).strengths.retain, 2, 0)
+    x = convolve(weights["taps"], layer.init_state(weights, len(x)).recent, x)[1]
+    _, _, _, rate, *others = (part.swapaxes(0, 1) for part in project_in(weights, x, H))
     return others[0] if others else jnp.ones_like(rate)
 
 
@@ -206,7 +205,7 @@ def test_what_is_stored_decays_by_the_retentions_alone(x64, name):
 
     start = layer.init_state(weights, 2)
     stored = jax.tree_util.tree_map_with_path(store, start)
-    after, without = (jitted(layer)(weights, state, x)[0].memory for state in (stored, start))
+    after, without = (jitted(layer)(weights, state, x, 0)[0].memory for state in (stored, start))
     added, left = (jax.tree.map(jnp.subtract, *pair) for pair in ((stored.memory, start.memory), (after, without)))
     alpha = retentions(layer, weights, x)
     assert (alpha.min() == 1) if name == "delta" else (0.99 < alpha.min() < alpha.max() < 1)
@@ -222,7 +221,7 @@ def assert_bounded(layer, biases):
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def call(more, state, x):
-        return layer({**weights, **{name: weights[name] + bias for name, bias in more.items()}}, state, x, aligned=True)
+        return layer({**weights, **{name: weights[name] + bias for name, bias in more.items()}}, state, x, 0, aligned=True)
 
     rows = len(next(iter(biases.values())))
     state = jax.tree.map(lambda s: jnp.stack([s] * rows), layer.init_state(weights, 1))

@@ -8,7 +8,7 @@ import pytest
 from nested_jax.errors import UserError
 from nested_jax.memory import objective
 from nested_jax.memory.linear import LinearMemory
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_back, tokenwise, write
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_transposed, tokenwise, write
 
 OBJECTIVES = {
     "dot product": objective.dot_product(),
@@ -75,7 +75,7 @@ def test_a_read_from_the_other_side_is_of_the_transposed_memory(x64):
             outputs.append(state.weights.T @ queries[t])
         return jnp.stack(outputs)
 
-    fast = lambda state, x, errors, gates, queries: read_back(write(state, x, errors, gates), queries)
+    fast = lambda state, x, errors, gates, queries: read_transposed(write(state, x, errors, gates), queries)
     arguments = jax.tree.map(jnp.asarray, (MemoryState(rng.normal(size=(V, K))), x, errors, gates, queries))
     both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), range(5)))(*arguments) for f in (slow, fast)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12), *both)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nested_jax.memory.attention import rotate
-from nested_jax.memory.deep import Deep, in_batch
+from nested_jax.memory.deep import Deep, broadcast_start
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
@@ -39,7 +39,8 @@ def test_norms_are_smooth_at_zero(x64, norm):
 def test_fixed_projections_start_with_unit_keys_and_a_retention_near_one(layer):
     weights = layer.init_weights(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, 20, 16))
-    _, (q, k, _), (rate, retention, *_) = project_in(weights, jnp.zeros((3, 3, 16)), x, 2, None)
+    q, k, _, rate, *rest = project_in(weights, x, 2)  # the convolution starts as the identity
+    retention = rest[0]
     for vectors in (q, k):
         np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
     assert retention.min() > 0.98 and 0.2 < rate.mean() < 0.35
@@ -48,9 +49,9 @@ def test_fixed_projections_start_with_unit_keys_and_a_retention_near_one(layer):
 def test_self_modifying_memories_start_with_unit_keys_and_values_and_a_retention_near_one():
     layer = SelfModifyingTitans(32, 2, 8)
     weights = layer.init_weights(jax.random.key(0))
-    projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), 1))
-    x, q = jax.random.normal(jax.random.key(1), (2, 64, 1, 2, 16))
-    keys, values, _, strengths = layer.generate(weights, projections, x, q, jnp.full((64, 1, 2), 0.5))
+    projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), 1))
+    x, q = jax.random.normal(jax.random.key(1), (2, 1, 2, 64, 16))
+    keys, values, _, strengths = layer.generate(weights, projections, x, q, jnp.full((1, 2, 64), 0.5))
     for vectors in (keys, values):
         np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
     assert strengths.retain.min() > 0.98

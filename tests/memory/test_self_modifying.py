@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory.deep import Deep, Rule, in_batch
+from nested_jax.memory import reference
+from nested_jax.memory.deep import Deep, Rule, broadcast_start
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked
-from nested_jax.memory.self_modifying import SelfModifyingTitans, definition
+from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
 
@@ -23,7 +24,7 @@ def layer_and_weights(key=0, **options):
 
 def read(layer, weights, x, **keywords):
     state = layer.init_state(weights, len(x))
-    return layer(weights, state, x, **keywords)[1]
+    return layer(weights, state, x, 0, **keywords)[1]
 
 
 @pytest.mark.parametrize(
@@ -40,13 +41,15 @@ def read(layer, weights, x, **keywords):
     ],
     ids=str,
 )
-def test_layer_is_its_definition(x64, options):
+def test_layer_is_its_reference(x64, options):
     """Values, and gradients with respect to all weights and inputs; T is not a multiple of the chunk."""
     layer, weights = layer_and_weights(**options)
     x = jax.random.normal(jax.random.key(9), (1, 13, D), jnp.float64)
     with jax.default_matmul_precision("highest"):
         fast = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(read(layer, w, x))), (0, 1)))(weights, x)
-        slow = jax.jit(jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(definition(layer, w, x[0]))), (0, 1)))(weights, x)
+        slow = jax.jit(
+            jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(reference.self_modifying_titans(layer, w, x[0]))), (0, 1))
+        )(weights, x)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-10, err_msg=jax.tree_util.keystr(path))
 
@@ -71,9 +74,9 @@ def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate)
     """The rates that a new layer's own memories give its tokens."""
     layer = SelfModifyingTitans(32, 2, 8, **options)
     weights = layer.init_weights(jax.random.key(0))
-    projections = jax.tree.map(lambda w: w[:, :, :-1], in_batch(Deep(**weights["start"]), 1))
-    x, momentum = jax.random.normal(jax.random.key(1), (256, 1, 2, 16)), jnp.full((256, 1, 2), 0.5)
-    given = layer.generate(weights, projections, x, x, momentum)[3].rate
+    projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), 1))
+    x, momentum = jax.random.normal(jax.random.key(1), (1, 2, 256, 16)), jnp.full((1, 2, 256), 0.5)
+    given = layer.generate(weights, projections, x, x, momentum).strengths.rate
     np.testing.assert_allclose(given, rate, rtol=0.5)
     assert float(given.mean()) == pytest.approx(rate, rel=0.1)
 

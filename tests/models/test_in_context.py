@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from tiny import config, differentiable, model, read, tokens, without_rates
 
-from nested_jax.cms import MATRICES
+from nested_jax.cms import MATRICES, inner_rule
 from nested_jax.errors import UserError
-from nested_jax.models.in_context import definition
+from nested_jax.models import reference
 
 CASES = {
     "two levels": dict(periods=(8, 4)),
@@ -33,8 +33,9 @@ CASES = {
 }
 
 
-def by_definition(made, text):
-    return definition(made.config, made._weights, made._rules, text)
+def by_reference(made, text):
+    rules = (inner_rule(made.config.cms),) * len(made.config.cms.periods)
+    return reference.language_model(made.config, made.weights, rules, text)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,7 +44,7 @@ def test_equals_a_loop_of_gradients(x64, case):
     made = model(config(**CASES[case]))
     text = tokens(2 if made.config.cms.scope == "batch" else 1, 20)
     fast = jax.jit(lambda: read(made, text, 40)[0])()
-    np.testing.assert_allclose(fast, by_definition(made, text), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(fast, by_reference(made, text), rtol=1e-10, atol=1e-12)
     net, weights = differentiable(made)
     still = jax.jit(lambda w: read(nnx.merge(net, w), text, 40)[0])(without_rates(weights))
     assert not np.allclose(fast, still)
@@ -60,7 +61,7 @@ def test_outer_gradient_equals_that_of_the_loop(x64, case):
         return jax.grad(loss)
 
     fast = jax.jit(outer(lambda made: read(made, text, 40)[0]))(weights)
-    slow = outer(lambda made: by_definition(made, text))(weights)
+    slow = outer(lambda made: by_reference(made, text))(weights)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-8, atol=1e-11, err_msg=jax.tree_util.keystr(path))
     rates = [level["rate"][...] for level in fast["blocks"]["cms"].values()]

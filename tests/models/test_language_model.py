@@ -13,8 +13,9 @@ from tiny import cms_forward as forward
 from tiny import config, differentiable, model, read, tokens
 
 from nested_jax import PRESETS, LanguageModel, cms, preset
+from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
-from nested_jax.memory import linear
+from nested_jax.memory import linear, reference
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.block import sequence_layer
 
@@ -97,7 +98,7 @@ def test_a_frozen_model_is_its_equation(x64):
     x = weights["embedding"][text] * made.config.width**0.5
     for i in range(made.config.layers):
         block = jax.tree.map(lambda w, i=i: w[i], weights["blocks"])
-        x = x + np.asarray(linear.definition(layer, block["mixer"], jnp.asarray(norm(x, block["norm"])[0])))[None]
+        x = x + np.asarray(reference.linear_memory(layer, block["mixer"], jnp.asarray(norm(x, block["norm"])[0])))[None]
         x = forward(made.config.cms, block["cms"], x)
     out = weights["embedding"].T if made.config.tie_embeddings else weights["head"]
     np.testing.assert_allclose(read(made, text)[0], norm(x, weights["norm"]) @ out, rtol=1e-9)
@@ -160,7 +161,7 @@ def test_a_restart_is_of_the_rows_that_are_reset(x64, scope, rule):
     fresh = made.init_state(2).learning.levels
     levels = jax.jit(lambda: read(made, tokens(2, 14)))()[1].learning.levels
     for rows in ([True, False], [True, True]):
-        new = cms.restart(made.config.cms, jnp.array(rows), fresh, levels)
+        new = restart(made.config.cms, jnp.array(rows), fresh, levels)
         for start, before, after in zip(*map(cms.fast_weights, (fresh, levels, new)), strict=True):
             for part, axis in (("matrices", 1), ("gradient", 1), ("rule", 0)):
                 for a, b, c in zip(*(jax.tree.leaves(getattr(x, part)) for x in (start, before, after)), strict=True):

@@ -73,7 +73,7 @@ def test_every_layer_takes_it(mixer):
     def used(policy):
         layer = sequence_layer(dataclasses.replace(config, memory_policy=policy))
         weights = layer.init_weights(jax.random.key(1))
-        total = lambda weights: jnp.sum(layer(weights, layer.init_state(weights, 1), x)[1] ** 2)
+        total = lambda weights: jnp.sum(layer(weights, layer.init_state(weights, 1), x, 0)[1] ** 2)
         return jax.jit(jax.grad(total)).lower(weights).compile().memory_analysis().temp_size_in_bytes
 
     everything, states, few = used("none"), used("full"), used("sqrt")

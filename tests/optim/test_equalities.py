@@ -73,7 +73,7 @@ EQUAL = {
         MUON,
     ),
     "m3 without its slow memory, with options": lambda: (
-        optim.m3(RATE, fast=0.9, slow_weight=0.0, second_moment=False, **OPTIONS, **VECTORS),
+        optim.m3(RATE, b1=0.9, slow_weight=0.0, second_moment=False, **OPTIONS, **VECTORS),
         MUON,
     ),
     "non-linear momentum on leaves, with a decay of some": lambda: (

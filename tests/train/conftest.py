@@ -15,13 +15,10 @@ from nested_jax.train.loop import train
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> str:
-    """The path of a file of prose, 200 kB, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    path = folder / "topics.txt"
+    """The path of a file of prose, 200 kB."""
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
     path.write_text("\n\n".join(pydoc_data.topics.topics.values())[:200_000])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NESTED_JAX_CACHE", str(folder / "cache"))
-        yield str(path)
+    return str(path)
 
 
 @pytest.fixture

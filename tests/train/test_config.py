@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import typing
 
 import pytest
 import tyro
@@ -13,18 +14,21 @@ from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
 
 
-def other(value):
+def other(hint, value):
     """Another value of the same type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return next(choice for choice in typing.get_args(hint) if choice != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
-        return (*value, 7)
-    return value + 1 if isinstance(value, int | float) else 3 if value is None else value
+        return tuple(2 * item for item in value) or (8,)
+    return 2 * value or 1 if isinstance(value, int | float) else 1024 if value is None else value
 
 
 def changed(config):
+    hints = typing.get_type_hints(type(config))
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    new = {name: changed(v) if dataclasses.is_dataclass(v) else other(v) for name, v in values.items()}
+    new = {name: changed(v) if dataclasses.is_dataclass(v) else other(hints[name], v) for name, v in values.items()}
     return dataclasses.replace(config, **new)
 
 
@@ -55,7 +59,7 @@ def test_a_preset_brings_its_sizes():
         TrainConfig.from_preset("tiny-hop")
 
 
-def test_the_first_difference_is_told():
+def test_the_first_difference_is_named():
     config = TrainConfig()
     assert difference(config, config) is None
     assert difference(config, dataclasses.replace(config, steps=config.steps + 1)) is None
@@ -75,11 +79,11 @@ def test_the_first_difference_is_told():
         for value in (0, -1)
     ]
     + [{"learning_rate": float("nan")}, {"clip": float("inf")}, {"weight_decay": -0.1}, {"seed": -1}, {"warmup": -1}]
-    + [{"batch": 6, "accumulate": 4}],
+    + [{"steps": 2.5}, {"run_dir": 3}, {"carry": 1}, {"optimizer": "adam"}, {"seed": 2**32}, {"batch": 6, "accumulate": 4}],
 )
 def test_impossible_values_are_named(fields):
     with pytest.raises(UserError, match=flag(next(iter(fields)))):
-        TrainConfig(**fields).check()
+        TrainConfig(**fields)
 
 
 def test_every_field_is_documented(capsys):

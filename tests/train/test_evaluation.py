@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_run import rows, small_model
 
 from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer
+from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
@@ -31,9 +32,9 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     size = 256 if bytes_only else 290
     model = small_model("tiny-hope", tie_embeddings=False, vocabulary=size)
     config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch=4, carry=carry)
-    parameters = states.draw_parameters(model, 0)
+    parameters = states.init_params(model, 0)
     parameters["head"] = jnp.zeros_like(parameters["head"])
-    heldout = HeldOut(config, states.network(model), tokenizer, TEXTS, limit=10**6)
+    heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6)
     targets = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     expected = math.log2(size) * targets / sum(map(len, TEXTS))
     assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
@@ -43,17 +44,17 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
 def test_carried_held_out_text_is_read_as_whole_documents():
     """In windows of 32 bytes, two rows of documents: as each document read in one call; without carry it is not."""
     model, texts, tokenizer = small_model("tiny-hope"), TEXTS[-5:], ByteTokenizer()
-    net, random = states.network(model), np.random.default_rng(0)
+    net, random = model, np.random.default_rng(0)
     noisy = lambda w: w + 0.3 * random.normal(size=w.shape).astype("f")
-    parameters = jax.tree.map(noisy, states.draw_parameters(model, 0))
+    parameters = jax.tree.map(noisy, states.init_params(model, 0))
     ids = np.zeros((5, 2 + max(map(len, texts))), np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[1 : len(text) + 1] = list(text)
-    read = jax.jit(lambda tokens: states.bind(net, parameters)(tokens, states.bind(net, parameters).init_state(5))[0])
+    read = jax.jit(lambda tokens: apply(net, parameters, tokens, init_state(net, parameters, 5))[0])
     nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
     whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
     carried, apart = (
-        HeldOut(TrainConfig(model=model, window=32, batch=2, carry=carry), net, tokenizer, texts, limit=10**6).bits_per_byte(
+        HeldOut(TrainConfig(model=model, window=32, batch=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
             parameters
         )
         for carry in (True, False)
@@ -70,9 +71,8 @@ def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_pat
 
 
 @pytest.mark.parametrize(("window", "carry"), [(8, True), (24, True), (24, False)])
-def test_any_window_trains(window, carry, tmp_path, monkeypatch):
+def test_any_window_trains(window, carry, tmp_path):
     """Shorter than the alignment of 16, or no multiple of it, on documents of all lengths: every step is finite."""
-    monkeypatch.setenv("NESTED_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{i}.txt").write_bytes(text + b"%d" % i)

@@ -34,9 +34,9 @@ def remembering(matrices):
 def test_an_optimizer_gets_the_inputs_of_its_matrices_at_the_targets(x64):
     """Their mean outer product over all slots is that of the slots that have a target, over the whole batch."""
     config, net, _ = make(model=TWO_LAYERS)
-    parameters, batch = to_float64(states.draw_parameters(config.model, 0)), next(batches(config))
+    parameters, batch = to_float64(states.init_params(config.model, 0)), next(batches(config))
     batch = batch._replace(weights=batch.weights.astype(float))
-    state = states.start(config)._replace(parameters=parameters, optimizer=())
+    state = states.init_train_state(config)._replace(parameters=parameters, optimizer=())
     after, _ = jax.jit(train_step(net, remembering(MATRICES), accumulate=2))(state, batch)
     given = after.optimizer
     assert set(given) == {path for path in KERNELS if not path.endswith("project")} | {"blocks/mixer/project"}
@@ -53,7 +53,7 @@ def test_an_optimizer_gets_the_inputs_of_its_matrices_at_the_targets(x64):
 
 def test_layers_that_learn_in_context_have_inputs_of_zeros():
     config, net, _ = make("tiny-hope-attention", model=small_model("tiny-hope-attention", layers=2))
-    state = states.start(config)._replace(optimizer=())
+    state = states.init_train_state(config)._replace(optimizer=())
     after, _ = jax.jit(train_step(net, remembering(MATRICES)))(state, next(batches(config)))
     for level in (1, 2):
         x = after.optimizer[f"blocks/cms/level{level}/up"]
@@ -66,7 +66,7 @@ def test_delta_gradient_descent_in_pieces_makes_the_same_update(x64, fields):
     moved = []
     for given in ({}, fields):
         config, net, step = make(optimizer="delta-gradient-descent", model=TWO_LAYERS, **given)
-        state = states.start(config)
+        state = states.init_train_state(config)
         state = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
         after, _ = jax.jit(step)(state, next(batches(config)))
         moved.append(after.parameters["blocks"]["cms"])
@@ -75,7 +75,7 @@ def test_delta_gradient_descent_in_pieces_makes_the_same_update(x64, fields):
 
 def test_the_summary_is_of_the_pairs_and_the_gradient():
     config, net, _ = make(model=TWO_LAYERS, carry=True)
-    (_, parameters, _, fast), batch = states.start(config), next(batches(config))
+    (_, parameters, _, fast), batch = states.init_train_state(config), next(batches(config))
     measure = jax.jit(layer_surprise(net))
     numbers, carried = (measure(parameters, state, batch) for state in (None, jax.tree.map(lambda x: x[0], fast)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), numbers, carried)

@@ -13,12 +13,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny_run import rows, small_model
 
 from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer, load_tokenizer
+from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate
 from nested_jax.train.record import read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import bind, draw_parameters, network, start
+from nested_jax.train.state import init_params, init_train_state
 from nested_jax.train.stopping import NonFinite
 from nested_jax.train.text import open_text
 
@@ -54,7 +55,7 @@ def test_a_run_folder_is_complete(small, quiet):
     updates = [row for row in rows(config) if "loss" in row]
     assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6]
     assert [row["learning_rate"] for row in updates] == [float(learning_rate(config)(n)) for n in range(6)]
-    drawn = sample(network(config.model), state.parameters, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
+    drawn = sample(config.model, state.parameters, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
     continuation = "".join(characters(ByteTokenizer(), drawn))
     text = (folder / "report.md").read_text()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
@@ -93,7 +94,8 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
 def test_a_sample_is_a_continuation_of_its_prompt(small, quiet):
     config = small(steps=1)
     quiet(config)
-    _, net, parameters, tokenizer, _ = trained.load(Path(config.run_dir))
+    saved, parameters, tokenizer, _ = trained.load(Path(config.run_dir))
+    net = saved.model
     draw = lambda prompt, n, **options: list(sample(net, parameters, tokenizer, prompt, tokens=n, **options))
     assert draw("", 6) == draw("", 6) != draw("", 6, seed=1)
 
@@ -102,13 +104,13 @@ def test_the_likeliest_continuation_is_that_of_one_reading():
     """Of a model that learns from what it writes: over five of its segments, each token is the next one's argmax."""
     model, tokenizer = small_model("tiny-hope"), ByteTokenizer()
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, rate=3.0))
-    net, random = network(model), np.random.default_rng(0)
-    parameters = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype("f"), draw_parameters(model, 0))
+    net, random = model, np.random.default_rng(0)
+    parameters = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype("f"), init_params(model, 0))
     greedy, again = (
         list(sample(net, parameters, tokenizer, "it", tokens=40, temperature=0.0, seed=seed)) for seed in (0, 1)
     )
     assert greedy == again and len(greedy) == 40 and len(set(greedy)) > 10
-    read = jax.jit(lambda tokens: bind(net, parameters)(tokens, bind(net, parameters).init_state(1))[0])
+    read = jax.jit(lambda tokens: apply(net, parameters, tokens, init_state(net, parameters, 1))[0])
     whole = read(np.array([[tokenizer.boundary, *b"it", *greedy]]))
     assert whole[0, 2:-1].argmax(axis=-1).tolist() == greedy
 
@@ -116,7 +118,7 @@ def test_the_likeliest_continuation_is_that_of_one_reading():
 def test_the_seed_decides_the_parameters_and_the_order_of_the_text(small):
     def begin(seed):
         config = small(seed=seed)
-        return start(config).parameters["embedding"], next(open_text(config, network(config.model), None).batches).tokens
+        return init_train_state(config).parameters["embedding"], next(open_text(config, None).batches).tokens
 
     for first, again, other in zip(*map(begin, (0, 0, 1)), strict=True):
         assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -128,7 +130,7 @@ def test_sentencepiece_is_trained_once_and_kept(small, quiet):
     config = small(model=model, tokenizer="sentencepiece", steps=1)
     quiet(config)
     saved = Path(config.run_dir, "tokenizer.model")
-    (row,), text = [row for row in rows(config) if "loss" in row], open_text(config, network(model), saved.parent)
+    (row,), text = [row for row in rows(config) if "loss" in row], open_text(config, saved.parent)
     batch = next(text.batches)
     size = (text.tokenizer.byte_lengths[batch.targets] * batch.weights).sum()
     assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) * row["tokens"] / size)

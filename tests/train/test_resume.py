@@ -15,7 +15,7 @@ from tiny_run import rows, small_model
 from nested_jax.errors import UserError
 from nested_jax.train import evaluation, loop
 from nested_jax.train.checkpoint import Checkpoints
-from nested_jax.train.folder import claim
+from nested_jax.train.folder import lock
 from nested_jax.train.record import read_rows
 from nested_jax.train.stopping import Interrupted
 
@@ -172,7 +172,7 @@ def test_a_folder_of_other_things_is_left_alone(small, quiet, fresh):
 
 def test_a_folder_in_use_is_left_alone(small, quiet):
     quiet(small(steps=1))
-    with claim(Path(small().run_dir)):
+    with lock(Path(small().run_dir)):
         for fields in ({"steps": 2}, {"fresh": True}):
             with pytest.raises(UserError, match="another process is training"):
                 quiet(small(**fields))

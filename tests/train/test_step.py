@@ -15,6 +15,7 @@ from tiny_run import small_model
 from nested_jax.cms import fast_weights
 from nested_jax.data import Batch
 from nested_jax.level import Level, run
+from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import MATRICES, decayed, learning_rate, optimizer
@@ -27,8 +28,8 @@ NAMES = ("tiny-transformer", "tiny-hope")
 def make(name="tiny-transformer", **fields):
     sizes = {"window": 32, "batch": 4, "steps": 10, "warmup": 2, "model": small_model(name)}
     config = TrainConfig.from_preset(name, **(sizes | fields))
-    net, rule = states.network(config.model), optimizer(config)
-    return config, net, train_step(net, rule, accumulate=config.accumulate)
+    rule = optimizer(config)
+    return config, config.model, train_step(config.model, rule, accumulate=config.accumulate)
 
 
 def batches(config, number=1, seed=0):
@@ -51,7 +52,7 @@ def to_float64(tree):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_the_mean_over_targets(name):
     config, net, step = make(name)
-    state, batch = states.start(config), next(batches(config))
+    state, batch = states.init_train_state(config), next(batches(config))
     _, metrics = jax.jit(step)(state, batch)
     total, _ = cross_entropy(net, state.parameters, None, batch)
     chex.assert_trees_all_close(metrics.loss, total / batch.weights.sum(), rtol=1e-6)
@@ -68,8 +69,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, name, carry):
     for accumulate in (1, 2, 4):
         config, net, _ = make(name, accumulate=accumulate, carry=carry)
         step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
-        parameters = to_float64(states.draw_parameters(config.model, 0))
-        state = states.start(config)._replace(parameters=parameters, optimizer=optax.sgd(1.0).init(parameters))
+        parameters = to_float64(states.init_params(config.model, 0))
+        state = states.init_train_state(config)._replace(parameters=parameters, optimizer=optax.sgd(1.0).init(parameters))
         state = state._replace(fast=to_float64(state.fast))
         after, metrics = jax.jit(step)(state, next(batches(config)))
         gradients.append((metrics.loss, jax.tree.map(jnp.subtract, parameters, after.parameters)))
@@ -82,7 +83,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, name, carry):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_learns(name):
     config, _, step = make(name, window=128)
-    state, update = states.start(config), jax.jit(step)
+    state, update = states.init_train_state(config), jax.jit(step)
     for batch in batches(config, 2):
         after, _ = update(state, batch)
     still = [
@@ -101,18 +102,18 @@ def test_every_parameter_learns(name):
 @pytest.mark.parametrize("fields", [{}, {"carry": True, "accumulate": 2}], ids=["plain", "carry"])
 def test_the_second_update_compiles_nothing_and_donates(name, fields):
     config, _, step = make(name, **fields)
-    state, update = jax.jit(lambda: states.start(config))(), jax.jit(step, donate_argnums=0)
+    state, update = jax.jit(lambda: states.init_train_state(config))(), jax.jit(step, donate_argnums=0)
     for batch in batches(config, 3):
         before = state
         state, _ = update(state, batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.parameters))
     assert update._cache_size() == 1
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: states.start(config)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: states.init_train_state(config)))
 
 
 def test_carried_state_is_used_until_a_reset():
     config, _, step = make(carry=True)
-    update, state = jax.jit(step), states.start(config)
+    update, state = jax.jit(step), states.init_train_state(config)
     batch = next(batches(config))
     state, _ = update(state, batch)
     goes_on = batch._replace(reset=np.zeros_like(batch.reset))
@@ -130,7 +131,7 @@ def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(64, 16)))
     config, net, _ = make("tiny-hope", model=model, carry=True, batch=2)
     rest = optax.sgd(0.0)
-    parameters, state = to_float64(states.draw_parameters(model, 0)), states.start(config)
+    parameters, state = to_float64(states.init_params(model, 0)), states.init_train_state(config)
     state = state._replace(parameters=parameters, optimizer=rest.init(parameters), fast=to_float64(state.fast))
     text = np.random.default_rng(0).integers(1, 256, (2, 129)).astype(np.int32)
     reset = np.zeros((2, 128), bool)
@@ -142,8 +143,8 @@ def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
         state, metrics = update(state, jax.tree.map(lambda x, start=start: x[:, start : start + 32], document))
         losses.append(metrics.loss)
         slowest.append(fast_weights(state.fast.learning.levels)[0].matrices["up"])
-    net_alone = states.bind(net, parameters)
-    logits, _ = jax.jit(lambda: net_alone(document.tokens, net_alone.init_state(2), reset=document.reset))()
+    alone = lambda: apply(net, parameters, document.tokens, init_state(net, parameters, 2), reset=document.reset)
+    logits, _ = jax.jit(alone)()
     each = optax.softmax_cross_entropy_with_integer_labels(logits, document.targets)
     np.testing.assert_allclose(losses, each.reshape(2, 4, 32).mean(axis=(0, 2)), rtol=1e-6)
     assert jnp.array_equal(slowest[0], slowest[1]) and not jnp.allclose(slowest[1], slowest[2])
@@ -153,11 +154,11 @@ def test_training_is_the_slowest_level():
     """The loop of updates, written as a Level that reads batches, makes the same parameters."""
     config, _, step = make(clip=0.0)
     stream = list(batches(config, 3))
-    looped = states.start(config)
+    looped = states.init_train_state(config)
     for batch in stream:
         looped, _ = jax.jit(step)(looped, batch)
     level = Level(
-        init=lambda slower: states.start(config),
+        init=lambda slower: states.init_train_state(config),
         step=lambda state, context, slower: step(state, jax.tree.map(lambda x: x[0], context)),
         period=1,
         name="pre-training",
@@ -177,7 +178,7 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_broken_parameter_is_named(name):
     config, _, step = make(name)
-    state, update = states.start(config), jax.jit(step)
+    state, update = states.init_train_state(config), jax.jit(step)
     leaves = jax.tree_util.tree_leaves_with_path(state.parameters)
     for path, _ in leaves[:: max(1, len(leaves) // 3)]:
         broken = jax.tree_util.tree_map_with_path(
@@ -192,7 +193,7 @@ def test_a_broken_parameter_is_named(name):
 
 def test_a_broken_gradient_or_fast_state_is_named():
     config, _, step = make("tiny-hope")
-    _, metrics = jax.jit(step)(states.start(config), next(batches(config)))
+    _, metrics = jax.jit(step)(states.init_train_state(config), next(batches(config)))
     for kind in ("gradients", "fast", "updated"):
         leaves, tree = jax.tree.flatten(metrics.finite[kind])
         for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(metrics.finite[kind])):
@@ -209,10 +210,10 @@ def test_a_broken_gradient_or_fast_state_is_named():
     [
         ("tiny-hope", "mixers/memory/slow/running/first/weights", "memories of the sequence layers, chunk 32"),
         ("tiny-hope", "mixers/memory/fast/running/first/momentum", "memories of the sequence layers, chunk 16"),
-        ("tiny-hope", "mixers/window", "memories of the sequence layers, chunk 16"),
+        ("tiny-hope", "mixers/recent", "memories of the sequence layers, chunk 16"),
         ("tiny-hope", "learning/levels/slow/matrices/up", "CMS level2, period 16"),
         ("tiny-hope", "learning/levels/fast/slow/gradient/down", "CMS level3, period 8"),
-        ("tiny-hope", "learning/levels/fast/fast/begun/memory/slow/running/second/weights",
+        ("tiny-hope", "learning/levels/fast/fast/mixers_at_segment_start/memory/slow/running/second/weights",
          "memories of the sequence layers, chunk 32"),
         ("tiny-hope", "learning/open/inputs", "open segment of the CMS, period 8"),
         ("tiny-hope-attention", "mixers/keys", "caches of the sequence layers"),
@@ -223,8 +224,7 @@ def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
     """Of a model with a frozen CMS level, two that learn in two blocks, and memories of two chunk lengths."""
     model = small_model(name, layers=2, projection_chunk=32)
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(16, 16, 16), blocks=2))
-    net, parameters = states.network(model), states.draw_parameters(model, 0)
-    fast = jax.eval_shape(lambda: states.bind(net, parameters).init_state(1))
+    fast = jax.eval_shape(lambda: init_state(model, states.init_params(model, 0), 1))
     keystr = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     finite = {"fast": jax.tree_util.tree_map_with_path(lambda path, _: keystr(path) != leaf, fast)}
     with pytest.raises(NonFinite) as error:
@@ -234,7 +234,7 @@ def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
 
 def test_a_carried_state_that_overflows_is_seen_at_once():
     config, _, step = make("tiny-hope", carry=True)
-    state, update = states.start(config), jax.jit(step)
+    state, update = states.init_train_state(config), jax.jit(step)
     path = jax.tree_util.tree_leaves_with_path(state.fast)
     i = next(i for i, (_, x) in enumerate(path) if jnp.issubdtype(x.dtype, jnp.floating))
     leaves, tree = jax.tree.flatten(state.fast)
@@ -247,7 +247,7 @@ def test_a_carried_state_that_overflows_is_seen_at_once():
 
 
 def test_matrices_decay_and_nothing_else():
-    parameters = states.draw_parameters(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
+    parameters = states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("blocks/")
         for path, value in jax.tree_util.tree_leaves_with_path(decayed(parameters))
@@ -263,7 +263,7 @@ def test_every_optimizer_of_the_command_line_trains(rule):
     """A few updates on one batch bring its loss down; matrices stacked over the layers are each their own."""
     sgd = rule in ("momentum", "delta-momentum", "deep-momentum")  # whose updates are of the gradient's size
     config, _, step = make("tiny-hope", optimizer=rule, slow_period=3, learning_rate=0.3 if sgd else 0.01, warmup=0)
-    state, update, batch = states.start(config), jax.jit(step), next(batches(config))
+    state, update, batch = states.init_train_state(config), jax.jit(step), next(batches(config))
     losses = []
     for _ in range(9):
         state, metrics = update(state, batch)
@@ -274,7 +274,7 @@ def test_every_optimizer_of_the_command_line_trains(rule):
 
 def test_muons_matrices_are_those_of_blocks():
     """Not embeddings, heads, gates, convolutions or the starts of memories."""
-    shapes = jax.eval_shape(lambda: states.draw_parameters(dataclasses.replace(small_model("tiny-hope"), layers=3), 0))
+    shapes = jax.eval_shape(lambda: states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0))
     leaves = jax.tree_util.tree_leaves_with_path(MATRICES(shapes), is_leaf=lambda x: isinstance(x, tuple))
     chosen = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
     cms = {f"blocks/cms/level{level}/{part}" for level in (1, 2) for part in ("up", "down")}
@@ -283,7 +283,7 @@ def test_muons_matrices_are_those_of_blocks():
 
 def test_continuum_moves_the_slow_level_every_so_many_updates():
     config, _, step = make("tiny-hope", optimizer="continuum", slow_period=3)
-    state, update, moved = states.start(config), jax.jit(step), []
+    state, update, moved = states.init_train_state(config), jax.jit(step), []
     for batch in batches(config, 6):
         after, _ = update(state, batch)
         levels = [tree.parameters["blocks"]["cms"] for tree in (state, after)]
@@ -296,7 +296,7 @@ def test_continuum_moves_the_slow_level_every_so_many_updates():
 def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
     """Three updates by large gradients, through the warm-up, against a chain written out."""
     config = TrainConfig(model=small_model("tiny-hope"), steps=9, warmup=2, learning_rate=0.1, weight_decay=0.3, clip=clip)
-    parameters = to_float64(states.draw_parameters(config.model, 0))
+    parameters = to_float64(states.init_params(config.model, 0))
     adam = [optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.3, mask=decayed)]
     rates = (0.05, 0.075, 0.1)
     clipped = [optax.clip_by_global_norm(clip)] if clip else []
@@ -324,8 +324,8 @@ def test_memory_is_that_of_boundary_states_and_layer_inputs(cms, windows):
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, hidden=(64, 64), **cms))
     for window in windows:
         config, net, step = make("tiny-hope", model=model, window=window)
-        state = jax.eval_shape(lambda config=config: states.start(config))
-        start = jax.eval_shape(lambda p, net=net: states.bind(net, p).init_state(4), state.parameters)
+        state = jax.eval_shape(lambda config=config: states.init_train_state(config))
+        start = jax.eval_shape(lambda p, net=net: init_state(net, p, 4), state.parameters)
         kept = [start.mixers.memory.running, start.learning.levels if start.learning else ()]
         boundary = sum(leaf.size for leaf in jax.tree.leaves(kept)) * window // 32
         D, levels = model.width, model.cms.hidden

@@ -12,6 +12,7 @@ from tiny_run import small_model
 from nested_jax.cms import fast_weights
 from nested_jax.data import Batch
 from nested_jax.memory.deep import weights_of
+from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import state as states
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -33,8 +34,8 @@ def text() -> np.ndarray:
 def trained(text):
     """Parameters after 60 updates at a high rate."""
     config = TrainConfig.from_preset("tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch=4, learning_rate=1e-2)
-    update = jax.jit(train_step(states.network(MODEL), optimizer(config)), donate_argnums=0)
-    state, losses, random = states.start(config), [], np.random.default_rng(0)
+    update = jax.jit(train_step(MODEL, optimizer(config)), donate_argnums=0)
+    state, losses, random = states.init_train_state(config), [], np.random.default_rng(0)
     reset = np.zeros((4, 128), bool)
     reset[:, 0] = True
     for _ in range(config.steps):
@@ -52,14 +53,12 @@ def test_a_trained_model_stays_bounded(trained, text, chunk):
 
     With `Rule.surprise` at infinity the case of 256 fails, with norms above 10,000,000; the others pass either way.
     """
-    net = states.network(dataclasses.replace(MODEL, chunk=chunk))
+    net = dataclasses.replace(MODEL, chunk=chunk)
     mixer = trained["blocks"]["mixer"]
     fast = {**trained, "blocks": {**trained["blocks"], "mixer": {**mixer, "rate_bias": mixer["rate_bias"] + 12}}}
     both = jax.tree.map(lambda *w: jnp.stack(w), trained, fast)
-    read = jax.jit(
-        jax.vmap(lambda w, piece, state: states.bind(net, w)(piece[None], state, multiple=1_024), in_axes=(0, None, 0))
-    )
-    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, states.bind(net, w).init_state(1))))(both)
+    read = jax.jit(jax.vmap(lambda w, piece, state: apply(net, w, piece[None], state, multiple=1_024), in_axes=(0, None, 0)))
+    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, init_state(net, w, 1))))(both)
     norms = []
     for piece in text.reshape(-1, 1_024):
         logits, state = read(both, piece, state)
@@ -73,15 +72,13 @@ def test_a_trained_model_stays_bounded(trained, text, chunk):
 def test_a_trained_model_stays_bounded_while_its_cms_learns(trained, text):
     """The same text, all blocks learning in context at the rates they start from and at ten times those."""
     learning = dataclasses.replace(FROZEN, periods=(256, 64))
-    net = states.network(dataclasses.replace(MODEL, chunk=64, cms=learning))
+    net = dataclasses.replace(MODEL, chunk=64, cms=learning)
     start = trained["blocks"]["cms"]
     rated = lambda rate: {name: {**level, "rate": jnp.full(MODEL.layers, rate)} for name, level in start.items()}
     made = lambda rate: {**trained, "blocks": {**trained["blocks"], "cms": rated(rate)}}
     both = jax.tree.map(lambda *w: jnp.stack(w), made(learning.rate), made(10 * learning.rate))
-    read = jax.jit(
-        jax.vmap(lambda w, piece, state: states.bind(net, w)(piece[None], state, multiple=1_024), in_axes=(0, None, 0))
-    )
-    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, states.bind(net, w).init_state(1))))(both)
+    read = jax.jit(jax.vmap(lambda w, piece, state: apply(net, w, piece[None], state, multiple=1_024), in_axes=(0, None, 0)))
+    state = jax.jit(jax.vmap(lambda w: jax.tree.map(jnp.asarray, init_state(net, w, 1))))(both)
     matrices = lambda: jax.tree.leaves([level.matrices for level in fast_weights(state.learning.levels)])
     begun, ways = matrices(), []
     for piece in text.reshape(-1, 1_024):

@@ -1,0 +1,187 @@
+"""Slow twins: every sequence layer for one sequence from its start, token by token, as the papers define it.
+
+Each function is (layer, weights, x (T, D)) -> outputs (T, D); tests compare the layers' values and gradients with it.
+The recurrence's own slow twin is `recurrence.tokenwise`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.memory.attention import Attention, rotate
+from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.omega import OmegaMemory
+from nested_jax.memory.projections import project_in
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.stream import CONVOLUTION, MemoryLayer, project_out
+from nested_jax.memory.titans import Titans
+from nested_jax.numerics import clip_rows, l2norm, rms_norm
+from nested_jax.typing import Array, Float, PyTree
+
+
+def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """`LinearMemory` token by token, as its rule is written."""
+    q, k, v, rate, *retain = _project(layer, weights, x)
+
+    def token(memory, now):
+        q, k, v, rate, *retain = now
+        if layer.rule == "oja":
+            v = l2norm(v)
+            erased = jnp.einsum("h,hv,hu,huk->hvk", rate, v, v, memory)
+            memory = retain[0][:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)
+            return memory, jnp.einsum("hvk,hk->hv", memory, q)
+        if layer.rule != "delta":
+            memory = retain[0][:, None, None] * memory
+        stored = jnp.einsum("hvk,hk->hv", memory, k) if layer.rule != "linear" else 0.0
+        memory = memory + jnp.einsum("h,hv,hk->hvk", rate, v - stored, k)
+        return memory, jnp.einsum("hvk,hk->hv", memory, q)
+
+    start = weights["start"].swapaxes(1, 2) if layer.rule == "oja" else weights["start"]
+    _, y = jax.lax.scan(token, start, (q, k, v, rate, *retain))
+    return project_out(weights, y[None], x.dtype)[0]
+
+
+def omega_memory(layer: OmegaMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """`OmegaMemory` token by token, `jax.grad` for the errors."""
+    q, k, v, rate, retain, *strength = _project(layer, weights, x)
+    before = lambda part: jnp.pad(part, [(layer.window - 1, 0)] + [(0, 0)] * (part.ndim - 1))
+    gamma = strength[0] / layer.window if strength else jnp.ones_like(rate)
+    history = [before(part) for part in (layer.lift(k), l2norm(v), gamma)]
+
+    def gradient(memory, key, value):
+        error = jax.grad(lambda y: layer.bias.loss(y, value))(memory @ key)
+        return jnp.outer(clip_rows(error, layer.surprise), key)
+
+    def token(carry, now):
+        memory, snapshot = carry
+        t, q, rate, retain = now
+        snapshot = jnp.where(t % layer.chunk == 0, memory, snapshot)
+        keys, values, strengths = (jax.lax.dynamic_slice_in_dim(part, t, layer.window) for part in history)
+        each = jax.vmap(jax.vmap(gradient), (None, 0, 0))(snapshot, keys, values)  # (c, H, V, phi)
+        memory = retain[:, None, None] * memory - layer.largest_rate * jnp.einsum("h,ch,chvk->hvk", rate, strengths, each)
+        return (memory, snapshot), jnp.einsum("hvk,hk->hv", memory, layer.lift(q))
+
+    carry = (weights["start"], weights["start"])
+    _, y = jax.lax.scan(token, carry, (jnp.arange(len(x)), q, rate, retain))
+    return project_out(weights, y[None], x.dtype)[0]
+
+
+def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
+    tokens, rule = _project(layer, weights, x), layer.rule
+
+    def one_head(start, q, k, v, rate, retain, momentum=None):
+        def token(carry, now):
+            running, snapshot, velocity = carry
+            t, q, k, v, eta, alpha, theta = now
+            eta, v = layer.largest_rate * eta, l2norm(v)
+            renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
+            after, pushes = {}, {}
+            for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
+                step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                pushes[part] = theta * velocity[part]
+                pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
+                erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
+                origin = start[part] if rule.retention == "initial" else 0.0
+                after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]
+            return (after, renewed, pushes), _memory(running if rule.read == "before" else after, q)
+
+        theta = jnp.zeros_like(rate) if momentum is None else momentum
+        carry = (start, start, jax.tree.map(jnp.zeros_like, start))
+        return jax.lax.scan(token, carry, (jnp.arange(len(q)), q, k, v, rate, retain, theta))[1]
+
+    starts = {part: w[:, 0] for part, w in weights["start"].items()}
+    y = jax.vmap(one_head, in_axes=(0,) + (1,) * len(tokens), out_axes=1)(starts, *tokens)
+    return project_out(weights, y[None], x.dtype)[0]
+
+
+def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
+    names, rule = layer.memories, layer.rule
+    period = {name: layer.chunk if name == "memory" else layer.period for name in names}
+
+    x = _convolve(weights["taps"], x)
+    heads = lambda y: y.reshape(len(x), layer.heads, -1)
+    if layer.momentum:
+        theta = jax.nn.sigmoid(x @ weights["momentum"] + weights["momentum_bias"][None])
+    else:
+        theta = jnp.zeros((len(x), layer.heads))
+
+    def one_head(start, gates, x, fixed_query, theta):
+        def token(carry, now):
+            running, snapshot, velocity = carry
+            t, x, q, theta = now
+            renew = lambda name: jax.tree.map(
+                lambda new, old: jnp.where(t % period[name] == 0, new, old), running[name], snapshot[name]
+            )
+            snapshot = {name: renew(name) for name in names}
+            made = {name: _memory(snapshot[name], x) for name in names}
+            squash = lambda name: jax.nn.sigmoid(made[name] @ gates[name] + gates[f"{name}_bias"])
+            key, value = l2norm(made["keys"]), layer.normalise(made["values"])
+            eta, alpha = layer.max_rate * squash("rate"), squash("retention")
+            q = l2norm(made["query"]) if layer.adaptive_query else q
+            before, running, velocity = running, {}, {}
+            for name in names:
+                w = before[name]
+                target = layer.normalise(_memory(snapshot[name], value))
+                running[name], velocity[name] = {}, {}
+                for part, (z, surprise) in _local_surprise(snapshot[name], key, target, rule.surprise).items():
+                    rate = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                    push = theta * carry[2][name][part]
+                    push -= (1 - theta) * rate * jnp.outer(surprise, z)
+                    erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
+                    origin = start[name][part] if rule.retention == "initial" else 0.0
+                    running[name][part] = origin + alpha * (w[part] - origin) - erased + push
+                    velocity[name][part] = push
+            y = _memory((before if rule.read == "before" else running)["memory"], q)
+            return (running, snapshot, velocity), y
+
+        carry = (start, start, jax.tree.map(jnp.zeros_like, start))
+        return jax.lax.scan(token, carry, (jnp.arange(len(x)), x, fixed_query, theta))[1]
+
+    starts = {n: {part: w[:, i] for part, w in weights["start"].items()} for i, n in enumerate(names)}
+    gates = {k: weights[k] for k in ("rate", "rate_bias", "retention", "retention_bias")}
+    query = heads(x) if layer.adaptive_query else l2norm(heads(x @ weights["query"]))
+    y = jax.vmap(one_head, in_axes=(0, 0, 1, 1, 1), out_axes=1)(starts, gates, heads(x), query, theta)
+    return rms_norm(weights["norm"], y[None]).reshape(len(x), -1) @ weights["out"]
+
+
+def attention(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """`Attention` of one document, query by query."""
+    T, D = x.shape
+    q, k, v = jnp.split((x @ weights["project"]).reshape(1, T, 3 * layer.heads, -1), 3, axis=2)
+    q, k, v = rotate(q, jnp.arange(T))[0], rotate(k, jnp.arange(T))[0], v[0]
+    rows = []
+    for t in range(T):
+        seen = slice(max(0, t + 1 - (layer.window or T)), t + 1)
+        scores = jnp.einsum("hk,shk->hs", q[t], k[seen]) * q.shape[-1] ** -0.5
+        rows.append(jnp.einsum("hs,shk->hk", jax.nn.softmax(scores, axis=-1), v[seen]).reshape(D))
+    return jnp.stack(rows) @ weights["out"]
+
+
+def _convolve(taps: Float[Array, "W D"], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    padded = jnp.pad(x, ((CONVOLUTION - 1, 0), (0, 0)))
+    return sum(taps[i][None] * padded[i : i + len(x)] for i in range(CONVOLUTION))
+
+
+def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> list[Array]:
+    """q, k, v and gates of convolved tokens, (T, H, ...)."""
+    return [part[0] for part in project_in(weights, _convolve(weights["taps"], x)[None], layer.heads)]
+
+
+def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:
+    """M(z) of one memory; `pushed` is added to the outputs of its layers."""
+    first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
+    return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
+
+
+def _local_surprise(w: PyTree, key: Float[Array, " K"], target: Float[Array, " K"], largest: float) -> dict:
+    """{layer: (its input, its clipped surprise)} of one memory, by `jax.vjp`."""
+    inputs = {"first": key, "second": jax.nn.silu(w["first"] @ key)}
+    still = {"first": jnp.zeros_like(inputs["second"]), "second": jnp.zeros_like(key)}
+    output, pull = jax.vjp(partial(_memory, w, key), still)
+    (surprise,) = pull(clip_rows(output - target, largest))
+    return {part: (z, clip_rows(surprise[part], largest)) for part, z in inputs.items()}
