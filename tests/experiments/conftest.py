@@ -1,6 +1,5 @@
 """Fixtures for the tests of experiments: modules by name; committed results stay as they are."""
 
-import functools
 import json
 import warnings
 from pathlib import Path
@@ -26,7 +25,7 @@ def committed():
 def load(request):
     """`scripts.load`, by default from FOLDER of the test's module."""
     before = committed()
-    yield functools.partial(scripts.load, folder=request.module.FOLDER)
+    yield lambda name, folder=request.module.FOLDER: scripts.load(name, folder)
     assert committed() == before
 
 

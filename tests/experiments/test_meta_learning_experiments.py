@@ -186,13 +186,12 @@ def test_the_grid_is_searched_on_tuning_tasks(load):
     tuned = deep.tune(config, deep.MOMENTUM, 4, jnp.array(1), jnp.array([3]))
     tasks, keys = deep.tasks_of(config, jnp.array(1), jnp.array(3), deep.TUNING, 3)
     ends = {}
+    descend = jax.jit(lambda meta, task, key: deep.descend(config, deep.MOMENTUM, 4, meta, task, key))
     for rate in config.rates:
         for decay in config.decays:
             meta = {"log_rate": jnp.log(rate), "decay": deep.logit(decay)}
-            one = lambda i, meta=meta: deep.descend(
-                config, deep.MOMENTUM, 4, meta, jax.tree.map(lambda x: x[i], tasks), keys[i]
-            )
-            ends[rate, decay] = np.mean([np.log(one(i)[-1]) for i in range(3)])
+            each = [descend(meta, jax.tree.map(lambda x: x[i], tasks), keys[i]) for i in range(3)]  # noqa: B023
+            ends[rate, decay] = np.mean([np.log(errors[-1]) for errors in each])
     rate, decay = min(ends, key=ends.get)
     np.testing.assert_allclose(jnp.exp(tuned["log_rate"]), rate, rtol=1e-5)
     np.testing.assert_allclose(jax.nn.sigmoid(tuned["decay"]), decay, atol=2e-3)

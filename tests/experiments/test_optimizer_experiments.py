@@ -202,8 +202,9 @@ def test_the_best_rate_has_the_test_runs(load):
         assert tuning.chosen(results, optimizer="m3") == f"{best}{' (edge)' if tries < 5 else ''}"
 
 
-def test_examples_of_the_record(load):
-    assert doctest.testmod(load("record")) == (0, 3)
+@pytest.mark.parametrize("name, examples", [("record", 3), ("flags", 1), ("config", 1), ("vision_transformer", 3)])
+def test_examples_in_docstrings(load, name, examples):
+    assert doctest.testmod(load(name)) == (0, examples)
 
 
 def test_a_stopped_command_resumes(load, monkeypatch, tmp_path):

@@ -17,12 +17,11 @@ VisionConfig, VisionTransformer = module.VisionConfig, module.VisionTransformer
 SMALL = VisionConfig(image=(4, 6, 3), patch=2, width=8, layers=2, heads=2, hidden=5, classes=7)
 
 
-def model(config=SMALL, jitter=0.1, seed=0):
-    """A model in float64 whose norms' weights are not one."""
-    net, weights = nnx.split(VisionTransformer(config, rngs=nnx.Rngs(seed)), nnx.Param)
-    noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
-    move = lambda w: w.astype(jnp.float64) + jitter * jax.random.normal(next(noise), w.shape, jnp.float64)
-    return nnx.merge(net, jax.tree.map(move, weights))
+def model():
+    """A model with random weights in float64, also those of norms."""
+    net, shapes = nnx.split(nnx.eval_shape(lambda: VisionTransformer(SMALL, rngs=nnx.Rngs(0))), nnx.Param)
+    draw = np.random.default_rng(0)
+    return nnx.merge(net, jax.tree.map(lambda w: jnp.asarray(draw.normal(size=w.shape) / 2), shapes))
 
 
 def images(batch, config=SMALL, seed=2):
