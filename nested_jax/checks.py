@@ -31,9 +31,8 @@ class Interval(NamedTuple):
     finite: bool = True
 
     def __contains__(self, value: Any) -> bool:
-        return (
-            self.least <= value <= self.most and self.above < value < self.below or (value == math.inf and not self.finite)
-        )
+        inside = self.least <= value <= self.most and self.above < value < self.below
+        return bool(inside or (value == math.inf and not self.finite))
 
     def __str__(self) -> str:
         words = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
