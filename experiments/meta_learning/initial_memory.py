@@ -23,11 +23,11 @@ from nested_jax.memory.deep import (
     Deep,
     Rule,
     Strengths,
-    begin,
+    broadcast_start,
     deep_start,
-    in_batch,
+    forward,
+    init_level_state,
     learn,
-    look,
     memory_level,
 )
 from nested_jax.memory.recurrence import Gates, MemoryState, read, write
@@ -178,11 +178,11 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
 
     def deep(running, snapshot, pairs, slower):
         rate, retain = gates(slower[0])
-        anchor = jax.tree.map(lambda w: anchored * w, in_batch(heads(slower[0]["start"]), pairs.keys.shape[1]))
+        anchor = jax.tree.map(lambda w: anchored * w, broadcast_start(heads(slower[0]["start"]), pairs.keys.shape[1]))
         keys, values = pairs.keys.swapaxes(0, 1)[:, None], pairs.values.swapaxes(0, 1)[:, None, None]
         strengths = Strengths(*(jnp.full((1, 1, keys.shape[2]), gate) for gate in (rate, retain)), None)
         rule = Rule(erase="none", read="before")
-        running, outputs = learn(running, snapshot, anchor, look(snapshot, keys), values, strengths, rule, None, keys)
+        running, outputs = learn(running, snapshot, anchor, forward(snapshot, keys), values, strengths, rule, None, keys)
         return running, outputs[:, 0].swapaxes(0, 1), pairs.keys.shape[0]
 
     heads = lambda start: Deep(start["first"][None, None], start["second"][None, None])
@@ -190,9 +190,8 @@ def memory(config: InitialMemory, kind: str, anchored: Array) -> Level:
     if kind == "linear":
         init = lambda slower: MemoryState(jnp.repeat(slower[0]["start"][None], tasks(slower), axis=0))
         return Level(init, linear, config.chunk, "linear memory")
-    return memory_level(
-        lambda slower: begin(heads(slower[0]["start"]), tasks(slower), False), deep, 1, "deep memory", Level.description
-    )
+    init = lambda slower: init_level_state(heads(slower[0]["start"]), tasks(slower), False)
+    return memory_level(init, deep, 1, 1, "deep memory", Level.description)
 
 
 def draw_start(config: InitialMemory, kind: str, name: str, key: Array) -> PyTree:

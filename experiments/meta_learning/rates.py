@@ -139,9 +139,11 @@ def stream(config: Rates, world: World, key: Array) -> tuple[Float[Array, "T D"]
 
 
 def segments(config: Rates, world: World, streams: int, key: Array) -> Segment:
-    """A batch of streams, as the context of the CMS."""
-    x, y = jax.vmap(lambda key: stream(config, world, key), out_axes=1)(jax.random.split(key, streams))
-    return Segment(x, y, jnp.ones(config.tokens, bool), None)
+    """A batch of streams, as the context of the CMS: S segments of P tokens."""
+    count, P = config.tokens // config.periods[-1], config.periods[-1]
+    drawn = jax.vmap(lambda key: stream(config, world, key))(jax.random.split(key, streams))
+    x, y = (jnp.moveaxis(a.reshape(streams, count, P, *a.shape[2:]), 1, 0) for a in drawn)
+    return Segment(x, y, jnp.ones(count, bool), P * jnp.arange(count), None)
 
 
 def fit_start(config: Rates, world: World, key: Array) -> dict[str, PyTree]:
@@ -181,26 +183,23 @@ def learner(config: Rates, weights: PyTree, streams: int) -> Level:
             fast = [jax.tree.map(lambda w: w[0], level) for level in matrices]
             return cms.apply(config.cms, weights["cms"], fast, x) @ weights["head"], mixers
 
-        return cms.in_context(config.cms, block, forward, lambda: (), streams, [cms.inner_rule(config.cms)] * 3)
+        return cms.nest_levels(config.cms, block, forward, lambda: (), streams, [cms.inner_rule(config.cms)] * 3)
 
     init = lambda slower: level(slower[0]).init(())
     step = lambda state, context, slower: level(slower[0]).step(state, context, ())
-    return Level(init, step, config.periods[0], "CMS")
+    return Level(init, step, config.periods[0] // config.periods[-1], "CMS")
 
 
-def logits(emitted: cms.Emitted, config: Rates) -> Float[Array, "T B V"]:
-    return emitted.outputs.reshape(config.tokens, -1, config.classes)
-
-
-def predictions(config: Rates, weights: PyTree, rates: Float[Array, " 3"], context: Segment) -> Float[Array, "T B V"]:
+def predictions(config: Rates, weights: PyTree, rates: Float[Array, " 3"], context: Segment) -> Float[Array, "S B P V"]:
     """Logits of every token's class, after learning from all earlier segments."""
-    _, emitted = run(learner(config, weights, context.inputs.shape[1]), None, context, slower=(rates,))
-    return logits(emitted, config)
+    _, emitted = run(learner(config, weights, context.targets.shape[1]), None, context, slower=(rates,))
+    return emitted.outputs.reshape(*context.targets.shape, config.classes)
 
 
-def entropy(config: Rates, emitted: cms.Emitted, targets: Int[Array, "T B"]) -> Array:
+def entropy(config: Rates, emitted: cms.Emitted, targets: Int[Array, "S B P"]) -> Array:
     """Mean cross-entropy of a stream's classes, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits(emitted, config), targets).mean()
+    logits = emitted.outputs.reshape(*targets.shape, config.classes)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 def slope(config: Rates, weights: PyTree, streams: int):

@@ -69,15 +69,14 @@ def test_a_cms_predicts_before_it_learns(worlds, variant):
     config = rates.Rates(**{**vars(config), "variant": variant})
     weights = random_weights(rates, config, world((8, 32)))
     context = jit(rates.segments, 0, 2)(config, world((8, 32)), 2, jax.random.key(4))
-    other = context._replace(targets=context.targets.at[21].set(1 - context.targets[21]))
+    other = context._replace(targets=context.targets.at[5, :, 1].set(1 - context.targets[5, :, 1]))  # token 21
     predict = jax.jit(lambda value, context: rates.predictions(config, weights, jnp.full(3, value), context))
     for value in (0.3, 0.0):
         before, after = predict(value, context), predict(value, other)
-        (at,) = np.nonzero(changed(before, after))
-        assert (not len(at)) if value == 0 else at[0] == 24  # of a segment of 4 tokens that begins at 20
-    np.testing.assert_allclose(
-        before, rates.cms.apply(config.cms, weights["cms"], (), context.inputs) @ weights["head"], atol=1e-5
-    )
+        (at,) = np.nonzero(changed(*(x.swapaxes(1, 2).reshape(64, -1) for x in (before, after))))
+        assert (not len(at)) if value == 0 else at[0] == 24  # the segment of 4 tokens starts at 20
+    outputs = rates.cms.apply(config.cms, weights["cms"], (), context.inputs.reshape(-1, 4, 3))
+    np.testing.assert_allclose(before.reshape(-1, 4, 2), outputs @ weights["head"], atol=1e-5)
 
 
 def test_the_gradient_of_a_rate_is_a_difference_quotient(worlds, x64):
@@ -118,7 +117,7 @@ def test_rates_are_measured(load, written):
     seeds = jnp.array(config.seeds)
     worlds = jax.vmap(lambda seed: rates.draw_world(config, "16 and 256", rates.keys_of(seed)[0]))(seeds)
     weights, *drawn = rates.prepare(config, worlds, seeds)
-    firsts = np.concatenate([np.asarray(part.inputs)[..., 0, :, 0].ravel() for part in drawn])
+    firsts = np.concatenate([np.asarray(part.inputs)[..., 0, :, 0, 0].ravel() for part in drawn])
     assert len(firsts) == len(np.unique(firsts)) == 2 * (2 * 2 + 2 + 2)
     meta, tuning, held_out = drawn
     first = jax.tree.map(lambda x: x[:, 0], meta)  # streams of the first meta-update
