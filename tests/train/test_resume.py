@@ -128,7 +128,7 @@ def test_more_steps_go_on(small, quiet, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"batch": 2}, "--batch 4, not 2"),
+        ({"batch_size": 2}, "--batch-size 4, not 2"),
         ({"model": small_model(width=32)}, "--model.width 16, not 32"),
         ({"model": dataclasses.replace(small_model(), cms=small_model("tiny-hope").cms)}, "--model.cms."),
         ({"preset": "tiny-hope", "learning_rate": 1.0}, "--preset tiny-transformer, not tiny-hope"),
