@@ -88,7 +88,7 @@ print(f"logits {logits.shape}; a sequence has {size:,} numbers of fast state, ho
 # %%
 tokenizer = ByteTokenizer()
 batches = train_batches(
-    open_documents("stdlib", "train"), tokenizer, window=WINDOW, batch=BATCH, alignment=config.alignment, seed=0
+    open_documents("stdlib", "train"), tokenizer, window=WINDOW, batch_size=BATCH, alignment=config.alignment, seed=0
 )
 batch = next(batches)
 print({name: (array.shape, str(array.dtype)) for name, array in batch._asdict().items()})

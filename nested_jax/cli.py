@@ -146,7 +146,7 @@ def depict(argv: Sequence[str]) -> None:
             extra = rule.examples
             rule = optax.GradientTransformationExtraArgs(rule.init, rule.update)
         system = config.model, rule
-    picture = describe(system, tokens_per_step=config.window * config.batch, extra=extra)
+    picture = describe(system, tokens_per_step=config.window * config.batch_size, extra=extra)
     if flags.figure is not None:
         try:
             picture.plot().savefig(flags.figure)

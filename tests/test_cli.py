@@ -27,7 +27,7 @@ from nested_jax.train.config import TrainConfig, flag, flatten
 
 # As small_config of tests/train. Few different numbers of steps: each is a program of its own to compile.
 SMALL = (
-    "--preset tiny-transformer --window 32 --batch 4 --warmup 2 --eval-bytes 2000 --log-every 1 --checkpoint-every 2 "
+    "--preset tiny-transformer --window 32 --batch-size 4 --warmup 2 --eval-bytes 2000 --log-every 1 --checkpoint-every 2 "
     "--eval-every 0 --sample-tokens 0 --model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16 "
     "--model.memory-hidden 8 --model.cms.hidden 16"
 )
@@ -109,7 +109,7 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --steps", "--steps"),
         ("train --steps 0", "--steps 0: give a whole number of at least 1$"),
         ("train --learning-rate nan", "--learning-rate nan"),
-        ("train --batch 6 --accumulate 4", "--batch 6 is not a multiple of --accumulate 4"),
+        ("train --batch-size 6 --accumulate 4", "--batch-size 6 is not a multiple of --accumulate 4"),
         ("train --preset tiny-hoep", "tiny-hoep.*tiny-hope"),
         ("train --preset", "--preset"),
         ("train --preset ''", "preset ''"),
@@ -201,8 +201,8 @@ def test_train_resume_evaluate_generate(place, say):
     assert code == 0 and len(out) == 1 and "a is finished" in out[0]
     code, out, _ = say(f"{command} 9")
     assert code == 0 and "from step 6" in out[0]
-    code, out, err = say(f"{command} 9 --batch 2")
-    assert code == 2 and len(err) == 1 and "--batch 4, not 2" in err[0]
+    code, out, err = say(f"{command} 9 --batch-size 2")
+    assert code == 2 and len(err) == 1 and "--batch-size 4, not 2" in err[0]
 
     code, out, err = say("eval --run-dir a")
     assert (code, err) == (0, []) and "step 9" in out[0]

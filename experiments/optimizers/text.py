@@ -31,7 +31,7 @@ BITS = "heldout_bits_per_byte"
 def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: int) -> dict:
     """One run, as of `nested-jax train`; its held-out bits per byte are None if a loss was not finite."""
     choices = {"optimizer": optimizer, "learning_rate": rate, "seed": seed, "steps": config.steps}
-    choices |= {"batch": config.batch_size, "window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes}
+    choices |= {"batch_size": config.batch_size, "window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes}
     choices |= {"sample_tokens": 0, "checkpoint_every": config.steps, "log_every": 5}
     with tempfile.TemporaryDirectory() as folder:
         made = TrainConfig.from_preset(preset, **choices)

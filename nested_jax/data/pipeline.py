@@ -40,7 +40,7 @@ def train_batches(
     tokenizer: Tokenizer,
     *,
     window: int,
-    batch: int,
+    batch_size: int,
     alignment: int,
     seed: int,
     carry: bool = False,
@@ -56,7 +56,7 @@ def train_batches(
         documents: texts, by index.
         tokenizer: encodes a text when it is read.
         window: slots T of a window.
-        batch: rows B of a batch.
+        batch_size: rows B of a batch.
         alignment: documents start at multiples of this many slots.
         seed: of the order of the documents.
         carry: whether fast state is carried from window to window: then `reset` is true at each document's first token
@@ -71,16 +71,16 @@ def train_batches(
         UserError: sizes do not fit together, or there are no documents.
 
     >>> from nested_jax.data.tokenizer import ByteTokenizer
-    >>> batches = train_batches(["abcde"], ByteTokenizer(), window=4, batch=1, alignment=2, seed=0)
+    >>> batches = train_batches(["abcde"], ByteTokenizer(), window=4, batch_size=1, alignment=2, seed=0)
     >>> next(batches).tokens, next(batches).tokens  # 0 a b c; d e, and the document again
     (array([[ 0, 97, 98, 99]], dtype=int32), array([[100, 101,   0,  97]], dtype=int32))
     """
     if not 0 <= shard_index < shard_count:
         raise UserError(f"shard {shard_index} of {shard_count}: the index must be at least 0 and below the count")
-    pack = _packing(tokenizer, window, batch, alignment, carry)
+    pack = _packing(tokenizer, window, batch_size, alignment, carry)
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain adds the epoch: keep seeds far apart
     stream = _dataset(documents, tokenizer).shuffle(seed=seed).repeat()
-    rows = [pack(stream[shard_index * batch + row :: shard_count * batch]) for row in range(batch)]
+    rows = [pack(stream[shard_index * batch_size + row :: shard_count * batch_size]) for row in range(batch_size)]
     return iter(grain.experimental.ZipIterDataset(rows).map(_stack))
 
 
@@ -115,7 +115,7 @@ def heldout_batches(
     tokenizer: Tokenizer,
     *,
     window: int,
-    batch: int,
+    batch_size: int,
     alignment: int,
     carry: bool = False,
     limit_tokens: int | None = None,
@@ -126,7 +126,7 @@ def heldout_batches(
     the rows. Empty rows at the end have weight 0.
 
     Args:
-        documents, tokenizer, window, batch, alignment, carry: as of `train_batches`.
+        documents, tokenizer, window, batch_size, alignment, carry: as of `train_batches`.
         limit_tokens: the batches end after this many targets; None: after all.
 
     Returns:
@@ -136,13 +136,13 @@ def heldout_batches(
         UserError: sizes do not fit together, or there are no documents.
 
     >>> from nested_jax.data.tokenizer import ByteTokenizer
-    >>> batches = heldout_batches(["abc", "de"], ByteTokenizer(), window=4, batch=3, alignment=1)
+    >>> batches = heldout_batches(["abc", "de"], ByteTokenizer(), window=4, batch_size=3, alignment=1)
     >>> batches.targets, batches.text_bytes
     (7, 5)
     >>> [batch.weights.sum(axis=1).tolist() for batch in batches]
     [[4.0, 3.0, 0.0]]
     """
-    pack = _packing(tokenizer, window, batch, alignment, carry)
+    pack = _packing(tokenizer, window, batch_size, alignment, carry)
     bounded = _dataset(documents, tokenizer)
     if limit_tokens is not None:
         if not is_whole(limit_tokens):
@@ -150,7 +150,11 @@ def heldout_batches(
         bounded = grain.MapDataset.source(list(_first_targets(bounded, limit_tokens)))
 
     def streams() -> list[Iterator[Batch]]:
-        return [iter(pack(bounded[row::batch])) for row in range(batch)] if carry else [iter(pack(bounded))] * batch
+        return (
+            [iter(pack(bounded[row::batch_size])) for row in range(batch_size)]
+            if carry
+            else [iter(pack(bounded))] * batch_size
+        )
 
     return HeldoutBatches(bounded, tokenizer.byte_lengths, streams, _empty(window, tokenizer.boundary, carry))
 
@@ -219,10 +223,10 @@ class _PackedWindowsIterator(grain.DatasetIterator):
 
 
 def _packing(
-    tokenizer: Tokenizer, window: int, batch: int, alignment: int, carry: bool
+    tokenizer: Tokenizer, window: int, batch_size: int, alignment: int, carry: bool
 ) -> Callable[[grain.MapDataset], PackedWindows]:
     """A function from a dataset of documents to its windows. Raises UserError for a size below 1."""
-    for name, value in (("window", window), ("batch", batch), ("alignment", alignment)):
+    for name, value in (("window", window), ("batch_size", batch_size), ("alignment", alignment)):
         if not is_whole(value):
             raise UserError(f"{name} {value} must be a whole number of at least 1")
     options = {"window": window, "alignment": alignment, "boundary": tokenizer.boundary, "carry": carry}

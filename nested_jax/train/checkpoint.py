@@ -30,7 +30,7 @@ class Checkpoints:
 
     >>> import contextlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder, contextlib.closing(Checkpoints(Path(folder))) as checkpoints:
-    ...     checkpoints.save(TrainState(jnp.int32(7), {"w": jnp.ones(2)}, jnp.zeros(()), None), {})
+    ...     checkpoints.save(TrainState(jnp.int32(7), {"w": jnp.ones(2)}, {"count": jnp.zeros(())}, None), {})
     ...     checkpoints.latest(), checkpoints.restore_parameters({"w": jnp.zeros(2)})["w"].tolist()
     (7, [1.0, 1.0])
     """

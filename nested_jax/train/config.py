@@ -53,7 +53,7 @@ class TrainConfig:
     """byte, sentencepiece (learned from the text, with --model.vocabulary pieces), or the path of a saved tokenizer."""
     window: Count = 512
     """Tokens T of one training window."""
-    batch: Count = 2
+    batch_size: Count = 2
     """Windows B of one update."""
     accumulate: Count = 1
     """Equal parts that a batch is computed in, one after the other, to save memory; the update is the same."""
@@ -91,8 +91,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, flag)
-        if self.batch % self.accumulate:
-            raise UserError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}: change one")
+        if self.batch_size % self.accumulate:
+            sizes = f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
+            raise UserError(f"{sizes}: change one")
 
     @classmethod
     def from_preset(cls, name: str, **fields: Any) -> TrainConfig:
@@ -113,7 +114,8 @@ class TrainConfig:
         if model.vocabulary > 2**8:
             own["tokenizer"] = "sentencepiece"
         if not name.startswith("tiny-"):
-            own |= {"window": 2048, "batch": 8, "steps": 20_000, "warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
+            own |= {"window": 2048, "batch_size": 8, "steps": 20_000}
+            own |= {"warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
         return cls(**(own | fields))
 
     def to_json(self) -> dict[str, Any]:

@@ -36,13 +36,13 @@ class HeldOut:
             texts,
             tokenizer,
             window=config.window,
-            batch=config.batch,
+            batch_size=config.batch_size,
             alignment=config.model.alignment,
             carry=config.carry,
         )
         self.text_bytes = self._batches.text_bytes
         model = config.model
-        start = lambda parameters: init_state(model, parameters, config.batch, max_length=config.window)
+        start = lambda parameters: init_state(model, parameters, config.batch_size, max_length=config.window)
         self._start = jax.jit(start) if config.carry else lambda parameters: None
         self._step = jax.jit(partial(cross_entropy, model))
         self._surprise = jax.jit(layer_surprise(model))

@@ -34,6 +34,6 @@ def init_train_state(config: TrainConfig) -> TrainState:
     params = init_params(config.model, config.seed)
     fast = None
     if config.carry:
-        piece = init_state(config.model, params, config.batch // config.accumulate, max_length=config.window)
+        piece = init_state(config.model, params, config.batch_size // config.accumulate, max_length=config.window)
         fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.accumulate, *x.shape)), piece)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config).init(params), fast)

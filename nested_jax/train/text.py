@@ -48,7 +48,7 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
         documents,
         tokenizer,
         window=config.window,
-        batch=config.batch,
+        batch_size=config.batch_size,
         alignment=config.model.alignment,
         seed=config.seed,
         carry=config.carry,

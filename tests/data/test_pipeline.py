@@ -60,7 +60,7 @@ def same(left, right):
 @given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.integers(0, 3))
 def test_packing_holds_every_document_whole_and_aligned(documents, size, batch, carry, seed):
     window, alignment = size
-    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry}
+    options = {"window": window, "batch_size": batch, "alignment": alignment, "carry": carry}
     batches = list(itertools.islice(train_batches(documents, BYTES, seed=seed, **options), 12))
     for packed in batches:
         shapes = [(array.shape, array.dtype.name) for array in packed]
@@ -77,7 +77,7 @@ def test_packing_holds_every_document_whole_and_aligned(documents, size, batch, 
 @given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.none() | st.integers(1, 60))
 def test_held_out_targets_are_covered_exactly_once(documents, size, batch, carry, limit):
     window, alignment = size
-    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry, "limit_tokens": limit}
+    options = {"window": window, "batch_size": batch, "alignment": alignment, "carry": carry, "limit_tokens": limit}
     heldout = heldout_batches(documents, BYTES, **options)
     rows = rows_of(list(heldout))
     if not carry:  # windows follow one another along the rows
@@ -95,7 +95,7 @@ def test_held_out_targets_are_covered_exactly_once(documents, size, batch, carry
 
 def test_held_out_text_bytes_do_not_depend_on_the_tokenizer():
     pieces = SentencePieceTokenizer.train(TEXTS, vocabulary=290)
-    options = {"window": 8, "batch": 2, "alignment": 4}
+    options = {"window": 8, "batch_size": 2, "alignment": 4}
     by_bytes, by_pieces = heldout_batches(TEXTS, BYTES, **options), heldout_batches(TEXTS, pieces, **options)
     assert by_bytes.text_bytes == by_pieces.text_bytes == sum(map(len, TEXTS))
     assert by_pieces.targets < by_bytes.targets == by_bytes.text_bytes + len(TEXTS)
@@ -105,7 +105,7 @@ def test_held_out_text_bytes_do_not_depend_on_the_tokenizer():
 
 
 def test_a_document_goes_on_in_its_row_alike_with_and_without_carry():
-    options = {"window": 8, "batch": 2, "alignment": 4, "seed": 3}
+    options = {"window": 8, "batch_size": 2, "alignment": 4, "seed": 3}
     carrying = train_batches(TEXTS, BYTES, carry=True, **options)
     for carried, fresh in itertools.islice(zip(carrying, train_batches(TEXTS, BYTES, **options), strict=False), 30):
         same([carried[:3]], [fresh[:3]])
@@ -115,7 +115,7 @@ def test_a_document_goes_on_in_its_row_alike_with_and_without_carry():
 
 
 def test_the_seed_decides_the_order():
-    options = {"window": 16, "batch": 2, "alignment": 8}
+    options = {"window": 16, "batch_size": 2, "alignment": 8}
     first, again, other = (
         list(itertools.islice(train_batches(TEXTS, BYTES, seed=seed, **options), 20)) for seed in (7, 7, 8)
     )
@@ -131,22 +131,22 @@ def started(batches, steps):
 
 
 def test_every_epoch_holds_every_document_once_in_an_order_of_its_own():
-    (row,) = started(train_batches(TEXTS, BYTES, window=64, batch=1, alignment=64, seed=0), 46)
+    (row,) = started(train_batches(TEXTS, BYTES, window=64, batch_size=1, alignment=64, seed=0), 46)
     names = {text[:3].encode() for text in TEXTS}
     assert set(row[:23]) == names == set(row[23:46])
-    (other,) = started(train_batches(TEXTS, BYTES, window=64, batch=1, alignment=64, seed=1), 23)
+    (other,) = started(train_batches(TEXTS, BYTES, window=64, batch_size=1, alignment=64, seed=1), 23)
     assert row[:23] != row[23:46] != other, "nor is it another seed's"
 
 
 @pytest.mark.parametrize(("shards", "batch"), [(1, 5), (2, 2), (3, 1)])
 def test_shards_are_disjoint_and_together_complete(shards, batch):
-    options = {"window": 64, "batch": batch, "alignment": 64, "seed": 1, "shard_count": shards}
+    options = {"window": 64, "batch_size": batch, "alignment": 64, "seed": 1, "shard_count": shards}
     rows = [row for i in range(shards) for row in started(train_batches(TEXTS, BYTES, shard_index=i, **options), 50)]
     stream = list(itertools.chain.from_iterable(zip(*rows, strict=True)))
     assert len(rows) == shards * batch
     for epoch in range(2):
         assert set(stream[23 * epoch :][:23]) == {text[:3].encode() for text in TEXTS}
-    single = train_batches(TEXTS, BYTES, **{**options, "batch": shards * batch, "shard_count": 1})
+    single = train_batches(TEXTS, BYTES, **{**options, "batch_size": shards * batch, "shard_count": 1})
     assert started(single, 50) == rows  # the shards are the rows of one batch
 
 
@@ -154,7 +154,7 @@ def test_shards_are_disjoint_and_together_complete(shards, batch):
 @given(texts(), sizes(), st.integers(1, 3), st.booleans(), st.integers(0, 15))
 def test_resumes_exactly_from_any_step(documents, size, batch, carry, step):
     window, alignment = size
-    options = {"window": window, "batch": batch, "alignment": alignment, "carry": carry, "seed": 5}
+    options = {"window": window, "batch_size": batch, "alignment": alignment, "carry": carry, "seed": 5}
     batches = train_batches(documents, BYTES, **options)
     for _ in range(step):
         next(batches)
@@ -177,7 +177,7 @@ def test_packed_windows_pass_grains_own_check():
 
 def test_documents_may_be_a_grain_dataset_of_bytes():
     documents = grain.MapDataset.source(TEXTS).map(str.encode)
-    options = {"window": 8, "batch": 2, "alignment": 4, "seed": 3}
+    options = {"window": 8, "batch_size": 2, "alignment": 4, "seed": 3}
     same(
         itertools.islice(train_batches(documents, BYTES, **options), 9),
         itertools.islice(train_batches(TEXTS, BYTES, **options), 9),
@@ -193,7 +193,7 @@ def test_a_document_is_encoded_once_each_time_it_is_read():
             return super().encode(text)
 
     tokenizer = Counting()
-    batches = train_batches(["a" * 100], tokenizer, window=10, batch=1, alignment=1, seed=0)
+    batches = train_batches(["a" * 100], tokenizer, window=10, batch_size=1, alignment=1, seed=0)
     for _ in range(20):  # 200 slots, 101 for each document
         next(batches)
     assert tokenizer.calls == 2
@@ -203,13 +203,13 @@ def test_a_document_is_encoded_once_each_time_it_is_read():
     ("wrong", "line"),
     [
         ({"window": 0}, "window 0 must be a whole number of at least 1"),
-        ({"batch": -2}, "batch -2 must be a whole number of at least 1"),
+        ({"batch_size": -2}, "batch_size -2 must be a whole number of at least 1"),
         ({"alignment": 0}, "alignment 0 must be a whole number of at least 1"),
         ({"documents": []}, "no documents to make batches of: give at least one"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named_in_one_line(wrong, line):
-    options = {"documents": TEXTS, "tokenizer": BYTES, "window": 8, "batch": 1, "alignment": 4} | wrong
+    options = {"documents": TEXTS, "tokenizer": BYTES, "window": 8, "batch_size": 1, "alignment": 4} | wrong
     with pytest.raises(UserError, match=f"^{line}$"):
         train_batches(**options, seed=0)
     with pytest.raises(UserError, match=f"^{line}$"):
@@ -217,7 +217,7 @@ def test_sizes_that_do_not_fit_are_named_in_one_line(wrong, line):
 
 
 def test_a_wrong_shard_and_a_wrong_limit_are_named_in_one_line():
-    options = {"window": 8, "batch": 1, "alignment": 4}
+    options = {"window": 8, "batch_size": 1, "alignment": 4}
     with pytest.raises(UserError, match="^shard 2 of 2: the index must be at least 0 and below the count$"):
         train_batches(TEXTS, BYTES, seed=0, shard_index=2, shard_count=2, **options)
     with pytest.raises(UserError, match="^limit_tokens 0 must be a whole number of at least 1$"):

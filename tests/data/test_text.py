@@ -198,7 +198,7 @@ def test_local_text_needs_no_tfds_and_prints_nothing(folder):
     code = f"""
         import sys
         from nested_jax.data import ByteTokenizer, heldout_batches, open_documents, train_batches
-        options = dict(window=64, batch=2, alignment=16)
+        options = dict(window=64, batch_size=2, alignment=16)
         next(train_batches(open_documents({str(folder)!r}), ByteTokenizer(), seed=0, **options))
         next(iter(heldout_batches(open_documents({str(folder)!r}, "heldout"), ByteTokenizer(), **options)))
         assert not {{"tensorflow", "tensorflow_datasets"}} & set(sys.modules)

@@ -52,7 +52,7 @@ def test_flags_and_json_give_the_config_back(config):
 def test_a_preset_brings_its_sizes():
     config = TrainConfig.from_preset("140m-hope")
     assert config.run_dir == "runs/140m-hope" and config.tokenizer == "sentencepiece"
-    sizes = (config.window, config.batch, config.steps, config.warmup, config.learning_rate, config.eval_every)
+    sizes = (config.window, config.batch_size, config.steps, config.warmup, config.learning_rate, config.eval_every)
     assert sizes == (2048, 8, 20_000, 500, 6e-4, 1000)
     assert TrainConfig() == TrainConfig.from_preset("tiny-hope")
     with pytest.raises(UserError, match="tiny-hop"):
@@ -75,11 +75,18 @@ def test_the_first_difference_is_named():
     "fields",
     [
         {name: value}
-        for name in ("steps", "window", "batch", "accumulate", "eval_bytes", "checkpoint_every", "log_every")
+        for name in ("steps", "window", "batch_size", "accumulate", "eval_bytes", "checkpoint_every", "log_every")
         for value in (0, -1)
     ]
     + [{"learning_rate": float("nan")}, {"clip": float("inf")}, {"weight_decay": -0.1}, {"seed": -1}, {"warmup": -1}]
-    + [{"steps": 2.5}, {"run_dir": 3}, {"carry": 1}, {"optimizer": "adam"}, {"seed": 2**32}, {"batch": 6, "accumulate": 4}],
+    + [
+        {"steps": 2.5},
+        {"run_dir": 3},
+        {"carry": 1},
+        {"optimizer": "adam"},
+        {"seed": 2**32},
+        {"batch_size": 6, "accumulate": 4},
+    ],
 )
 def test_impossible_values_are_named(fields):
     with pytest.raises(UserError, match=flag(next(iter(fields)))):

@@ -31,7 +31,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     tokenizer = ByteTokenizer() if bytes_only else SentencePieceTokenizer.train(TEXTS, 290)
     size = 256 if bytes_only else 290
     model = small_model("tiny-hope", tie_embeddings=False, vocabulary=size)
-    config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch=4, carry=carry)
+    config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch_size=4, carry=carry)
     parameters = states.init_params(model, 0)
     parameters["head"] = jnp.zeros_like(parameters["head"])
     heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6)
@@ -54,7 +54,7 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
     whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
     carried, apart = (
-        HeldOut(TrainConfig(model=model, window=32, batch=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
+        HeldOut(TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
             parameters
         )
         for carry in (True, False)
@@ -77,7 +77,7 @@ def test_any_window_trains(window, carry, tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{i}.txt").write_bytes(text + b"%d" % i)
     config = TrainConfig.from_preset(
-        "tiny-hope", model=small_model("tiny-hope"), window=window, carry=carry, batch=2, steps=12, warmup=2,
+        "tiny-hope", model=small_model("tiny-hope"), window=window, carry=carry, batch_size=2, steps=12, warmup=2,
         data=str(tmp_path / "text"), run_dir=str(tmp_path / "run"), sample_tokens=0, eval_every=12, log_every=1,
     )  # fmt: skip
     state = train(config, Console(file=io.StringIO()))

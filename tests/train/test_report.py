@@ -124,8 +124,7 @@ def test_the_seed_decides_the_parameters_and_the_order_of_the_text(small):
 
 
 def test_sentencepiece_is_trained_once_and_kept(small, quiet):
-    model = small().model
-    model = type(model)(**{**vars(model), "vocabulary": 400})
+    model = dataclasses.replace(small().model, vocabulary=400)
     config = small(model=model, tokenizer="sentencepiece", steps=1)
     quiet(config)
     saved = Path(config.run_dir, "tokenizer.model")

@@ -33,13 +33,15 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
 
 
 IN_CONTEXT = {"preset": "tiny-hope", "carry": True, "window": 64, "eval_bytes": 500}
+ONE_LEVEL = dataclasses.replace(small_model("tiny-hope").cms, hidden=(16,), periods=(16,))
+DELTA = small_model("tiny-hope", mixer="delta", cms=ONE_LEVEL)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        IN_CONTEXT | {"model": small_model("tiny-hope", mixer="delta"), "accumulate": 2},
+        IN_CONTEXT | {"model": DELTA, "accumulate": 2},
         pytest.param({"carry": True, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(IN_CONTEXT | {"model": small_model("tiny-hope")}, marks=pytest.mark.slow),
     ],
@@ -128,7 +130,7 @@ def test_more_steps_go_on(small, quiet, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"batch": 2}, "--batch 4, not 2"),
+        ({"batch_size": 2}, "--batch-size 4, not 2"),
         ({"model": small_model(width=32)}, "--model.width 16, not 32"),
         ({"model": dataclasses.replace(small_model(), cms=small_model("tiny-hope").cms)}, "--model.cms."),
         ({"preset": "tiny-hope", "learning_rate": 1.0}, "--preset tiny-transformer, not tiny-hope"),

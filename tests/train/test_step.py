@@ -26,7 +26,7 @@ NAMES = ("tiny-transformer", "tiny-hope")
 
 
 def make(name="tiny-transformer", **fields):
-    sizes = {"window": 32, "batch": 4, "steps": 10, "warmup": 2, "model": small_model(name)}
+    sizes = {"window": 32, "batch_size": 4, "steps": 10, "warmup": 2, "model": small_model(name)}
     config = TrainConfig.from_preset(name, **(sizes | fields))
     rule = optimizer(config)
     return config, config.model, train_step(config.model, rule, accumulate=config.accumulate)
@@ -34,9 +34,9 @@ def make(name="tiny-transformer", **fields):
 
 def batches(config, number=1, seed=0):
     random = np.random.default_rng(seed)
-    shape = (config.batch, config.window)
+    shape = (config.batch_size, config.window)
     for _ in range(number):
-        tokens = random.integers(1, 256, (config.batch, config.window + 1)).astype(np.int32)
+        tokens = random.integers(1, 256, (config.batch_size, config.window + 1)).astype(np.int32)
         reset = np.zeros(shape, bool)
         reset[:, 0] = True
         reset[1, 16] = True
@@ -117,7 +117,7 @@ def test_carried_state_is_used_until_a_reset():
     batch = next(batches(config))
     state, _ = update(state, batch)
     goes_on = batch._replace(reset=np.zeros_like(batch.reset))
-    starts = batch._replace(reset=np.eye(1, config.window, dtype=bool).repeat(config.batch, 0))
+    starts = batch._replace(reset=np.eye(1, config.window, dtype=bool).repeat(config.batch_size, 0))
     plain = make()[2]
     carried, fresh = update(state, goes_on)[1].loss, update(state, starts)[1].loss
     alone = jax.jit(plain)(state._replace(fast=None), starts)[1].loss
@@ -129,7 +129,7 @@ def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
     """Four windows of a document, the parameters at rest, are one reading of it; a level of two windows' period steps."""
     model = small_model("tiny-hope")
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(64, 16)))
-    config, net, _ = make("tiny-hope", model=model, carry=True, batch=2)
+    config, net, _ = make("tiny-hope", model=model, carry=True, batch_size=2)
     rest = optax.sgd(0.0)
     parameters, state = to_float64(states.init_params(model, 0)), states.init_train_state(config)
     state = state._replace(parameters=parameters, optimizer=rest.init(parameters), fast=to_float64(state.fast))
@@ -331,7 +331,7 @@ def test_memory_is_that_of_boundary_states_and_layer_inputs(cms, windows):
         D, levels = model.width, model.cms.hidden
         mixer = 5 * D  # norm, convolution, query map, memories, output map
         layers = model.layers * (mixer + sum(2 * D + F for F in levels)) + 2 * D + model.vocabulary
-        allowed = 2 * 4 * (boundary + config.batch * window * layers)
+        allowed = 2 * 4 * (boundary + config.batch_size * window * layers)
         compiled = jax.jit(step, donate_argnums=0).lower(state, next(batches(config))).compile()
         used = compiled.memory_analysis().temp_size_in_bytes
         assert used <= allowed, (window, used, allowed)

@@ -33,7 +33,9 @@ def text() -> np.ndarray:
 @pytest.fixture(scope="module")
 def trained(text):
     """Parameters after 60 updates at a high rate."""
-    config = TrainConfig.from_preset("tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch=4, learning_rate=1e-2)
+    config = TrainConfig.from_preset(
+        "tiny-hope", model=MODEL, steps=60, warmup=5, window=128, batch_size=4, learning_rate=1e-2
+    )
     update = jax.jit(train_step(MODEL, optimizer(config)), donate_argnums=0)
     state, losses, random = states.init_train_state(config), [], np.random.default_rng(0)
     reset = np.zeros((4, 128), bool)

@@ -18,7 +18,7 @@ def small_model(name: str = "tiny-transformer", **fields) -> ModelConfig:
 
 def small_config(text: str, run_dir: Path, **fields) -> TrainConfig:
     """A run of a second on a file of text."""
-    sizes = {"window": 32, "batch": 4, "steps": 6, "warmup": 2, "sample_tokens": 0, "model": small_model()}
+    sizes = {"window": 32, "batch_size": 4, "steps": 6, "warmup": 2, "sample_tokens": 0, "model": small_model()}
     every = {"eval_every": 3, "eval_bytes": 2000, "checkpoint_every": 2, "log_every": 1}
     return TrainConfig.from_preset("tiny-transformer", **(sizes | every | {"data": text, "run_dir": str(run_dir)} | fields))
 
