@@ -153,7 +153,8 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     if has_aux and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
         what = f"{type(shape).__name__} of {len(shape)}" if isinstance(shape, (tuple, list, dict)) else "single value"
         raise UserError(f"local_surprise: with has_aux=True the loss is a {what}: give a pair, (scalar, more)")
-    scalar, outputs = shape[0] if has_aux else shape, jax.tree.structure(shape)
+    scalar: Any = shape[0] if has_aux else shape
+    outputs = jax.tree.structure(shape)
     if getattr(scalar, "shape", None) != ():
         what = f"has shape {list(scalar.shape)}" if hasattr(scalar, "shape") else f"is a {type(scalar).__name__}"
         raise UserError(f"local_surprise: the loss {what}: give a scalar, or has_aux=True for a pair of a scalar and more")
@@ -184,7 +185,7 @@ def _assert_told_apart(path: Sequence, others: list[Sequence]) -> None:
     if layers(key)[0] != key:
         raise UserError(f"local_surprise: parameter {key} is named as layers of {layers(key)[0]} are: give it another name")
     if same := next((other for other in others if path_name(other) == key), None):
-        both = " and ".join(map(jax.tree_util.keystr, (path, same)))
+        both = " and ".join(jax.tree_util.keystr(tuple(keys)) for keys in (path, same))
         raise UserError(f"local_surprise: parameters {both} are both named {key}: give one another name")
 
 
@@ -213,10 +214,11 @@ def _run(traced: _Traced, parameters: list[Array], probes: list[Array | None]) -
 
 def _pairs(traced: _Traced, inputs: list, surprises: list) -> dict[str, Pair]:
     products = traced.found.products
-    arranged = [
-        None if x is None else Pair(arrange(product, x, product.x), arrange(product, surprise, product.y))
-        for product, x, surprise in zip(products, inputs, surprises, strict=True)
-    ]
+    arranged = {
+        n: Pair(arrange(product, x, product.x), arrange(product, surprise, product.y))
+        for n, (product, x, surprise) in enumerate(zip(products, inputs, surprises, strict=True))
+        if x is not None
+    }
     pairs = {}
     for path, rows in traced.linear.items():
         view, (stacked, *_) = products[rows[0].products[0]].view, products[rows[0].products[0]].roles

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from nested_jax.jaxpr.product import Product, product_of
 from nested_jax.jaxpr.transparent import is_transparent
-from nested_jax.jaxpr.views import Loop, View, follow, inexact
+from nested_jax.jaxpr.views import Loop, View, aval_of, follow, inexact
 from nested_jax.typing import Array
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
@@ -56,7 +56,7 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
             found.inside[i] = inner
             found.others += inner.others
             known.update(zip(eqn.outvars, inner.outputs, strict=True))
-        elif len(given) == 1 and (outputs := follow(eqn, given[0])):
+        elif len(given) == 1 and given[0] and (outputs := follow(eqn, given[0])):
             known.update(zip(eqn.outvars, outputs, strict=True))
         else:
             found.others += filter(None, given)
@@ -65,7 +65,7 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
 
 
 def evaluate(
-    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[[Array, Array], Array]
+    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[..., Array]
 ) -> tuple[list[Array], list[Array | None]]:
     """The jaxpr's outputs, and x of every product that has a probe.
 
@@ -80,7 +80,7 @@ def evaluate(
         given, use = [value_of(v) for v in eqn.invars], found.inside.get(i)
         number = 0 if use is None else len(use.products) if isinstance(use, Found) else 1
         own, probes = probes[:number], probes[number:]
-        if all(probe is None for probe in own):
+        if use is None or all(probe is None for probe in own):
             outputs, xs = _bind(eqn, given), [None] * number
         elif isinstance(use, Found):
             outputs, xs = _evaluate_inner(eqn, use, given, own, insert)
@@ -162,7 +162,7 @@ def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found 
 
 def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
     """(values, tangents) -> (outputs, their tangents) of an equation."""
-    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    inputs = [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in eqn.invars]
     return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: _bind(eqn, x), x, dx))(inputs, inputs)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from nested_jax.jaxpr.views import aval_of
 from nested_jax.jaxpr.walk import scan_counts
 
 Where = tuple[int, ...]  # the places of an equation and of those that it is inside of
@@ -164,14 +165,14 @@ def widened(jaxpr: Any) -> Callable[..., list[Any]]:
             return wide(value)
         if not isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
             return value
-        shapes = [jax.ShapeDtypeStruct(v.aval.shape, wide(v.aval.dtype)) for v in _open(value)[0].invars]
+        shapes = [jax.ShapeDtypeStruct(aval_of(v).shape, wide(aval_of(v).dtype)) for v in _open(value)[0].invars]
         closed = jax.make_jaxpr(widened(value))(*shapes)
         return closed if isinstance(value, core.ClosedJaxpr) else closed.jaxpr
 
     def apply(equation, inputs, where):
         params = equation.params
         if equation.primitive.name in _OF_THEIR_TYPE:
-            inputs = [jnp.asarray(x, v.aval.dtype) for x, v in zip(inputs, equation.invars, strict=True)]
+            inputs = [jnp.asarray(x, aval_of(v).dtype) for x, v in zip(inputs, equation.invars, strict=True)]
         else:
             params = jax.tree.map(inside, params, is_leaf=lambda x: isinstance(x, (core.ClosedJaxpr, core.Jaxpr)))
         return map(wide, _bind(equation, inputs, params))
@@ -185,7 +186,7 @@ def _evaluate(
     """The outputs, calls laid open, by what `apply` makes of (equation, inputs, where)."""
     jaxpr, constants = _open(jaxpr)
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*map(constant, constants), *arguments), strict=True))
-    read = lambda v: constant(np.asarray(v.val, v.aval.dtype)) if isinstance(v, core.Literal) else values[v]
+    read = lambda v: constant(np.asarray(v.val, aval_of(v).dtype)) if isinstance(v, core.Literal) else values[v]
     for i, equation in enumerate(jaxpr.eqns):
         inputs, here = [read(v) for v in equation.invars], (*where, i)
         called = _called(equation)

@@ -19,6 +19,7 @@ import optax
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError
+from nested_jax.jaxpr.views import aval_of
 from nested_jax.picture.component import Component, distinct, listed
 from nested_jax.picture.graph import Loop
 from nested_jax.picture.trial import Extra, Recurrence, Trial
@@ -144,8 +145,9 @@ def _memories(trial: Trial, shapes: PyTree) -> tuple[list[Part], list[int], Desc
     parts, gathered, names = [], [], []
     for (where, frequency), leaves in groups.items():
         first = n + s if behind[leaves[0]] & data["gradients"] else 0  # what it could be a memory of
-        fits = lambda i: places[i][1] is not None and trial.shapes[i] == trial.shapes[places[i][1]]
-        law = trial.recurrence(leaves, [first + places[i][1] if fits(i) else None for i in leaves])
+        owners = [places[i][1] for i in leaves]
+        fits = [g is not None and trial.shapes[i] == trial.shapes[g] for i, g in zip(leaves, owners, strict=True)]
+        law = trial.recurrence(leaves, [first + (g or 0) if fit else None for g, fit in zip(owners, fits, strict=True)])
         if any(trial.emptied[i] for i in leaves) or (frequency == 0 and not law.keep):
             gathered += leaves
             continue
@@ -245,7 +247,7 @@ def _orthogonalises(trial: Trial, loop: Loop) -> bool:
     """Whether the loop brings random matrices of norm 1 much nearer to O^T O = I."""
     graph, (n, _) = trial.graph, trial.kept
     known = graph.known | dict(zip(graph.inputs[n:], jax.tree.leaves(trial.state), strict=False))
-    rng, types = np.random.default_rng(0), [v.aval for v in loop.equation.invars]
+    rng, types = np.random.default_rng(0), [aval_of(v) for v in loop.equation.invars]
     before = after = 0.0
     for _ in range(8):
         values, matrices = [], []

@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,8 @@ def _learner(system: Any) -> _Learner:
         shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), nnx.to_pure_dict(weights))
         if not isinstance(system, LanguageModel):
             return _Learner(shapes, lambda path: "parameters", lambda weights: [])
-        levels = lambda weights: nnx.merge(graph, nnx.State(weights), rest).levels()
-        return _Learner(shapes, system.serves, levels, "next-token loss", "corpus")
+        model = lambda weights: cast(LanguageModel, nnx.merge(graph, nnx.State(weights), rest))
+        return _Learner(shapes, system.serves, lambda weights: model(weights).levels(), "next-token loss", "corpus")
     if hasattr(system, "init_weights") and hasattr(system, "levels"):
         shapes = jax.eval_shape(system.init_weights, jax.random.key(0))
         return _Learner(shapes, lambda path: "slow weights", lambda w: [(v, 1) for v in system.levels(w, 1)])
