@@ -636,6 +636,10 @@ def test_models_alone():
     ]  # fmt: skip
     assert picture.levels == 6
     assert {c.name for c in picture.components if not c.frequency} >= {"CMS level1, frozen in context"}
+
+
+@pytest.mark.slow
+def test_a_nested_cms_restarts():
     nested = CMSConfig(hidden=(5, 5), periods=(8, 4), variant="nested")
     found = rows(describe(dataclasses.replace(SMALL, mixer="attention", cms=nested)))
     assert "restarts from CMS level1" in found["CMS level2, 2 blocks"].knowledge
@@ -652,6 +656,7 @@ def test_flax_modules_may_hold_more_than_parameters():
     assert weights.parameters == 3 * 4 + 4 + 2 * 4 and memory.state_bytes == 4 * weights.parameters
 
 
+@pytest.mark.slow
 def test_large_models_are_never_drawn():
     config = TrainConfig.from_preset("1.3b-hope", optimizer="adamw")
     picture = describe((config.model, optimizer(config)))

@@ -175,7 +175,7 @@ class Trial:
         self, base: Sequence[Any], leaves: Sequence[int], streams: Sequence[int | None], along: Sequence[int]
     ) -> Recurrence:
         n, kept = self.kept[0], sum(self.kept)
-        size = lambda i: max(float(np.sqrt(np.mean(np.square(base[i])))), self.scale)
+        size = lambda i: max(float(np.linalg.norm(base[i])) / max(np.size(base[i]), 1) ** 0.5, self.scale)
         normal = lambda i: np.abs(self._rng.normal(size=self.shapes[i])) * size(i)
         d = {i: np.asarray(normal(i), np.asarray(base[i]).dtype) for i in leaves}
         d |= {i: next(d[j] for j in leaves if self.shapes[j] == self.shapes[i]) for i in along}
