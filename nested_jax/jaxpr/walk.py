@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from nested_jax.jaxpr.interpret import bind
 from nested_jax.jaxpr.product import Product, product_of
 from nested_jax.jaxpr.transparent import is_transparent
 from nested_jax.jaxpr.views import Loop, View, aval_of, follow, inexact
@@ -81,20 +82,15 @@ def evaluate(
         number = 0 if use is None else len(use.products) if isinstance(use, Found) else 1
         own, probes = probes[:number], probes[number:]
         if use is None or all(probe is None for probe in own):
-            outputs, xs = _bind(eqn, given), [None] * number
+            outputs, xs = bind(eqn, given), [None] * number
         elif isinstance(use, Found):
             outputs, xs = _evaluate_inner(eqn, use, given, own, insert)
         else:
-            (product,) = _bind(eqn, given)
+            (product,) = bind(eqn, given)
             outputs, xs = [insert(product, own[0])], [given[use.operand]]
         known.update(zip(eqn.outvars, outputs, strict=True))
         inputs += xs
     return [value_of(v) for v in jaxpr.outvars], inputs
-
-
-def _bind(eqn: JaxprEqn, values: Sequence[Array]) -> list[Array]:
-    outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _alive(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set:
@@ -163,7 +159,7 @@ def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found 
 def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
     """(values, tangents) -> (outputs, their tangents) of an equation."""
     inputs = [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in eqn.invars]
-    return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: _bind(eqn, x), x, dx))(inputs, inputs)
+    return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: bind(eqn, x), x, dx))(inputs, inputs)
 
 
 def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found:
@@ -217,7 +213,7 @@ def _evaluate_rule(eqn: JaxprEqn, found: Found, values: list[Array], probes: lis
 
     @jax.custom_jvp
     def apply(values, probes):
-        return _bind(eqn, values), xs(values, probes)
+        return bind(eqn, values), xs(values, probes)
 
     @apply.defjvp
     def jvp(primals, tangents):

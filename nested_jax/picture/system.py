@@ -79,8 +79,7 @@ def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra 
     >>> [(c.name, c.updates, c.objective) for c in describe(mean).components]
     [('mean', '1/16 a token', '1/2 |m - x|^2')]
 
-    References:
-        NL, Definitions 1-4 and section 3.3.
+    Source: NL, Definitions 1-4 and section 3.3.
     """
     if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
         raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
@@ -234,27 +233,17 @@ class _Unknown(Exception):
     """The state of a slower level was read that is not known."""
 
 
-@jax.tree_util.register_pytree_node_class
 class _Slower(tuple):
     """The states of slower levels as far as they are known: `_Unknown` is raised for one that is not, and for any other."""
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return _Slower(super().__getitem__(index))
         try:
-            state = super().__getitem__(index)
+            found = super().__getitem__(index)
         except IndexError:
             raise _Unknown from None
-        if state is _Unknown:
+        if found is _Unknown or (isinstance(index, slice) and (not found or any(one is _Unknown for one in found))):
             raise _Unknown
-        return state
-
-    def tree_flatten(self):
-        return tuple(self), None
-
-    @classmethod
-    def tree_unflatten(cls, _, states):
-        return cls(states)
+        return found
 
 
 def _opened(level: Level, slower: _Slower, blocks: int, resets: tuple[_Fast, ...] = ()) -> tuple[PyTree, list[_Fast]]:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.picture.graph import Graph, measured, wide, widened
+from nested_jax.jaxpr.interpret import measured, wide, widened
+from nested_jax.picture.graph import Graph
 from nested_jax.typing import PyTree
 
 LEAST, MOST = 64, 1024  # steps that are run: at least, and at most until everything that can learn has changed twice
