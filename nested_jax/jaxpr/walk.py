@@ -1,4 +1,4 @@
-"""Where a traced loss multiplies by its parameters: its linear layers, found in the jaxpr and run with probes beside them.
+"""The linear layers of a traced loss: its products with parameters, found in the jaxpr and evaluated with probes.
 
 A parameter is followed through casts, transposes, reshapes and slices, into `jit`, `lax.scan`, `jax.checkpoint` and
 `custom_jvp`, to the products of which it is one side. What else happens to it on the way to the loss is noted too.
@@ -129,7 +129,7 @@ def _over_iterations(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """Constants and carries of a scan, told from what is scanned by its axes: JAX's own names for them have changed."""
+    """The numbers of constants and carries of a scan: its body takes them with as many axes. No parameter's name is read."""
     same = lambda outer, inner: [a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True)]
     jaxpr = _closed(eqn).jaxpr
     carries = sum(same(eqn.outvars, jaxpr.outvars))
@@ -142,7 +142,7 @@ def _closed(eqn: JaxprEqn) -> ClosedJaxpr:
 
 
 def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found | None:
-    """What an equation that holds a jaxpr does with parameters inside; None for one that is not looked into."""
+    """What an equation that holds a jaxpr does with parameters inside; None for one that is not entered."""
     name = eqn.primitive.name
     if name in _CALLS or is_transparent(eqn):
         return find(_closed(eqn), given, flags)

@@ -207,17 +207,13 @@ class Trial:
         own = _flat([h[i] for i in read])
         here = _flat([base[i] for i in read])
 
-        def law(add: float, power: int) -> Recurrence:
-            rest = still - add * here**power - (keep or 0) * now
-            whole = keep is None or np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(still)
-            return Recurrence(keep, add, power, apart, bool(whole))
-
-        add = _ratio(by_stream, own, noise)
-        if add is not None and _close(add, _ratio(at(0, 2) - still, 2 * own, noise)):
-            return law(add, 1)
-        add = _ratio(by_stream + at(0, -1) - still, 2 * own**2, noise)
-        if add is not None and _close(add, _ratio(at(0, 2) - 2 * at(0, 1) + still, 2 * own**2, noise)):
-            return law(add, 2)
+        far, back = at(0, 2) - still, at(0, -1) - still
+        for power, near, further in ((1, by_stream, far / 2), (2, (by_stream + back) / 2, far / 2 - by_stream)):
+            add = _ratio(near, own**power, noise)
+            if add is not None and _close(add, _ratio(further, own**power, noise)):
+                rest = still - add * here**power - (keep or 0) * now
+                whole = keep is None or np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(still)
+                return Recurrence(keep, add, power, apart, bool(whole))
         return Recurrence(keep, None, None, apart)
 
     def own_rate(self, leaves: Sequence[int], far: bool) -> float | None:
