@@ -2,8 +2,8 @@
 
     W <- argmin_W  <W x, delta> + |W - W_t|^2 / (2 eta)  =  W_t - eta delta x^T                              (NL Eq. 31)
 
-The pairs of all linear layers of a model come from one backward pass of its loss: a probe, a zero, is put beside every
-product y = x W, and the loss is differentiated by the probes.
+The pairs of all linear layers of a model come from one backward pass of its loss: a probe, which is zero, is added to
+every product y = x W, and the loss is differentiated by the probes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,36 @@ from nested_jax.typing import Array, Float, PyTree
 
 
 class Pair(NamedTuple):
-    """What a linear layer stores: x^T delta, summed over the examples, is the gradient of its kernel (in, out)."""
+    """The inputs and the local surprise of a linear layer; x^T delta, summed over the examples, is its kernel's gradient.
+
+    Args:
+        inputs: x (stacked axes..., examples..., in).
+        surprise: delta = dL/dy (stacked axes..., examples..., out), y = x W.
+
+    >>> pair = Pair(jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> (pair.inputs.T @ pair.surprise).shape
+    (3, 2)
+    """
 
     inputs: Float[Array, "*stack *examples in"]  # x
     surprise: Float[Array, "*stack *examples out"]  # delta = dL/dy, y = x W
 
 
 class Backward(NamedTuple):
-    """What one backward pass tells."""
+    """The results of one backward pass, of `surprise_and_grad`.
+
+    Args:
+        value: the loss (), or (loss, aux).
+        gradient: of the model or the parameters, as of `nnx.grad` or `jax.grad`.
+        pairs: as of `local_surprise`.
+    """
 
     value: PyTree  # the loss, or (loss, aux)
     gradient: PyTree  # of the model or the parameters, as of `jax.grad` or `nnx.grad`
     pairs: dict[str, Pair]
 
 
-def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux: bool = False):
+def local_surprise(loss: Callable[[Any, Any], Any], model_or_params: Any, batch: PyTree, *, has_aux: bool = False) -> Any:
     """The inputs and local surprise of every linear layer, by one backward pass.
 
         delta = dL/dy,  y = x W;      x^T delta, summed over the examples, is dL/dW         (NL, section 4.1, Eq. 29-31)
@@ -49,12 +64,14 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
     (`@`, `einsum`, `dot_general`, `nnx.Linear`, ...), after casts, transposes, reshapes, and cuts into layers; also inside
     `jit`, `lax.scan`, `jax.checkpoint` and `custom_jvp`. So norms, biases, convolutions and embeddings are none, nor is a
     kernel that is also an embedding, is in the loss's weight decay, or is changed before its use, as the fast weights of a
-    CMS are. What happens inside `while_loop`, `cond` and `custom_vjp` is not looked at: a kernel used there is left out.
+    CMS are. `while_loop`, `cond` and `custom_vjp` are not entered: a kernel used there is left out. A `custom_vjp`
+    whose body is `nested_jax.jaxpr.transparent`, as that of `mixflow_grad`, is entered.
 
     Args:
         loss: (model or parameters, batch) -> () or, with `has_aux`, ((), aux).
         model_or_params: an `nnx.Module`, whose `nnx.Param`s count and whose other variables are constants, or a pytree.
         batch: the loss's second argument.
+        has_aux: whether the loss returns a pair.
 
     Returns:
         {path of the kernel, such as "dense/kernel": Pair(inputs (..., in), surprise (..., out))}, or (that, aux).
@@ -72,6 +89,8 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
         UserError: the loss is no real scalar, is no pair with `has_aux`, or has no linear layer; a kernel's path is also
             that of another parameter, or could be that of layers of a stack, "up[0:3]".
 
+    Source: NL, section 4.1, Eq. 29-31.
+
     >>> params = {"dense": {"kernel": jnp.eye(2)}}
     >>> loss = lambda params, x: ((x @ params["dense"]["kernel"]) ** 2).sum() / 2
     >>> pairs = local_surprise(loss, params, jnp.array([[3.0, 4.0]]))
@@ -85,7 +104,23 @@ def local_surprise(loss: Callable, model_or_params: Any, batch: Any, *, has_aux:
 
 
 def surprise_and_grad(loss: Callable, model_or_params: Any, batch: Any, *, has_aux: bool = False) -> Backward:
-    """`local_surprise`, the loss and its gradient, by the same backward pass. Arguments and errors are those.
+    """`local_surprise`, the loss and its gradient, by the same backward pass.
+
+        delta = dL/dy,  y = x W;      dL/dW = x^T delta, summed over the examples           (NL, section 4.1, Eq. 29-31)
+
+    Args:
+        loss: (model or parameters, batch) -> () or, with `has_aux`, ((), aux).
+        model_or_params: an `nnx.Module`, whose `nnx.Param`s count, or a pytree.
+        batch: the loss's second argument.
+        has_aux: whether the loss returns a pair.
+
+    Returns:
+        `Backward`: (loss or (loss, aux), gradient, {path of the kernel: `Pair`}).
+
+    Raises:
+        UserError: as `local_surprise`.
+
+    Source: NL, section 4.1.
 
     >>> params = {"dense": {"kernel": jnp.eye(2)}}
     >>> loss = lambda params, x: ((x @ params["dense"]["kernel"]) ** 2).sum() / 2
@@ -153,7 +188,8 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     if has_aux and not (isinstance(shape, (tuple, list)) and len(shape) == 2):
         what = f"{type(shape).__name__} of {len(shape)}" if isinstance(shape, (tuple, list, dict)) else "single value"
         raise UserError(f"local_surprise: with has_aux=True the loss is a {what}: give a pair, (scalar, more)")
-    scalar, outputs = shape[0] if has_aux else shape, jax.tree.structure(shape)
+    scalar: Any = shape[0] if has_aux else shape
+    outputs = jax.tree.structure(shape)
     if getattr(scalar, "shape", None) != ():
         what = f"has shape {list(scalar.shape)}" if hasattr(scalar, "shape") else f"is a {type(scalar).__name__}"
         raise UserError(f"local_surprise: the loss {what}: give a scalar, or has_aux=True for a pair of a scalar and more")
@@ -184,7 +220,7 @@ def _assert_told_apart(path: Sequence, others: list[Sequence]) -> None:
     if layers(key)[0] != key:
         raise UserError(f"local_surprise: parameter {key} is named as layers of {layers(key)[0]} are: give it another name")
     if same := next((other for other in others if path_name(other) == key), None):
-        both = " and ".join(map(jax.tree_util.keystr, (path, same)))
+        both = " and ".join(jax.tree_util.keystr(tuple(keys)) for keys in (path, same))
         raise UserError(f"local_surprise: parameters {both} are both named {key}: give one another name")
 
 
@@ -213,10 +249,11 @@ def _run(traced: _Traced, parameters: list[Array], probes: list[Array | None]) -
 
 def _pairs(traced: _Traced, inputs: list, surprises: list) -> dict[str, Pair]:
     products = traced.found.products
-    arranged = [
-        None if x is None else Pair(arrange(product, x, product.x), arrange(product, surprise, product.y))
-        for product, x, surprise in zip(products, inputs, surprises, strict=True)
-    ]
+    arranged = {
+        n: Pair(arrange(product, x, product.x), arrange(product, surprise, product.y))
+        for n, (product, x, surprise) in enumerate(zip(products, inputs, surprises, strict=True))
+        if x is not None
+    }
     pairs = {}
     for path, rows in traced.linear.items():
         view, (stacked, *_) = products[rows[0].products[0]].view, products[rows[0].products[0]].roles

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -347,11 +348,18 @@ def test_what_is_multiplied_by_zero_is_not_read():
     assert rule == "adds what comes of m (SimplifiedAdEMAMix) and n (SimplifiedAdEMAMix)"
 
 
-def test_memories_of_weights_and_of_searches():
+def test_memories_of_weights():
     assert field_of("params", "rule", optax.lbfgs(0.1, linesearch=None)) == "m <- W"
+
+
+@pytest.mark.slow
+def test_a_memory_of_the_curvature_at_the_weights():
     objective = lambda params: sum(jnp.sum(w**4) for w in params.values())  # its second derivative is 12 W^2
     hessian = field_of("nu", "rule", optax.contrib.sophia(0.1), lambda params: {"obj_fn": objective})
     assert hessian == "m <- 0.99 m + 0.12 W^2"
+
+
+def test_a_rate_that_a_search_finds():
     value_fn = lambda params: sum(jnp.sum(w**2) for w in params.values())
     extra = lambda params: {"value": value_fn(params), "grad": jax.grad(value_fn)(params), "value_fn": value_fn}
     search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
@@ -548,32 +556,34 @@ def test_equal_names_are_told_apart():
     }  # fmt: skip
 
 
-def test_levels_of_layers_are_what_they_do():
+@pytest.mark.parametrize(
+    ("layer", "seen"),
+    [
+        (LinearMemory(8, 2, chunk=4), {1: lambda memory: memory}),
+        (Titans(8, 2, 3, chunk=4), {4: view}),
+        pytest.param(
+            SelfModifyingTitans(8, 2, 3, chunk=2, projection_chunk=6, momentum=False),
+            {2: lambda nested: view(nested.fast), 6: lambda nested: view(nested.slow)},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_levels_of_layers_are_what_they_do(layer, seen):
     """Their periods are those at which their states are seen to change, token by token."""
     x = jax.random.normal(jax.random.key(0), (1, 12, 8))
-
-    def changes(layer, seen):
-        weights = layer.init_weights(jax.random.key(1))
-        read, state, when = jax.jit(layer.__call__), layer.init_state(weights, 1), []
-        state = state._replace(position=jnp.int32(0))
-        for t in range(12):
-            after, _ = read(weights, state, x[:, t : t + 1])
-            pairs = zip(*(jax.tree.leaves(seen(s.memory)) for s in (after, state)), strict=True)
-            when += [t] if any((a != b).any() for a, b in pairs) else []
-            state = after
-        return [b - a for a, b in zip(when, when[1:], strict=False)]
-
-    layer = LinearMemory(8, 2, chunk=4)
-    assert changes(layer, lambda memory: memory) == [1] * 11
-    assert describe(layer).components[0].frequency == 1
-    layer = Titans(8, 2, 3, chunk=4)
-    assert set(changes(layer, view)) == {4}
-    assert [c.frequency for c in describe(layer).components] == [1 / 4, 1 / 4, 0]
-    layer = SelfModifyingTitans(8, 2, 3, chunk=2, projection_chunk=6, momentum=False)
-    main, projections, _ = describe(layer).components
-    assert set(changes(layer, lambda nested: view(nested.fast))) == {2} and main.frequency == 1 / 2
-    assert set(changes(layer, lambda nested: view(nested.slow))) == {6} and projections.frequency == 1 / 6
-    assert main.starts_from == projections.starts_from == ("slow weights",)
+    weights = layer.init_weights(jax.random.key(1))
+    read, states = jax.jit(layer.__call__), [layer.init_state(weights, 1)._replace(position=jnp.int32(0))]
+    for t in range(12):
+        states.append(read(weights, states[-1], x[:, t : t + 1])[0])
+    for period, part in seen.items():
+        leaves = [jax.tree.leaves(part(state.memory)) for state in states]
+        moved = [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(leaves)]
+        when = [t for t, flag in enumerate(moved) if flag]
+        assert len(when) == 12 // period and {b - a for a, b in itertools.pairwise(when)} == {period}
+    *fast, slow = describe(layer).components
+    assert {c.frequency for c in fast} == {1 / period for period in seen} and slow.frequency == 0
+    if isinstance(layer, SelfModifyingTitans):
+        assert all(c.starts_from == ("slow weights",) for c in fast) and len(fast) == 2
 
 
 def test_attention_is_a_level():
@@ -581,8 +591,8 @@ def test_attention_is_a_level():
     weights = layer.init_weights(jax.random.key(0))
     (level,) = layer.levels(weights, 2)
     x = jax.random.normal(jax.random.key(1), (2, 9, 8))
-    _, y = run(level, None, x.swapaxes(0, 1))
-    _, whole = layer(weights, layer.init_state(weights, 2), x)
+    _, y = jax.jit(lambda x: run(level, None, x))(x.swapaxes(0, 1))
+    _, whole = jax.jit(lambda x: layer(weights, layer.init_state(weights, 2), x))(x)
     assert jnp.allclose(y[:, 0].swapaxes(0, 1), whole, atol=1e-5)
     component, frozen = describe(layer).components
     assert component.frequency == math.inf and component.state_bytes == 2 * 5 * 8 * 4 + 4 + 4 + 4
@@ -602,6 +612,11 @@ def test_hope_and_its_optimizer():
     assert picture.parameters == 859_320 and round(picture.state_bytes_per_parameter, 2) == 8
     assert found["CMS level1"].starts_from[0].startswith("starts of CMS level1")
     assert found["mu (Adam)"].generated_by == ("CMS level1",)
+
+
+@pytest.mark.slow
+def test_hope_and_an_optimizer_of_several_frequencies():
+    config = TrainConfig.from_preset("tiny-hope")
     spectrum = dataclasses.replace(config, optimizer="continuum", slow_period=4)
     found = rows(describe((config.model, optimizer(spectrum)), tokens_per_step=1024))
     slow = [c for name, c in found.items() if name.startswith("starts of CMS level1")]
@@ -621,6 +636,10 @@ def test_models_alone():
     ]  # fmt: skip
     assert picture.levels == 6
     assert {c.name for c in picture.components if not c.frequency} >= {"CMS level1, frozen in context"}
+
+
+@pytest.mark.slow
+def test_a_nested_cms_restarts():
     nested = CMSConfig(hidden=(5, 5), periods=(8, 4), variant="nested")
     found = rows(describe(dataclasses.replace(SMALL, mixer="attention", cms=nested)))
     assert "restarts from CMS level1" in found["CMS level2, 2 blocks"].knowledge
@@ -637,6 +656,7 @@ def test_flax_modules_may_hold_more_than_parameters():
     assert weights.parameters == 3 * 4 + 4 + 2 * 4 and memory.state_bytes == 4 * weights.parameters
 
 
+@pytest.mark.slow
 def test_large_models_are_never_drawn():
     config = TrainConfig.from_preset("1.3b-hope", optimizer="adamw")
     picture = describe((config.model, optimizer(config)))
@@ -668,7 +688,9 @@ def test_renderings():
     [
         ((preset("tiny-hope"), optax.contrib.muon(0.02)), 1024),
         ((MATRICES, optim.m3(0.1, slow_period=4)), None),
-        ((preset("tiny-hope-attention"), optax.contrib.sam(optax.adam(0.1), optax.sgd(0.1))), 100),
+        pytest.param(
+            (preset("tiny-hope-attention"), optax.contrib.sam(optax.adam(0.1), optax.sgd(0.1))), 100, marks=pytest.mark.slow
+        ),
         ((MLP, optax.lbfgs(0.1, linesearch=None)), None),
     ],
 )
@@ -789,7 +811,13 @@ def test_command_line(tmp_path, capsys):
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
 
 
-@pytest.mark.parametrize("rule", [*typing.get_args(Optimizer), "none"])
+RULES = [
+    rule if rule in ("none", "delta-gradient-descent") else pytest.param(rule, marks=pytest.mark.slow)
+    for rule in typing.get_args(Optimizer)
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_command_line_knows_every_rule_of_train(rule, tmp_path, capsys):
     assert main(["describe", "--preset", "tiny-linear", "--optimizer", rule]) == 0
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from nested_jax.jaxpr.views import Piece, View
+from nested_jax.jaxpr.views import Piece, View, aval_of
 from nested_jax.typing import Array
 
 Label = tuple[Piece, ...] | None  # what of the parameter a dimension runs over; () for none, None for a unit one to drop
@@ -49,17 +49,20 @@ def product_of(eqn: JaxprEqn, given: list[View | None]) -> Product | None:
     if eqn.primitive.name != "dot_general" or all(given):
         return None
     side = 0 if given[0] else 1
-    kernel, dims = given[side], given[side].dims
+    kernel = given[side]
+    if kernel is None:
+        return None
+    dims = kernel.dims
     contracted, batched = eqn.params["dimension_numbers"]
     label = lambda dim: dims[dim] or None
-    x = [()] * eqn.invars[1 - side].aval.ndim
+    x: list[Label] = [()] * aval_of(eqn.invars[1 - side]).ndim
     for theirs, ours in ((contracted[1 - side], contracted[side]), (batched[1 - side], batched[side])):
         for dim, own in zip(theirs, ours, strict=True):
             x[dim] = label(own)
-    free = [[()] * (len(x) - len(contracted[0]) - len(batched[0]))]
+    free: list[list[Label]] = [[()] * (len(x) - len(contracted[0]) - len(batched[0]))]
     free.insert(side, [label(dim) for dim in range(len(dims)) if dim not in (*contracted[side], *batched[side])])
     y = [*map(label, batched[side]), *free[0], *free[1]]
-    aval, around = eqn.outvars[0].aval, [loop.label for loop in kernel.loops]
+    aval, around = aval_of(eqn.outvars[0]), [loop.label for loop in kernel.loops]
     shape = (*(loop.length for loop in kernel.loops), *aval.shape)
     product = Product(kernel, 1 - side, (*around, *x), (*around, *y), shape, aval.dtype)
     return product if _sound(product) else None
@@ -76,7 +79,7 @@ def _sound(product: Product) -> bool:
         and cut <= set(stacked[:1])
         and all(len({role(piece) for piece in label}) == 1 for label in (*product.x, *product.y) if label)
         and all(
-            ordered([piece for dim in dims for piece in labels[dim]])
+            ordered([piece for dim in dims for piece in labels[dim] or ()])
             for labels in (product.x, product.y)
             for dims in _order(labels, stacked)[1::2]
         )
@@ -89,13 +92,13 @@ def _place(piece: Piece) -> tuple[int, int]:
 
 def _order(labels: Sequence[Label], stacked: Sequence[int]) -> tuple[list[int], ...]:
     """Dimensions that are (dropped, stacked, examples, of the matrix)."""
-    first = lambda dim: _place(labels[dim][0])
+    first = lambda dim: _place(next(iter(labels[dim] or ())))
     own = sorted((dim for dim, label in enumerate(labels) if label), key=first)
     return (
         [dim for dim, label in enumerate(labels) if label is None],
-        [dim for dim in own if labels[dim][0].axis in stacked],
+        [dim for dim in own if first(dim)[0] in stacked],
         [dim for dim, label in enumerate(labels) if label == ()],
-        [dim for dim in own if labels[dim][0].axis not in stacked],
+        [dim for dim in own if first(dim)[0] not in stacked],
     )
 
 

@@ -1,8 +1,8 @@
 """Functions with a reverse rule of their own that are still read through: `local_surprise` enters their bodies.
 
 A `jax.custom_vjp` hides which products its derivative comes from. Where the rule computes the same derivative as
-differentiating the body would, and only at another cost, its author says so with `transparent`. The outputs of the body
-then pass through an identity primitive that only this module binds, by which `is_transparent` recognises the equation.
+differentiating the body would, at another cost, its author declares that by `transparent`. The outputs of the body then
+pass through an identity primitive that only this module binds, by which `is_transparent` recognises the equation.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
@@ -46,7 +46,7 @@ def whole(parameter: int, shape: Sequence[int]) -> View:
 
 def follow(eqn: JaxprEqn, view: View) -> list[View] | None:
     """The outputs of an equation that only casts, turns, reshapes or cuts what the view holds; None for any other."""
-    shape, dims = eqn.outvars[0].aval.shape, view.dims
+    shape, dims = aval_of(eqn.outvars[0]).shape, view.dims
     one = lambda dims: [view._replace(dims=tuple(dims))]
     match eqn.primitive.name:
         case name if name in _SAME:
@@ -56,26 +56,33 @@ def follow(eqn: JaxprEqn, view: View) -> list[View] | None:
         case "squeeze":
             return one(label for i, label in enumerate(dims) if i not in eqn.params["dimensions"])
         case "reshape" if eqn.params["dimensions"] is None and math.prod(shape):
-            return (parts := _reshape([p for label in dims for p in label], shape)) and one(parts)
+            parts = _reshape([p for label in dims for p in label], shape)
+            return one(parts) if parts is not None else None
         case "broadcast_in_dim":
             places = dict(zip(eqn.params["broadcast_dimensions"], dims, strict=True))
-            same = math.prod(shape) == eqn.invars[0].aval.size
+            same = math.prod(shape) == aval_of(eqn.invars[0]).size
             return one(places.get(i, ()) for i in range(len(shape))) if same else None
         case "slice" if set(eqn.params["strides"] or [1]) == {1}:
             cuts = zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True)
+            part: View | None = view
             for dim, (start, stop) in enumerate(cuts):
-                view = view and _cut(view, dim, start, stop, eqn.invars[0].aval.shape[dim])
-            return view and [view]
+                part = part and _cut(part, dim, start, stop, aval_of(eqn.invars[0]).shape[dim])
+            return [part] if part else None
         case "split":
             axis, stops = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
-            parts = [_cut(view, axis, start, stop, stops[-1]) for start, stop in zip([0, *stops], stops, strict=False)]
-            return parts if all(parts) else None
+            return _all(_cut(view, axis, start, stop, stops[-1]) for start, stop in zip([0, *stops], stops, strict=False))
         case "unstack":
             axis, size = eqn.params["axis"], len(eqn.outvars)
-            parts = [_cut(view, axis, i, i + 1, size) for i in range(size)]
+            parts = _all(_cut(view, axis, i, i + 1, size) for i in range(size))
             drop = lambda part: part._replace(dims=part.dims[:axis] + part.dims[axis + 1 :])
-            return [drop(part) for part in parts] if all(parts) else None
+            return [drop(part) for part in parts] if parts else None
     return None
+
+
+def _all(parts: Iterable[View | None]) -> list[View] | None:
+    found = [*parts]
+    there = [part for part in found if part]
+    return there if len(there) == len(found) else None
 
 
 def _cut(view: View, dim: int, start: int, stop: int, size: int) -> View | None:
@@ -110,6 +117,11 @@ def _reshape(pieces: list[Piece], shape: Sequence[int]) -> list[tuple[Piece, ...
     return dims
 
 
-def inexact(v) -> bool:
+def aval_of(v: Any) -> Any:
+    """The shape and type of a variable; JAX declares less of them than arrays have."""
+    return v.aval
+
+
+def inexact(v: Any) -> bool:
     """Whether a variable holds real or complex numbers."""
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)

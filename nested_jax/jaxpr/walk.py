@@ -1,4 +1,4 @@
-"""Where a traced loss multiplies by its parameters: its linear layers, found in the jaxpr and run with probes beside them.
+"""The linear layers of a traced loss: its products with parameters, found in the jaxpr and evaluated with probes.
 
 A parameter is followed through casts, transposes, reshapes and slices, into `jit`, `lax.scan`, `jax.checkpoint` and
 `custom_jvp`, to the products of which it is one side. What else happens to it on the way to the loss is noted too.
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from nested_jax.jaxpr.interpret import bind
 from nested_jax.jaxpr.product import Product, product_of
 from nested_jax.jaxpr.transparent import is_transparent
-from nested_jax.jaxpr.views import Loop, View, follow, inexact
+from nested_jax.jaxpr.views import Loop, View, aval_of, follow, inexact
 from nested_jax.typing import Array
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
@@ -56,7 +57,7 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
             found.inside[i] = inner
             found.others += inner.others
             known.update(zip(eqn.outvars, inner.outputs, strict=True))
-        elif len(given) == 1 and (outputs := follow(eqn, given[0])):
+        elif len(given) == 1 and given[0] and (outputs := follow(eqn, given[0])):
             known.update(zip(eqn.outvars, outputs, strict=True))
         else:
             found.others += filter(None, given)
@@ -65,7 +66,7 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
 
 
 def evaluate(
-    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[[Array, Array], Array]
+    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[..., Array]
 ) -> tuple[list[Array], list[Array | None]]:
     """The jaxpr's outputs, and x of every product that has a probe.
 
@@ -80,21 +81,16 @@ def evaluate(
         given, use = [value_of(v) for v in eqn.invars], found.inside.get(i)
         number = 0 if use is None else len(use.products) if isinstance(use, Found) else 1
         own, probes = probes[:number], probes[number:]
-        if all(probe is None for probe in own):
-            outputs, xs = _bind(eqn, given), [None] * number
+        if use is None or all(probe is None for probe in own):
+            outputs, xs = bind(eqn, given), [None] * number
         elif isinstance(use, Found):
             outputs, xs = _evaluate_inner(eqn, use, given, own, insert)
         else:
-            (product,) = _bind(eqn, given)
+            (product,) = bind(eqn, given)
             outputs, xs = [insert(product, own[0])], [given[use.operand]]
         known.update(zip(eqn.outvars, outputs, strict=True))
         inputs += xs
     return [value_of(v) for v in jaxpr.outvars], inputs
-
-
-def _bind(eqn: JaxprEqn, values: Sequence[Array]) -> list[Array]:
-    outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _alive(jaxpr: Jaxpr, wanted: Sequence[bool]) -> set:
@@ -133,7 +129,7 @@ def _over_iterations(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """Constants and carries of a scan, told from what is scanned by its axes: JAX's own names for them have changed."""
+    """The numbers of constants and carries of a scan: its body takes them with as many axes. No parameter's name is read."""
     same = lambda outer, inner: [a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True)]
     jaxpr = _closed(eqn).jaxpr
     carries = sum(same(eqn.outvars, jaxpr.outvars))
@@ -146,7 +142,7 @@ def _closed(eqn: JaxprEqn) -> ClosedJaxpr:
 
 
 def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found | None:
-    """What an equation that holds a jaxpr does with parameters inside; None for one that is not looked into."""
+    """What an equation that holds a jaxpr does with parameters inside; None for one that is not entered."""
     name = eqn.primitive.name
     if name in _CALLS or is_transparent(eqn):
         return find(_closed(eqn), given, flags)
@@ -162,8 +158,8 @@ def _inner(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found 
 
 def _rule(eqn: JaxprEqn) -> ClosedJaxpr:
     """(values, tangents) -> (outputs, their tangents) of an equation."""
-    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: _bind(eqn, x), x, dx))(inputs, inputs)
+    inputs = [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in eqn.invars]
+    return jax.make_jaxpr(lambda x, dx: jax.jvp(lambda *x: bind(eqn, x), x, dx))(inputs, inputs)
 
 
 def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> Found:
@@ -217,7 +213,7 @@ def _evaluate_rule(eqn: JaxprEqn, found: Found, values: list[Array], probes: lis
 
     @jax.custom_jvp
     def apply(values, probes):
-        return _bind(eqn, values), xs(values, probes)
+        return bind(eqn, values), xs(values, probes)
 
     @apply.defjvp
     def jvp(primals, tangents):

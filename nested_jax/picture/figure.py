@@ -1,4 +1,4 @@
-"""The picture drawn: names at the left, and beside them dots on a logarithmic axis of frequencies, joined by arrows."""
+"""The picture drawn: names at the left, dots on a logarithmic axis of frequencies at the right, joined by arrows."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import optax
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError
+from nested_jax.jaxpr.views import aval_of
 from nested_jax.picture.component import Component, distinct, listed
 from nested_jax.picture.graph import Loop
 from nested_jax.picture.trial import Extra, Recurrence, Trial
@@ -92,9 +93,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     graph, n = trial.graph, trial.kept[0]
     data = trial.inputs()
     learned_from = data["gradients"] | data["weights"]
-    memories, gathered, said = _memories(trial, shapes)
+    memories, gathered, other = _memories(trial, shapes)
     loops = _loops(trial, data["gradients"] | {graph.inputs[i] for part in memories for i in part.leaves})
-    parts = [*memories, *loops, *_parameters(trial, labels, memories, loops, said)]
+    parts = [*memories, *loops, *_parameters(trial, labels, memories, loops, other)]
     _connect(trial, parts)
     copies = [p for p in memories if p.law and p.law.keep == 0 and not p.reads & learned_from]
     parts = [p for p in parts if p not in copies]
@@ -144,8 +145,9 @@ def _memories(trial: Trial, shapes: PyTree) -> tuple[list[Part], list[int], Desc
     parts, gathered, names = [], [], []
     for (where, frequency), leaves in groups.items():
         first = n + s if behind[leaves[0]] & data["gradients"] else 0  # what it could be a memory of
-        fits = lambda i: places[i][1] is not None and trial.shapes[i] == trial.shapes[places[i][1]]
-        law = trial.recurrence(leaves, [first + places[i][1] if fits(i) else None for i in leaves])
+        owners = [places[i][1] for i in leaves]
+        fits = [g is not None and trial.shapes[i] == trial.shapes[g] for i, g in zip(leaves, owners, strict=True)]
+        law = trial.recurrence(leaves, [first + (g or 0) if fit else None for g, fit in zip(owners, fits, strict=True)])
         if any(trial.emptied[i] for i in leaves) or (frequency == 0 and not law.keep):
             gathered += leaves
             continue
@@ -156,9 +158,9 @@ def _memories(trial: Trial, shapes: PyTree) -> tuple[list[Part], list[int], Desc
         parts.append(Part("", frequency, ends, starts, law, description=description, leaves=leaves))
     for part, (short, long) in zip(parts, names, strict=True):
         part.name = short if [other for other, _ in names].count(short) == 1 else long
-    said = [(trial.learns[i], _named(trial.state, places[i][0])[1]) for i in range(n, n + s)]
-    of_memories = [description for learns, description in said if learns]
-    return parts, sorted(gathered), next((d for _, d in said if d not in of_memories), Description())
+    described = [(trial.learns[i], _named(trial.state, places[i][0])[1]) for i in range(n, n + s)]
+    of_memories = [description for learns, description in described if learns]
+    return parts, sorted(gathered), next((d for _, d in described if d not in of_memories), Description())
 
 
 def _loops(trial: Trial, fed: set[int]) -> list[Part]:
@@ -177,11 +179,10 @@ def _loops(trial: Trial, fed: set[int]) -> list[Part]:
 
 
 def _parameters(
-    trial: Trial, labels: Sequence[str], memories: list[Part], loops: list[Part], said: Description
+    trial: Trial, labels: Sequence[str], memories: list[Part], loops: list[Part], other: Description
 ) -> list[Part]:
-    """Parameters by label and frequency, and apart where `said`, of the optimizer's state, is true of them.
-
-    It is where they are moved by more than their own gradient, and by no memory.
+    """Parameters by label and frequency; those updated by more than their own gradient, and by no memory, are described by
+    `other`.
     """
     graph = trial.graph
     remembered = {graph.inputs[i] for part in memories for i in part.leaves}
@@ -196,7 +197,7 @@ def _parameters(
         if frequency and -1 + 1e-6 < keep < 0 and abs(keep) > 1e-6 * abs(pull):
             decays.add(i)
         own = (law.power == 1 and law.whole) or graph.behind([graph.outputs[i]]) & remembered
-        groups.setdefault((labels[i], frequency, Description() if own else said), []).append(i)
+        groups.setdefault((labels[i], frequency, Description() if own else other), []).append(i)
     split = len({key[:2] for key in groups}) > len({key[0] for key in groups})
     parts = []
     for (label, frequency, description), leaves in groups.items():
@@ -233,19 +234,16 @@ def _connect(trial: Trial, parts: Sequence[Part]) -> None:
 
 def _runs(trial: Trial, loop: Loop) -> float:
     """Iterations per step."""
-    share = 1.0
-    if loop.branch and loop.branch[0] in trial.branches:
-        share = float(np.mean(trial.branches[loop.branch[0]] == loop.branch[1]))
-    if loop.length is not None:
-        return share * loop.length
-    return share * float(np.mean(trial.branches.get(loop.where, 1)))
+    where, branch = loop.branch or ((), 0)
+    taken = np.mean(trial.branches.get(where, branch) == branch)
+    return float(taken * (loop.length or np.mean(trial.branches.get(loop.where, 1))))
 
 
 def _orthogonalises(trial: Trial, loop: Loop) -> bool:
     """Whether the loop brings random matrices of norm 1 much nearer to O^T O = I."""
     graph, (n, _) = trial.graph, trial.kept
     known = graph.known | dict(zip(graph.inputs[n:], jax.tree.leaves(trial.state), strict=False))
-    rng, types = np.random.default_rng(0), [v.aval for v in loop.equation.invars]
+    rng, types = np.random.default_rng(0), [aval_of(v) for v in loop.equation.invars]
     before = after = 0.0
     for _ in range(8):
         values, matrices = [], []

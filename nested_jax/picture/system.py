@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,11 @@ class _Learner(NamedTuple):
 def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra | None = None) -> Picture:
     """The nested-learning picture of a system: what learns in it, how often, from what, towards what (NL Def. 1-4).
 
-    Nothing is looked up by name. A `Level` has its period and says what its objective is; of an optax transformation the
-    memories, their order, periods and objectives are derived from what its `update` computes, run on small stand-ins of the
-    parameters. Weights that nothing moves have frequency 0.
+        f_A = updates of A per token;      A is faster than B if f_A > f_B, or f_A = f_B and B_t is a function of A_t
+
+    No optimizer is known by its name. A `Level` has a period and a `Description`. Of an optax transformation the memories,
+    their order, periods and objectives are measured: its `update` is traced, and run on small stand-ins of the parameters
+    with random gradients. Weights that nothing updates have frequency 0.
 
     Args:
         system: a `Level`, a sequence layer of `nested_jax.memory`, a `LanguageModel` or `ModelConfig`, any other
@@ -57,11 +59,11 @@ def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra 
             these arguments, by keyword.
 
     Returns:
-        A `Picture`: `.components`, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
+        A `Picture`: `.components` from fast to slow, `.levels`, `.rich()`, `.markdown()`, `.to_dict()`, `.plot()`.
 
     Raises:
-        UserError: something that is none of these, in which nothing can learn, two optimizers, one that has no parameters
-            to move, or that refuses them or `extra`; tokens_per_step is no positive number.
+        UserError: the system is none of these, nothing in it can learn, it has two optimizers or one without parameters, an
+            optimizer raises an error on the parameters or on `extra`, or tokens_per_step is no positive number.
 
     >>> import optax
     >>> mlp = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
@@ -71,7 +73,7 @@ def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra 
     1 trace (Trace) | -<m, g> + 0.05 |m|^2 | m <- 0.9 m + g
     2 parameters | the loss L | adds what comes of trace (Trace)
 
-    A level that says what it is:
+    A level with a description:
 
     >>> from nested_jax import Description
     >>> mean = Level(lambda slower: jnp.zeros(3), lambda m, x, slower: (m + 0.1 * (x.mean(0) - m), m), 16, "mean",
@@ -79,8 +81,7 @@ def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra 
     >>> [(c.name, c.updates, c.objective) for c in describe(mean).components]
     [('mean', '1/16 a token', '1/2 |m - x|^2')]
 
-    References:
-        NL, Definitions 1-4 and section 3.3.
+    Source: NL, Definitions 1-4 and section 3.3.
     """
     if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
         raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
@@ -118,8 +119,8 @@ def _learner(system: Any) -> _Learner:
         shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), nnx.to_pure_dict(weights))
         if not isinstance(system, LanguageModel):
             return _Learner(shapes, lambda path: "parameters", lambda weights: [])
-        levels = lambda weights: nnx.merge(graph, nnx.State(weights), rest).levels()
-        return _Learner(shapes, system.serves, levels, "next-token loss", "corpus")
+        model = lambda weights: cast(LanguageModel, nnx.merge(graph, nnx.State(weights), rest))
+        return _Learner(shapes, system.serves, lambda weights: model(weights).levels(), "next-token loss", "corpus")
     if hasattr(system, "init_weights") and hasattr(system, "levels"):
         shapes = jax.eval_shape(system.init_weights, jax.random.key(0))
         return _Learner(shapes, lambda path: "slow weights", lambda w: [(v, 1) for v in system.levels(w, 1)])
@@ -158,7 +159,7 @@ class _Fast:
 
     name: str
     frequency: float  # updates per token
-    says: Description
+    description: Description
     blocks: int = 1
     start: PyTree = None
     resets: tuple[_Fast, ...] = ()  # levels that restart it
@@ -169,15 +170,16 @@ class _Fast:
     def component(self, slow: Sequence[Part]) -> Component:
         """Its row, of a system with these slow parts."""
         of = lambda label: [part.name for part in slow if part.label == label] or [label]
-        resets = [level.name for level in self.resets if level.says.objective is not None]
+        resets = [level.name for level in self.resets if level.description.objective is not None]
         starts = resets or [name for label in self.teachers for name in of(label)]
+        flow = f"what {self.needs[-1].name} emits" if self.needs else "a stream of data points"
         start = f"restarts from {listed(resets)}" if resets else "a start that slow weights learn"
         return Component(
             self.name, self.frequency, "token",
-            context=self.says.context or (f"what {self.needs[-1].name} emits" if self.needs else "a stream of data points"),
-            objective=self.says.objective or "",
-            rule=self.says.rule,
-            knowledge="; ".join(filter(None, [f"initialisation: {start}" if starts else "", self.says.knowledge])),
+            context=self.description.context or flow,
+            objective=self.description.objective or "",
+            rule=self.description.rule,
+            knowledge="; ".join(filter(None, [f"initialisation: {start}" if starts else "", self.description.knowledge])),
             needs=tuple(memory.name for memory in self.needs),
             starts_from=tuple(starts),
             state_bytes=self.bytes,
@@ -201,9 +203,9 @@ def _in_context(learner: _Learner) -> list[_Fast]:
         sizes = [aval.size * aval.dtype.itemsize for _, aval in own]
         level.bytes = sum(sizes) * level.blocks or None if all(sizes) else None  # an empty one grows
         level.teachers = tuple(sorted({labels[v] for v in graph.behind([out for out, _ in own]) if v in labels}))
-        if level.says.objective is None:
+        if level.description.objective is None:
             continue
-        for inner in level.says.inner:
+        for inner in level.description.inner:
             learning += _inner(level, inner, tuple(learning))
         level.needs = tuple(learning)
         learning.append(level)
@@ -219,12 +221,12 @@ def _inner(level: _Fast, inner: Any, faster: tuple[_Fast, ...]) -> list[_Fast]:
         step = component_of(weights, "").rule
     except UserError:  # it is for parameters of its own
         parts, step = [], "an optax rule"
-    level.says = dataclasses.replace(level.says, rule=level.says.rule or step)
+    level.description = dataclasses.replace(level.description, rule=level.description.rule or step)
     memories = {}
     for part in parts:
         row = component_of(part, "")
-        says = Description(row.objective, row.rule, row.context, row.knowledge)
-        memories[part] = _Fast(f"{part.name} of {level.name}", part.frequency * level.frequency, says)
+        description = Description(row.objective, row.rule, row.context, row.knowledge)
+        memories[part] = _Fast(f"{part.name} of {level.name}", part.frequency * level.frequency, description)
     for part, memory in memories.items():
         memory.needs = (*faster, *(memories[other] for other in part.above))
     return list(memories.values())
@@ -234,27 +236,17 @@ class _Unknown(Exception):
     """The state of a slower level was read that is not known."""
 
 
-@jax.tree_util.register_pytree_node_class
 class _Slower(tuple):
     """The states of slower levels as far as they are known: `_Unknown` is raised for one that is not, and for any other."""
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return _Slower(super().__getitem__(index))
         try:
-            state = super().__getitem__(index)
+            found = super().__getitem__(index)
         except IndexError:
             raise _Unknown from None
-        if state is _Unknown:
+        if found is _Unknown or (isinstance(index, slice) and (not found or any(one is _Unknown for one in found))):
             raise _Unknown
-        return state
-
-    def tree_flatten(self):
-        return tuple(self), None
-
-    @classmethod
-    def tree_unflatten(cls, _, states):
-        return cls(states)
+        return found
 
 
 def _opened(level: Level, slower: _Slower, blocks: int, resets: tuple[_Fast, ...] = ()) -> tuple[PyTree, list[_Fast]]:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.picture.graph import Graph, measured, wide, widened
+from nested_jax.jaxpr.interpret import measured, wide, widened
+from nested_jax.picture.graph import Graph
 from nested_jax.typing import PyTree
 
 LEAST, MOST = 64, 1024  # steps that are run: at least, and at most until everything that can learn has changed twice
@@ -175,7 +176,7 @@ class Trial:
         self, base: Sequence[Any], leaves: Sequence[int], streams: Sequence[int | None], along: Sequence[int]
     ) -> Recurrence:
         n, kept = self.kept[0], sum(self.kept)
-        size = lambda i: max(float(np.sqrt(np.mean(np.square(base[i])))), self.scale)
+        size = lambda i: max(float(np.linalg.norm(base[i])) / max(np.size(base[i]), 1) ** 0.5, self.scale)
         normal = lambda i: np.abs(self._rng.normal(size=self.shapes[i])) * size(i)
         d = {i: np.asarray(normal(i), np.asarray(base[i]).dtype) for i in leaves}
         d |= {i: next(d[j] for j in leaves if self.shapes[j] == self.shapes[i]) for i in along}
@@ -206,17 +207,13 @@ class Trial:
         own = _flat([h[i] for i in read])
         here = _flat([base[i] for i in read])
 
-        def law(add: float, power: int) -> Recurrence:
-            rest = still - add * here**power - (keep or 0) * now
-            whole = keep is None or np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(still)
-            return Recurrence(keep, add, power, apart, bool(whole))
-
-        add = _ratio(by_stream, own, noise)
-        if add is not None and _close(add, _ratio(at(0, 2) - still, 2 * own, noise)):
-            return law(add, 1)
-        add = _ratio(by_stream + at(0, -1) - still, 2 * own**2, noise)
-        if add is not None and _close(add, _ratio(at(0, 2) - 2 * at(0, 1) + still, 2 * own**2, noise)):
-            return law(add, 2)
+        far, back = at(0, 2) - still, at(0, -1) - still
+        for power, near, further in ((1, by_stream, far / 2), (2, (by_stream + back) / 2, far / 2 - by_stream)):
+            add = _ratio(near, own**power, noise)
+            if add is not None and _close(add, _ratio(further, own**power, noise)):
+                rest = still - add * here**power - (keep or 0) * now
+                whole = keep is None or np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(still)
+                return Recurrence(keep, add, power, apart, bool(whole))
         return Recurrence(keep, None, None, apart)
 
     def own_rate(self, leaves: Sequence[int], far: bool) -> float | None:
