@@ -46,10 +46,8 @@ def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool
     >>> print(jax.grad(outer, argnums=1)(0.1, 2.0))  # 1 - rate 12 w^2
     -3.8000002
     """
-    try:
-        numbers, single = (operator.index(argnums),), True
-    except TypeError:
-        numbers, single = tuple(map(operator.index, argnums)), False
+    single = not isinstance(argnums, Sequence)
+    numbers = (operator.index(argnums),) if single else tuple(map(operator.index, argnums))
 
     def gradient(*arguments, **keywords):
         if not numbers or not all(-len(arguments) <= i < len(arguments) for i in numbers):

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
-from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check
+from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check, next_count
 from nested_jax.typing import Array, PyTree
 
 
@@ -69,7 +69,7 @@ def scale_by_adam_memory(
     def update(updates, state, params=None):
         del params
         gradients = upcast(updates)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         first = accumulate(state.first, gradients, b1, average)
         second = accumulate(state.second, jax.tree.map(jnp.square, gradients), b2, average)
         correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.numerics import upcast, zeros
-from nested_jax.optim._hyperparameters import check, check_count
+from nested_jax.optim._hyperparameters import check, check_count, next_count
 from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
@@ -70,7 +70,7 @@ def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> 
         def skip(pending, memory):
             return optax.tree.zeros_like(updates), memory, pending
 
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         emitted, memory, pending = jax.lax.cond(count % period == 0, step, skip, pending, state.inner)
         return emitted, ContinuumState(count, pending, memory)
 
@@ -132,7 +132,7 @@ def continuum(
     return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
 
 
-def _partition(rules: Mapping[str, optax.GradientTransformation], groups) -> optax.GradientTransformationExtraArgs:
+def _partition(rules: Mapping[Any, optax.GradientTransformation], groups: PyTree) -> optax.GradientTransformationExtraArgs:
     """`optax.partition` with an error that has the path of an unknown group."""
     parts = optax.partition(rules, groups)
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from nested_jax.description import Description
@@ -156,7 +157,7 @@ def scale_by_deep_momentum(
     assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
 
     def init(params):
-        if not isinstance(decay, jax.core.Tracer) and decay == 1:
+        if not isinstance(decay, Tracer) and decay == 1:
             # the momentum of other leaves, (1 - decay) sum decay^s g, would be zero
             assert_matrices("deep_momentum with decay 1 (give less)", dimension_numbers, params)
         default = lambda hidden: deep_momentum_start(params, hidden, seed=seed, dimension_numbers=dimension_numbers)

@@ -12,7 +12,7 @@ import optax
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import NON_NEGATIVE, check, learning_rate_at
+from nested_jax.optim._hyperparameters import NON_NEGATIVE, check, learning_rate_at, next_count
 from nested_jax.paths import DimensionNumbers, as_matrices, from_matrices, is_masked, path_name, resolve_dimension_numbers
 from nested_jax.typing import Array, Float
 
@@ -96,7 +96,7 @@ def scale_by_delta_gradient_descent(
         unknown = sorted(path for path in unused if not is_masked(updates, path))
         if unknown:
             raise UserError(f"delta_gradient_descent: there are inputs for {unknown[0]}, which is no parameter")
-        return structure.unflatten(emitted), DeltaGradientDescentState(optax.safe_increment(state.count))
+        return structure.unflatten(emitted), DeltaGradientDescentState(next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import POSITIVE, check, check_count, learning_rate_at
+from nested_jax.optim._hyperparameters import POSITIVE, check, check_count, learning_rate_at, next_count
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -45,7 +45,7 @@ def linearised(weights: PyTree, gradients: PyTree, **extra: PyTree) -> Float[Arr
     >>> print(linearised(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])))
     11.0
     """
-    return optax.tree.vdot(weights, gradients)
+    return jnp.asarray(optax.tree.vdot(weights, gradients))
 
 
 def proximal(weights: PyTree, recent: PyTree, learning_rate: ArrayLike) -> Float[Array, ""]:
@@ -130,7 +130,7 @@ def scale_by_generalized_gradient_descent(
             step = step + cg(curvature, jax.grad(problem)(start - step))[0]
         emitted = optax.tree.cast_like(unravel(step), updates)
         past = jax.tree.map(lambda w: w[:-1], recent)
-        return emitted, GeneralizedGradientDescentState(optax.safe_increment(state.count), past)
+        return emitted, GeneralizedGradientDescentState(next_count(state.count), past)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

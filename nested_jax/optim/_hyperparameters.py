@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from nested_jax.checks import Interval
 from nested_jax.errors import UserError, is_whole
@@ -26,14 +26,14 @@ def check(rule: str, interval: Interval = ANY, **values: Any) -> None:
     Traced values and schedules pass.
     """
     for name, value in values.items():
-        if callable(value) or isinstance(value, jax.core.Tracer):
+        if callable(value) or isinstance(value, Tracer):
             continue
         numbers = np.asarray(value)
         if not jnp.issubdtype(numbers.dtype, jnp.number):
             raise UserError(f"{rule}: {name} {value!r} is no number: give one")
         if not np.all(np.isfinite(numbers)):
             raise UserError(f"{rule}: {name} {value} is not finite: give a finite number")
-        if not all(number in interval for number in numbers.flat):
+        if not all(number in interval for number in numbers.ravel().tolist()):
             raise UserError(f"{rule}: {name} {value} is out of range: give a number {interval}")
 
 
@@ -42,6 +42,11 @@ def check_count(rule: str, **values: Any) -> None:
     for name, value in values.items():
         if not is_whole(value):
             raise UserError(f"{rule}: {name} {value!r} is out of range: give a whole number of at least 1")
+
+
+def next_count(count: Array) -> Array:
+    """count + 1, without overflow."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def learning_rate_at(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
 from nested_jax.optim._adam_memory import accumulate
-from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check, check_count
+from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check, check_count, next_count
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, update_momentum
 from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices
@@ -99,7 +99,7 @@ def scale_by_m3(
     def update(updates, state, params=None):
         del params
         gradients = upcast(updates)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         if average:
             momentum = NonlinearMomentumState(state.count, state.fast)
             corrected, (_, fast) = update_momentum(gradients, momentum, b1, True, nesterov)
@@ -137,7 +137,7 @@ def m3(
     second_moment: bool = True,
     eps: ArrayLike = 1e-8,
     consistent_rms: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     vectors: optax.GradientTransformation | None = None,
     dimension_numbers: DimensionNumbers = None,

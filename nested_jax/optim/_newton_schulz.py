@@ -68,7 +68,7 @@ def _quintic(x, steps):
     """optax's iteration: its Muon with a momentum of decay 0."""
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=axes)
-    return muon.update(x, muon.init(x))[0]
+    return jnp.asarray(muon.update(x, muon.init(x))[0])
 
 
 def _gradient(x, steps, step_size):

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from nested_jax.errors import UserError, assert_choice
 from nested_jax.numerics import upcast, zeros
-from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, UP_TO_ONE, check
+from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, UP_TO_ONE, check, next_count
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices, resolve_dimension_numbers
 from nested_jax.typing import Array, PyTree
@@ -99,13 +99,13 @@ def update_momentum(
     gradients: PyTree, state: NonlinearMomentumState, decay: ArrayLike, average: bool, nesterov: bool
 ) -> tuple[PyTree, NonlinearMomentumState]:
     """(the argument of sigma, state) after one more gradient."""
-    count = optax.safe_increment(state.count)
+    count = next_count(state.count)
     weight = 1 - decay if average else 1
     add = lambda m, g: decay * m + weight * g
     momentum = optax.tree.cast_like(jax.tree.map(add, state.momentum, gradients), state.momentum)
     correct = lambda tree, n: optax.tree.bias_correction(tree, decay, n) if average else tree
     if nesterov:
-        memory = jax.tree.map(add, correct(momentum, optax.safe_increment(count)), correct(gradients, count))
+        memory = jax.tree.map(add, correct(momentum, next_count(count)), correct(gradients, count))
     else:
         memory = correct(momentum, count)
     return memory, NonlinearMomentumState(count, momentum)
@@ -120,7 +120,7 @@ def nonlinear_momentum(
     nesterov: bool = True,
     on: Literal["matrices", "leaves"] = "matrices",
     consistent_rms: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     vectors: optax.GradientTransformation | None = None,
     dimension_numbers: DimensionNumbers = None,

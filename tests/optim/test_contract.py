@@ -33,6 +33,15 @@ RULES = {
     "continuum": functools.partial(optim.continuum, periods=2),
 }
 every_rule = pytest.mark.parametrize("name", RULES)
+VARIANTS = (
+    "delta momentum, preconditioned",
+    "deep momentum, l2",
+    "adam memory, sums",
+    "m3, sums",
+)  # of rules with another name
+variants_are_slow = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in RULES]
+)
 PARAMS = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
 
@@ -92,7 +101,7 @@ def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
 
 
-@every_rule
+@variants_are_slow
 def test_composes_with_optax(x64, name):
     """In a chain with clipping and weight decay, partitioned, masked, accumulated, with a schedule, with injected rates."""
     params, gradients = tree(0, jnp.float64), [tree(i, jnp.float64) for i in range(1, 5)]
@@ -127,9 +136,7 @@ def _static(make):
     return tuple(set(inspect.signature(function).parameters) - {"learning_rate", *numeric})
 
 
-HAS_MATRICES = pytest.mark.parametrize(
-    "name", [n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters]
-)
+HAS_MATRICES = names(n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters)
 STACKED = {"blocks": {"up": (3, 4, 5), "norm": (3, 4)}, "embedding": (6, 4)}
 
 
@@ -228,20 +235,18 @@ def test_a_start_of_all_parameters_can_be_given_for_some_of_them(x64):
             optax.masked(make(start=start | {"tail": None}), mask).init(params)
 
 
-@every_rule
+@variants_are_slow
 def test_meta_gradients(x64, name):
     """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences.
 
     At a scale of zero, with all gradients zero, they are finite.
     """
-    rule = optax.with_extra_args_support(optax.inject_hyperparams(RULES[name], static_args=_static(RULES[name]))(0.1))
     more, target = extra(name), tree(3, jnp.float64)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
     def outer(params, rate, scale):
-        state = rule.init(params)
-        state.hyperparams["learning_rate"] = rate
+        rule = optax.with_extra_args_support(RULES[name](rate))
 
         def step(carry, _):
             params, state = carry
@@ -249,7 +254,7 @@ def test_meta_gradients(x64, name):
             updates, state = rule.update(gradients, state, params, **more)
             return (optax.apply_updates(params, updates), state), None
 
-        (params, _), _ = jax.lax.scan(step, (params, state), length=3)
+        (params, _), _ = jax.lax.scan(step, (params, rule.init(params)), length=3)
         return sum(jnp.sum(jnp.sin(p)) for p in jax.tree.leaves(params))
 
     for scale in (0.0, 0.5):
@@ -264,7 +269,7 @@ def test_meta_gradients(x64, name):
         np.testing.assert_allclose(slope, (value(step) - value(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
 
 
-@every_rule
+@variants_are_slow
 def test_meta_gradients_at_tiny_gradients(name):
     """In float32, with respect to gradients and their scale, both of which scale the parameters: against float64.
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
+from rule_runs import last, trajectory
 from scipy.optimize import minimize
 
 from nested_jax import optim
@@ -24,8 +25,13 @@ def minimiser(objective, start):
 
 
 def stepped(rule, params, gradient, **extra):
-    updates, _ = optax.with_extra_args_support(rule).update(gradient, rule.init(params), params, **extra)
-    return optax.apply_updates(params, updates)
+    """Parameters after one update."""
+    return last(trajectory(rule, params, [gradient], [extra])[1])
+
+
+def emitted(rule, gradients, params=None):
+    """The last update for a list of gradients."""
+    return last(trajectory(rule, optax.tree.zeros_like(gradients[0]) if params is None else params, gradients)[0])
 
 
 def test_gradient_descent_is_a_proximal_step(x64):
@@ -55,24 +61,20 @@ def test_delta_gradient_descent_under_a_schedule(x64):
     """The rate inside the proximal problem and the one outside are both those of the step."""
     W, rates = normal(0, 3, 4), (0.3, 2.0, 0.05, 0.7)
     rule = optim.delta_gradient_descent(lambda count: jnp.array(rates)[count])
-    params, state = {"w": W.T}, rule.init({"w": W.T})
-    for t, rate in enumerate(rates):
-        x, delta = normal(2 * t + 1, 6, 4), normal(2 * t + 2, 6, 3)
-        updates, state = rule.update({"w": x.T @ delta / 6}, state, params, inputs={"w": x})
-        params = optax.apply_updates(params, updates)
+    pairs = [(normal(2 * t + 1, 6, 4), normal(2 * t + 2, 6, 3)) for t in range(4)]
+    gradients, inputs = [{"w": x.T @ delta / 6} for x, delta in pairs], [{"inputs": {"w": x}} for x, _ in pairs]
+    _, path, _ = trajectory(rule, {"w": W.T}, gradients, inputs)
+    for (x, delta), rate, after in zip(pairs, rates, path["w"], strict=True):
         error = lambda V, x=x, delta=delta: jnp.mean(jnp.sum((x @ V.T + delta) ** 2, axis=-1)) / 2
         W = minimiser(lambda V, W=W, rate=rate, error=error: error(V) + jnp.sum((V - W) ** 2) / (2 * rate), W)
-        np.testing.assert_allclose(params["w"].T, W, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(after.T, W, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
 def test_adams_memory_minimises_its_objective(x64, penalty):
     """NL Eq. 101: of sum (m g_s - P)^2 + penalty m^2, P^2 the sum of squares."""
     gradients = normal(0, 7, 5)
-    rule = optim.scale_by_adam_memory(1.0, 1.0, penalty=penalty, eps=0.0, average=False)
-    state = rule.init(gradients[0])
-    for g in gradients:
-        got, state = rule.update(g, state)
+    got = emitted(optim.scale_by_adam_memory(1.0, 1.0, penalty=penalty, eps=0.0, average=False), list(gradients))
     P = jnp.sqrt(jnp.sum(gradients**2, axis=0))
     objective = lambda m: jnp.sum((m[None] * gradients - P[None]) ** 2) + penalty * jnp.sum(m**2)
     np.testing.assert_allclose(got, minimiser(objective, np.zeros(5)), rtol=1e-6, atol=1e-9)
@@ -80,45 +82,39 @@ def test_adams_memory_minimises_its_objective(x64, penalty):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.4, 2.5)], ids=str)
 def test_adams_memory_of_sums_has_its_weights(x64, weights):
-    """first sum g sqrt(second sum g^2) / (second sum g^2), with its derivatives; nothing is divided by 1 - 1."""
+    """b1 sum g sqrt(b2 sum g^2) / (b2 sum g^2), with its derivatives; no bias correction divides by 1 - 1."""
     gradients = normal(0, 4, 3).at[:, 1].set(0.0)
 
-    def emitted(gradients, first, second):
-        rule = optim.scale_by_adam_memory(first, second, eps=0.0, average=False)
-        state = rule.init(gradients[0])
-        for g in gradients:
-            out, state = rule.update(g, state)
-        return out
+    def own(gradients, b1, b2):
+        return emitted(optim.scale_by_adam_memory(b1, b2, eps=0.0, average=False), list(gradients))
 
-    def expected(gradients, first, second):
-        kept = gradients[:, jnp.array([0, 2])]
-        found = first * kept.sum(0) / jnp.sqrt(second * jnp.sum(kept**2, 0))
-        return jnp.zeros(3).at[jnp.array([0, 2])].set(found)
+    def expected(gradients, b1, b2):
+        nonzero = gradients[:, jnp.array([0, 2])]
+        memory = b1 * nonzero.sum(0) / jnp.sqrt(b2 * jnp.sum(nonzero**2, 0))
+        return jnp.zeros(3).at[jnp.array([0, 2])].set(memory)
 
     arguments = gradients, *map(jnp.asarray, weights)
     with jax.debug_nans(True):
-        np.testing.assert_allclose(emitted(gradients, *weights), expected(*arguments), rtol=1e-12)
-    for own, theirs in zip(*(jax.jacobian(f, (0, 1, 2))(*arguments) for f in (emitted, expected)), strict=True):
+        np.testing.assert_allclose(own(gradients, *weights), expected(*arguments), rtol=1e-12)
+    jacobians = (jax.jit(jax.jacobian(f, (0, 1, 2)))(*arguments) for f in (own, expected))
+    for own, theirs in zip(*jacobians, strict=True):
         np.testing.assert_allclose(own, theirs, rtol=1e-10, atol=1e-14)
 
 
 def test_adams_memory_of_averages(x64):
     """After 1 and 2 at decays of 1/2, corrected, the mean is 5/3 and that of squares 3: 5/3 sqrt 3 / (3 + penalty)."""
     rule = optim.scale_by_adam_memory(0.5, 0.5, penalty=2.0, eps=0.0)
-    _, state = rule.update(jnp.array([1.0]), rule.init(jnp.zeros(1)))
-    np.testing.assert_allclose(rule.update(jnp.array([2.0]), state)[0], 5 / 3 * 3**0.5 / (3 + 2), rtol=1e-12)
+    np.testing.assert_allclose(emitted(rule, [jnp.array([1.0]), jnp.array([2.0])]), 5 / 3 * 3**0.5 / (3 + 2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_adagrads_memory_of_outer_products(x64, penalty, columns):
-    """X with the least |X H^{1/2} - I|^2 + penalty |X|^2, read at the last gradient; a vector is one column."""
+    """X with the least |X H^{1/2} - I|^2 + penalty |X|^2, times the last gradient; a vector is one column."""
     gradients = normal(0, 7, 4, columns)
-    rule = optim.scale_by_adagrad_memory("full", penalty=penalty)
-    shaped = gradients if columns > 1 else gradients[..., 0]
-    state = rule.init(shaped[0])
-    for g in shaped:
-        got, state = rule.update(g, state)
+    got = emitted(
+        optim.scale_by_adagrad_memory("full", penalty=penalty), list(gradients if columns > 1 else gradients[..., 0])
+    )
     values, vectors = np.linalg.eigh(np.einsum("tik,tjk->ij", gradients, gradients))
     root = (vectors * np.sqrt(values)) @ vectors.T
     objective = lambda X: jnp.sum((X @ root - jnp.eye(4)) ** 2) + penalty * jnp.sum(X**2)
@@ -129,17 +125,15 @@ def test_adagrads_memory_of_outer_products(x64, penalty, columns):
 def test_adagrads_memory_element_by_element(x64):
     """After 3 and 4 the root sum of squares is 5: 5 / (25 + penalty) of the last."""
     rule = optim.scale_by_adagrad_memory(penalty=7.0)
-    _, state = rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))
-    np.testing.assert_allclose(rule.update(jnp.array([4.0]), state)[0], 5 / (25 + 7) * 4, rtol=1e-12)
+    np.testing.assert_allclose(emitted(rule, [jnp.array([3.0]), jnp.array([4.0])]), 5 / (25 + 7) * 4, rtol=1e-12)
 
 
 def test_directions_without_gradients_stay_zero(x64):
-    """Outer products of one gradient have rank one; their root's inverse is taken where there is something: g / |g|."""
+    """The outer product of one gradient has rank one; its pseudo-inverse root gives g / |g|."""
     g = normal(0, 5)
     rule = optim.scale_by_adagrad_memory("full")
-    got, _ = rule.update(g, rule.init(g))
-    np.testing.assert_allclose(got, g / jnp.linalg.norm(g), rtol=1e-6)
-    slope = jax.jacobian(lambda g: rule.update(g, rule.init(g))[0])(g)
+    np.testing.assert_allclose(emitted(rule, [g]), g / jnp.linalg.norm(g), rtol=1e-6)
+    slope = jax.jit(jax.jacobian(lambda g: emitted(rule, [g])))(g)
     u = g / jnp.linalg.norm(g)
     np.testing.assert_allclose(slope, (jnp.eye(5) - jnp.outer(u, u)) / jnp.linalg.norm(g), atol=1e-10)
 
@@ -147,16 +141,13 @@ def test_directions_without_gradients_stay_zero(x64):
 def test_derivatives_of_the_memory_of_outer_products(x64):
     """With respect to all gradients and the penalty, against finite differences; two of its eigenvalues are equal."""
 
-    def emitted(gradients, penalty):
-        rule = optim.scale_by_adagrad_memory("full", penalty=penalty)
-        state = rule.init(gradients[0])
-        for g in gradients:
-            out, state = rule.update(g, state)
-        return out
+    @jax.jit
+    def memory(gradients, penalty):
+        return emitted(optim.scale_by_adagrad_memory("full", penalty=penalty), list(gradients))
 
     equal = jnp.concatenate([2 * jnp.eye(4)[:2], normal(0, 3, 4) * jnp.array([[0.0, 0, 1, 1]])])
-    for gradients in (normal(0, 6, 4), equal):
-        check_grads(emitted, (gradients, jnp.asarray(0.3)), order=1, rtol=1e-5)
+    for gradients in (normal(0, 5, 4), equal):
+        check_grads(memory, (gradients, jnp.asarray(0.3)), order=1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -166,9 +157,8 @@ def test_delta_momentum_in_the_papers_orientation(x64, normalize):
     values = optax.scale(2.0)
     rule = optim.scale_by_delta_momentum(decay, erase, normalize=normalize, preconditioner=values)
     memory = {"w": np.zeros((3, 4)), "b": np.zeros(4)}
-    state = rule.init({"w": jnp.zeros((4, 3)), "b": jnp.zeros(4)})
+    got = emitted(rule, [{"w": g.T, "b": g[0]} for g in gradients])
     for g in np.asarray(gradients):
-        got, state = rule.update({"w": jnp.asarray(g.T), "b": jnp.asarray(g[0])}, state)
         size = lambda x: np.linalg.norm(x) if normalize else 1.0
         u, v = g / size(g), g[0] / size(g[0])
         memory["w"] = memory["w"] @ (decay * np.eye(4) - erase * u.T @ u) + 2 * g
@@ -181,19 +171,19 @@ def test_delta_momentum_in_the_papers_orientation(x64, normalize):
 def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
     """A plain loop: keys are a kernel's columns, one at a time; targets orthogonal; the memory is an MLP and learns."""
     gradients, decay, rate = normal(0, 4, 5, 3), 0.8, 0.4
-    begun = {"up": normal(1, 5, 6), "down": 0.3 * normal(2, 6, 5)}
+    start = {"up": normal(1, 5, 6), "down": 0.3 * normal(2, 6, 5)}
     m = lambda w, z: z + jax.nn.gelu(z @ w["up"]) @ w["down"] / jnp.sqrt(6.0)
-    memory = begun
     rule = optim.scale_by_deep_momentum(
-        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**begun), "v": None}
+        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**start), "v": None}
     )
-    state, vector = rule.init({"k": gradients[0], "v": gradients[0][0]}), jnp.zeros(3)
-    for g in gradients:
-        got, state = rule.update({"k": g, "v": g[0]}, state)
-        vector = decay * vector + (1 - decay) * g[0]
+    params = {"k": gradients[0], "v": gradients[0][0]}
+    updates, _, state = trajectory(rule, params, [{"k": g, "v": g[0]} for g in gradients])
+
+    @jax.jit
+    def step(memory, g):
         u, P = g / jnp.linalg.norm(g), newton_schulz(g / jnp.linalg.norm(g))
 
-        def loss(w, u=u, P=P):
+        def loss(w):
             total = 0.0
             for column in range(3):
                 out, target = m(w, jnp.sqrt(3.0) * u[:, column]), jnp.sqrt(3.0) * P[:, column]
@@ -201,85 +191,87 @@ def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
             return total / 3
 
         slope = jax.grad(loss)(memory)
-        memory = {k: begun[k] + decay * (memory[k] - begun[k]) - rate * slope[k] for k in memory}
-        expected = jnp.stack([m(memory, jnp.sqrt(3.0) * u[:, i]) for i in range(3)], 1) / jnp.sqrt(3.0) * jnp.linalg.norm(g)
-    np.testing.assert_allclose(got["k"], expected, rtol=1e-9)
-    np.testing.assert_allclose(got["v"], vector, rtol=1e-12)
+        memory = {k: start[k] + decay * (memory[k] - start[k]) - rate * slope[k] for k in memory}
+        out = jnp.stack([m(memory, jnp.sqrt(3.0) * u[:, i]) for i in range(3)], 1)
+        return memory, out / jnp.sqrt(3.0) * jnp.linalg.norm(g)
+
+    memory, vector = start, jnp.zeros(3)
+    for g in gradients:
+        memory, expected = step(memory, g)
+        vector = decay * vector + (1 - decay) * g[0]
+    np.testing.assert_allclose(updates["k"][-1], expected, rtol=1e-9)
+    np.testing.assert_allclose(updates["v"][-1], vector, rtol=1e-12)
     np.testing.assert_allclose(state.memory["k"].up, memory["up"], rtol=1e-9)
-    assert all(jnp.max(jnp.abs(memory[k] - begun[k])) > 1e-2 for k in memory)  # both layers learned
+    assert all(jnp.max(jnp.abs(memory[k] - start[k])) > 1e-2 for k in memory)  # both layers learned
 
 
-def test_deep_momentum_remembers_and_its_start_learns(x64):
-    """A gradient seen before comes back larger than a new one; an outer loss has gradients for both layers of the start."""
+def test_deep_momentum_recalls_gradients_and_its_start_learns(x64):
+    """A repeated gradient is emitted larger than a new one; an outer loss has gradients for both layers of the start."""
     g, other = normal(0, 6, 3), normal(1, 6, 3)
     start = optim.deep_momentum_start({"k": g}, 8)
 
+    @jax.jit
+    @jax.value_and_grad
     def recall(start, then):
-        rule = optim.scale_by_deep_momentum(start=start)
-        state = rule.init({"k": g})
-        for _ in range(5):
-            _, state = rule.update({"k": g}, state)
-        return jnp.sum(rule.update({"k": then}, state)[0]["k"] * then) / jnp.sum(then**2)
+        last_update = emitted(optim.scale_by_deep_momentum(start=start), [{"k": g}] * 5 + [{"k": then}])["k"]
+        return jnp.sum(last_update * then) / jnp.sum(then**2)
 
-    assert recall(start, g) > recall(start, other) > 0
-    slopes = jax.grad(recall)(start, other)
+    (repeated, _), (new, slopes) = recall(start, g), recall(start, other)
+    assert repeated > new > 0
     assert all(jnp.max(jnp.abs(leaf)) > 1e-3 for leaf in jax.tree.leaves(slopes))
 
 
 @pytest.mark.parametrize("average", [True, False])
 def test_m3_is_algorithm_1(x64, average):
-    """Steps of both memories, as sums as the paper has them, never read ahead, and as averages; the slow one every third."""
-    gradients, (fast, second, slow, weight, eps) = normal(0, 7, 4, 3), (0.9, 0.99, 0.8, 0.4, 1e-8)
+    """Both momenta, as the paper's sums without Nesterov's step, and as averages; the slow one every third step."""
+    gradients, (b1, b2, b3, weight, eps) = normal(0, 7, 4, 3), (0.9, 0.99, 0.8, 0.4, 1e-8)
     options = dict(slow_weight=weight, slow_period=3, average=average, nesterov=not average, eps=eps)
-    rule = optim.scale_by_m3(fast, second, slow, **options)
-    state = rule.init(gradients[0])
-    m1 = m2 = h = pending = o2 = jnp.zeros((4, 3))
-    for t, g in enumerate(gradients, start=1):
-        got, state = rule.update(g, state)
+    updates, _, _ = trajectory(optim.scale_by_m3(b1, b2, b3, **options), gradients[0], list(gradients))
+    orthogonalise = jax.jit(newton_schulz)
+    m1 = m2 = v = pending = o2 = np.zeros((4, 3))
+    for t, (g, got) in enumerate(zip(np.asarray(gradients), updates, strict=True), start=1):
         if average:
-            m1, h = fast * m1 + (1 - fast) * g, second * h + (1 - second) * g**2
+            m1, v = b1 * m1 + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         else:
-            m1, h = m1 + fast * g, h + second * g**2
+            m1, v = m1 + b1 * g, v + b2 * g**2
         pending = pending + g
         if t % 3 == 0:
-            m2 = slow * m2 + (1 - slow) * pending if average else m2 + slow * pending
-            o2, pending = newton_schulz(m2), 0 * g
-        read, root = (m1 / (1 - fast**t), jnp.sqrt(h / (1 - second**t))) if average else (m1, jnp.sqrt(h))
-        np.testing.assert_allclose(got, (newton_schulz(read) + weight * o2) / (root + eps), rtol=1e-9)
+            m2 = b3 * m2 + (1 - b3) * pending if average else m2 + b3 * pending
+            o2, pending = orthogonalise(m2), 0 * g
+        corrected, root = (m1 / (1 - b1**t), np.sqrt(v / (1 - b2**t))) if average else (m1, np.sqrt(v))
+        np.testing.assert_allclose(got, (orthogonalise(corrected) + weight * o2) / (root + eps), rtol=1e-9)
 
 
-def test_m3_leaves_what_had_no_gradient(x64):
-    """Newton-Schulz fills an entry whose gradients were all zero; without a second moment there is nothing to move it by."""
+def test_m3_with_zero_second_moment_gives_zero_update(x64):
+    """Newton-Schulz fills an entry whose gradients were all zero, but its update stays zero."""
     g = normal(0, 4, 3).at[1, 2].set(0.0)
     assert newton_schulz(g)[1, 2] != 0
-    rule = optim.scale_by_m3()
-    emitted, _ = rule.update(g, rule.init(g))
-    assert emitted[1, 2] == 0 and (emitted != 0).sum() == 11
+    update = emitted(optim.scale_by_m3(), [g])
+    assert update[1, 2] == 0 and (update != 0).sum() == 11
 
 
 def test_deep_momentum_of_unit_size(x64):
     """Updates over their root mean square, for a gradient of any size."""
     g = 1e-3 * normal(0, 5, 3)
-    rules = (optim.scale_by_deep_momentum(scale=scale) for scale in ("gradient", "rms"))
-    plain, unit = (rule.update(g, rule.init(g))[0] for rule in rules)
+    plain, unit = (emitted(optim.scale_by_deep_momentum(scale=scale), [g]) for scale in ("gradient", "rms"))
     np.testing.assert_allclose(unit, plain / jnp.sqrt(jnp.mean(plain**2)), rtol=1e-12)
 
 
-def test_deep_momentum_starts_as_it_is_told_to(x64):
-    """Of its width and seed, another for every matrix; it gives every gradient back as it came."""
+def test_default_start_of_deep_momentum(x64):
+    """Of its width and seed, another for every matrix; its memory is the identity."""
     params = {"a": normal(0, 5, 3), "b": normal(1, 5, 3), "c": normal(2, 4)}
     start = optim.deep_momentum_start(params, 7, seed=3)
     rule = optim.scale_by_deep_momentum(rate=0.0, hidden=7, seed=3)
-    state = rule.init(params)
-    for (path, own), given in zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(state.start), strict=True):
+    drawn = jax.tree.leaves(rule.init(params).start)
+    for (path, given), own in zip(jax.tree_util.tree_leaves_with_path(start), drawn, strict=True):
         np.testing.assert_array_equal(own, given, err_msg=str(path))
     assert start["a"].up.shape == (5, 7) and start["a"].down.shape == (7, 5) and start["c"] is None
     assert (start["a"].up != start["b"].up).all()
     assert (start["a"].up != optim.deep_momentum_start(params, 7)["a"].up).all()
-    np.testing.assert_allclose(rule.update(params, state)[0]["a"], params["a"], rtol=1e-12)
+    np.testing.assert_allclose(emitted(rule, [params])["a"], params["a"], rtol=1e-12)
 
 
-def test_m3_makes_its_slow_memory_orthogonal_at_its_own_frequency():
+def test_m3_orthogonalises_its_slow_memory_at_its_own_frequency():
     """In a branch that is taken every `slow_period` steps: as many products are inside it as outside."""
     inside, outside = products(optim.scale_by_m3(slow_period=4))
     assert inside == outside > 0
@@ -306,14 +298,12 @@ def test_generalized_gradient_descent_solves_its_problem(x64):
     objective = lambda weights, gradients, labels: jnp.mean(jax.nn.softplus(-labels * (data @ weights)))
     retention = lambda weights, recent, eta: jnp.sum((weights - jnp.mean(recent, axis=0)) ** 2) / (2 * eta)
     rule = optim.generalized_gradient_descent(rate, objective, retention, window=3, steps=8)
-    labels, state, past = jnp.sign(normal(2, 9)), rule.init(W), [W, W, W]
-    for _ in range(3):
-        updates, state = rule.update(jnp.zeros(4), state, W, labels=labels)
-        recent = jnp.stack(past)
-        expected = minimiser(lambda w, r=recent: objective(w, None, labels) + retention(w, r, rate), W)
-        W = optax.apply_updates(W, updates)
-        np.testing.assert_allclose(W, expected, rtol=1e-5)
-        past = [W, *past[:2]]
+    labels = jnp.sign(normal(2, 9))
+    _, path, _ = trajectory(rule, W, [jnp.zeros(4)] * 3, [{"labels": labels}] * 3)
+    past = [W, W, W, *path]
+    for recent, after in zip((jnp.stack(past[t : t + 3][::-1]) for t in range(3)), path, strict=True):
+        expected = minimiser(lambda w, r=recent: objective(w, None, labels) + retention(w, r, rate), recent[0])
+        np.testing.assert_allclose(after, expected, rtol=1e-5)
 
 
 def test_feature_momentum_writes_values_of_features(x64):
@@ -324,32 +314,27 @@ def test_feature_momentum_writes_values_of_features(x64):
         ({}, np.arcsinh),
     ]:
         rule = optim.scale_by_feature_momentum(**options, decay=0.7)
-        memory, state = np.zeros(3), rule.init(gradients[0])
+        memory = np.zeros(3)
         for g in np.asarray(gradients):
-            got, state = rule.update(jnp.asarray(g), state)
             memory = 0.7 * memory + written(g)
-        np.testing.assert_allclose(got, memory, rtol=1e-12)
+        np.testing.assert_allclose(emitted(rule, list(gradients)), memory, rtol=1e-12)
 
 
-def test_continuum_moves_each_group_at_its_own_frequency(x64):
+def test_continuum_updates_each_group_at_its_own_frequency(x64):
     """On the sum of its gradients, by its own rule, the schedule counting all steps."""
     gradients = normal(0, 6)
     rates = optax.piecewise_constant_schedule(1.0, {4: 0.1})
     rule = optim.continuum(
         rates, {"slow": 3, "fast": 1}, {"a": "slow", "b": "fast"}, inner={"slow": optax.trace(0.5), "fast": optax.identity()}
     )
-    state = rule.init({"a": jnp.zeros(()), "b": jnp.zeros(())})
-    moved = []
-    for g in gradients:
-        updates, state = rule.update({"a": g, "b": g}, state)
-        moved.append((float(updates["a"]), float(updates["b"])))
+    updates, _, _ = trajectory(rule, {"a": jnp.zeros(()), "b": jnp.zeros(())}, [{"a": g, "b": g} for g in gradients])
     first, second = gradients[:3].sum(), gradients[3:].sum()
-    np.testing.assert_allclose([a for a, _ in moved], [0, 0, -first, 0, 0, -0.1 * (second + 0.5 * first)], atol=1e-12)
-    np.testing.assert_allclose([b for _, b in moved], -gradients * jnp.array([1, 1, 1, 1, 0.1, 0.1]), rtol=1e-12)
+    np.testing.assert_allclose(updates["a"], [0, 0, -first, 0, 0, -0.1 * (second + 0.5 * first)], atol=1e-12)
+    np.testing.assert_allclose(updates["b"], -gradients * jnp.array([1, 1, 1, 1, 0.1, 0.1]), rtol=1e-12)
 
 
 def test_continuum_passes_extra_arguments_on(x64):
-    """As they are at the step on which a group moves."""
+    """Those of the step on which a group is updated."""
     scaled = lambda updates, state, params=None, *, factor: (jax.tree.map(lambda g: factor * g, updates), state)
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, scaled)
     params, gradients = {"a": jnp.zeros(()), "b": jnp.zeros(())}, normal(0, 4)
@@ -357,10 +342,8 @@ def test_continuum_passes_extra_arguments_on(x64):
         (optim.continuum(1.0, 2, inner=inner), 2),
         (optim.continuum(1.0, {"slow": 2, "fast": 1}, {"a": "slow", "b": "fast"}, inner=inner), 1),
     ]:
-        state, moved = rule.init(params), []
-        for g, factor in zip(gradients, (3.0, 5.0, 7.0, 11.0), strict=True):
-            updates, state = rule.update({"a": g, "b": g}, state, params, factor=factor)
-            moved.append((float(updates["a"]), float(updates["b"])))
+        factors = [{"factor": jnp.asarray(factor)} for factor in (3.0, 5.0, 7.0, 11.0)]
+        updates, _, _ = trajectory(rule, params, [{"a": g, "b": g} for g in gradients], factors)
         slow = [0, -5 * gradients[:2].sum(), 0, -11 * gradients[2:].sum()]
         fast = -gradients * jnp.array([3.0, 5, 7, 11]) if period == 1 else slow
-        np.testing.assert_allclose(np.transpose(moved), np.array([slow, fast]), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(np.stack([updates["a"], updates["b"]]), np.array([slow, fast]), rtol=1e-12, atol=1e-12)

@@ -1,4 +1,6 @@
-"""Rules that are optax's own under some options: 100 steps on a small network, with a schedule as learning rate."""
+"""Rules that equal optax's own under some options: 100 steps on a small network, with a schedule as learning rate."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,9 @@ def start():
     return jax.tree.map(jnp.asarray, {"first": layer(5, 8), "second": layer(8, 3)})
 
 
+@functools.cache
 def trajectory(rule, steps=100):
-    """Parameters after every step, on batches that change."""
+    """Parameters after every step, with another batch at each."""
     rng = np.random.default_rng(1)
     xs, ys = jnp.asarray(rng.normal(size=(steps, 16, 5))), jnp.asarray(rng.normal(size=(steps, 16, 3)))
 
@@ -45,13 +48,15 @@ FIRST = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].
 OPTIONS = {"nesterov": False, "consistent_rms": 0.2, "weight_decay": 0.1, "weight_decay_mask": FIRST}
 VECTORS = {"vectors": optax.adamw(0.02, b1=0.8, weight_decay=0.3)}  # as optax's Muon would have them
 MUON = optax.contrib.muon(RATE, beta=0.9, **OPTIONS, adam_b1=0.8, adam_weight_decay=0.3, adam_learning_rate=0.02)
+MOMENTUM, ADAM, SGD = optim.momentum(RATE), optax.adam(RATE), optax.sgd(RATE)  # each compiled once
+PLAIN_MUON = optax.contrib.muon(RATE)
 KERNELS = lambda params: jax.tree.map(lambda w: w.ndim == 2, params)
 EQUAL = {
     "momentum": lambda: (optim.momentum(RATE, 0.9), optax.sgd(RATE, momentum=0.9)),
     "momentum, nesterov": lambda: (optim.momentum(RATE, 0.8, nesterov=True), optax.sgd(RATE, momentum=0.8, nesterov=True)),
     "preconditioned momentum with the identity": lambda: (
         optim.preconditioned_momentum(RATE, optax.identity()),
-        optim.momentum(RATE),
+        MOMENTUM,
     ),
     "preconditioned momentum": lambda: (
         optim.preconditioned_momentum(RATE),
@@ -61,9 +66,9 @@ EQUAL = {
         optim.preconditioned_momentum(RATE, decay=0.8, nesterov=True),
         optax.chain(optax.scale_by_rms(), optax.trace(0.8, nesterov=True), optax.scale_by_learning_rate(RATE)),
     ),
-    "feature momentum with the identity": lambda: (optim.feature_momentum(RATE, lambda g: g), optim.momentum(RATE)),
-    "delta momentum without erasure": lambda: (optim.delta_momentum(RATE, erase=0.0), optim.momentum(RATE)),
-    "non-linear momentum is muon": lambda: (optim.nonlinear_momentum(RATE), optax.contrib.muon(RATE)),
+    "feature momentum with the identity": lambda: (optim.feature_momentum(RATE, lambda g: g), MOMENTUM),
+    "delta momentum without erasure": lambda: (optim.delta_momentum(RATE, erase=0.0), MOMENTUM),
+    "non-linear momentum is muon": lambda: (optim.nonlinear_momentum(RATE), PLAIN_MUON),
     "muon with options": lambda: (
         optim.nonlinear_momentum(RATE, decay=0.9, nesterov=False, consistent_rms=0.2, weight_decay=0.1),
         optax.contrib.muon(RATE, beta=0.9, nesterov=False, consistent_rms=0.2, weight_decay=0.1),
@@ -89,30 +94,30 @@ EQUAL = {
     ),
     "non-linear momentum with the identity": lambda: (
         optim.nonlinear_momentum(RATE, lambda m: m, 0.9, average=False, nesterov=False, on="leaves"),
-        optim.momentum(RATE),
+        MOMENTUM,
     ),
-    "adam memory": lambda: (optim.adam_memory(RATE), optax.adam(RATE)),
+    "adam memory": lambda: (optim.adam_memory(RATE), ADAM),
     "adam memory, with options": lambda: (
         optim.adam_memory(RATE, 0.8, 0.99, eps=0.1),
         optax.adam(RATE, 0.8, 0.99, eps=0.1),
     ),
     "adagrad memory": lambda: (optim.adagrad_memory(RATE), optax.adagrad(RATE, initial_accumulator_value=0.0, eps=0.0)),
-    "m3 without its slow memory": lambda: (optim.m3(RATE, slow_weight=0.0, second_moment=False), optax.contrib.muon(RATE)),
-    "continuum, period 1": lambda: (optim.scale_by_continuum(optax.adam(RATE), 1), optax.adam(RATE)),
+    "m3 without its slow memory": lambda: (optim.m3(RATE, slow_weight=0.0, second_moment=False), PLAIN_MUON),
+    "continuum, period 1": lambda: (optim.scale_by_continuum(optax.adam(RATE), 1), ADAM),
     "continuum, period 7": lambda: (
         optim.scale_by_continuum(optax.adam(RATE), 7),
         optax.MultiSteps(optax.adam(RATE), 7, use_grad_mean=False, accumulator_dtype=jnp.float64),
     ),
-    "continuum, of what it is without an inner rule": lambda: (optim.continuum(RATE, 1), optax.adam(RATE)),
+    "continuum, of what it is without an inner rule": lambda: (optim.continuum(RATE, 1), ADAM),
     "continuum, alias": lambda: (
         optim.continuum(RATE, 1, inner=optax.trace(0.9)),
-        optim.momentum(RATE),
+        MOMENTUM,
     ),
     "deep momentum that does not learn": lambda: (
         optax.partition({True: optim.deep_momentum(RATE, rate=0.0), False: optax.sgd(RATE)}, KERNELS),
-        optax.sgd(RATE),
+        SGD,
     ),
-    "generalized gradient descent": lambda: (optim.generalized_gradient_descent(RATE), optax.sgd(RATE)),
+    "generalized gradient descent": lambda: (optim.generalized_gradient_descent(RATE), SGD),
 }
 
 
