@@ -141,7 +141,7 @@ def assert_healthy(step: int, metrics: Metrics, model: ModelConfig) -> None:
     """Raises NonFinite naming the step, the level and the leaf: the first cause, of all that a broken number breaks."""
     if metrics.healthy:
         return
-    kind = next(kind for kind in _CAUSES if not all(jax.tree.leaves(metrics.finite[kind])))
+    kind = next(kind for kind in _CAUSES if not all(jax.tree.leaves(metrics.finite.get(kind))))
     leaves = jax.tree_util.tree_leaves_with_path(metrics.finite[kind])
     owners = jax.tree.leaves(state_owners(model, metrics.finite[kind])) if kind == "fast" else ["pre-training"] * len(leaves)
     path, level = next((path, level) for (path, finite), level in zip(leaves, owners, strict=True) if not finite)

@@ -136,7 +136,9 @@ def _static(make):
     return tuple(set(inspect.signature(function).parameters) - {"learning_rate", *numeric})
 
 
-HAS_MATRICES = names(n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters)
+HAS_MATRICES = pytest.mark.parametrize(
+    "name", [n for n, make in RULES.items() if "dimension_numbers" in inspect.signature(make).parameters]
+)
 STACKED = {"blocks": {"up": (3, 4, 5), "norm": (3, 4)}, "embedding": (6, 4)}
 
 
