@@ -93,11 +93,11 @@ def evaluate(argv: Sequence[str]) -> None:
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
 
-    config, parameters, tokenizer, step = trained.load_run(flags.run_dir)
+    config, params, tokenizer, step = trained.load_run(flags.run_dir)
     data = flags.data or config.data
     documents = open_documents(data, "heldout")
     heldout = evaluation.HeldOut(config, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
-    bits = heldout.bits_per_byte(parameters)
+    bits = heldout.bits_per_byte(params)
     print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
     print(f"  unigram entropy  {heldout.entropies.unigram:.3f}")
     print(f"  bigram entropy   {heldout.entropies.bigram:.3f}")
@@ -109,10 +109,10 @@ def generate(argv: Sequence[str]) -> None:
     flags = _parse(Generation(), "generate", argv)
     from nested_jax.train import sample, trained
 
-    config, parameters, tokenizer, _ = trained.load_run(flags.run_dir)
+    config, params, tokenizer, _ = trained.load_run(flags.run_dir)
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "seed": flags.seed}
     print(flags.prompt, end="", flush=True)
-    for text in sample.characters(tokenizer, sample.sample(config.model, parameters, tokenizer, flags.prompt, **options)):
+    for text in sample.characters(tokenizer, sample.sample(config.model, params, tokenizer, flags.prompt, **options)):
         print(text, end="", flush=True)
     print()
 

@@ -167,7 +167,7 @@ def _advance(level, state, stream, slower, checkpoint):
     if steps:
         ticks = jax.tree.map(lambda x: x[: steps * level.period].reshape(steps, level.period, *x.shape[1:]), stream)
         step = lambda s, chunk: level.step(s, chunk, slower)
-        state, emitted = scan(step, state, ticks, checkpoint=checkpoint, who=f"level {level.name!r}")
+        state, emitted = scan(step, state, ticks, checkpoint=checkpoint, name=f"level {level.name!r}")
         pieces.append(emitted)
     if rest:
         moved, emitted = level.step(state, jax.tree.map(lambda x: x[length - rest :], stream), slower)

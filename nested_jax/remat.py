@@ -25,7 +25,7 @@ def scan(
     *,
     checkpoint: Checkpoint = "none",
     offload: bool = False,
-    who: str = "scan",
+    name: str = "scan",
 ) -> tuple[PyTree, PyTree]:
     """`lax.scan` with one knob for what its backward pass keeps; the rest it computes again.
 
@@ -34,7 +34,7 @@ def scan(
             before each of n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments. A
             tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
-        who: runs it, in errors.
+        name: of what runs it, in errors.
 
     Raises:
         UserError: a checkpoint that is none of these, more segments than steps, or none to offload; a step that does not
@@ -46,7 +46,7 @@ def scan(
     try:
         return _scan_segments(step, counts, offload, state, xs)
     except TypeError:
-        _assert_steady(who, step, state, xs)
+        _assert_steady(name, step, state, xs)
         raise
 
 
@@ -103,37 +103,37 @@ def segments_of(checkpoint: Checkpoint, length: int, offload: bool = False) -> t
     return counts
 
 
-def within(checkpoint: Checkpoint, steps: int) -> Checkpoint:
+def fit_checkpoint(checkpoint: Checkpoint, steps: int) -> Checkpoint:
     """A checkpoint for a loop that may be shorter than its segments are many."""
     if isinstance(checkpoint, tuple):
         return checkpoint if math.prod(checkpoint) <= steps else "sqrt"
     return checkpoint if isinstance(checkpoint, str) else min(checkpoint, steps)
 
 
-def _assert_steady(who: str, step: Callable, state: PyTree, xs: PyTree) -> None:
+def _assert_steady(name: str, step: Callable, state: PyTree, xs: PyTree) -> None:
     """Raises UserError where a step does not return its state as it came; nothing where it fails by itself."""
     try:
         after = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
     except Exception:
         return
     if not isinstance(after, tuple | list) or len(after) != 2:
-        raise UserError(f"{who}: the step returns {jax.tree.structure(after)}: return (state, y)") from None
-    assert_same(who, state, after[0])
+        raise UserError(f"{name}: the step returns {jax.tree.structure(after)}: return (state, y)") from None
+    assert_same(name, state, after[0])
 
 
-def assert_same(who: str, before: PyTree, after: PyTree) -> None:
+def assert_same(name: str, before: PyTree, after: PyTree) -> None:
     """Raises UserError for the first leaf of the state that a step makes another."""
     was, now = (jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda s: s, tree)) for tree in (before, after))
     if jax.tree.structure(before) != jax.tree.structure(after):
         odd = sorted({jax.tree_util.keystr(path) for path, _ in was} ^ {jax.tree_util.keystr(path) for path, _ in now})
         what = "" if odd else f", from {jax.tree.structure(before)} to {jax.tree.structure(after)}"
         where = f"state{odd[0] if odd else ''}"
-        raise UserError(f"{who}: the step changes the state's structure at {where}{what}: return it as it came") from None
+        raise UserError(f"{name}: the step changes the state's structure at {where}{what}: return it as it came") from None
     for (path, a), (_, b) in zip(was, now, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             what = lambda x: f"{x.dtype.name}{list(x.shape)}"
             leaf = f"state{jax.tree_util.keystr(path)}"
-            raise UserError(f"{who}: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came") from None
+            raise UserError(f"{name}: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came") from None
 
 
 def stream_length(stream: PyTree) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from nested_jax.cms.chain import CMSConfig
 from nested_jax.cms.in_context import Segment, SegmentState, fast_weights, restart, segment_state, with_segment
 from nested_jax.level import Level, Nested, run
-from nested_jax.remat import Checkpoint, scan, within
+from nested_jax.remat import Checkpoint, fit_checkpoint, scan
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 
@@ -137,13 +137,13 @@ class Reader:
         )
         level = self.level if reset is None else self._restarting()
         if piece.grouped:
-            keep = within(self.checkpoint, length // self.config.periods[0])
+            keep = fit_checkpoint(self.checkpoint, length // self.config.periods[0])
             levels, emitted = run(level, state.levels, context, checkpoint=keep)
             emitted = emitted if type(emitted) is tuple else (emitted,)
         else:
             step = lambda levels, segment: level.step(levels, segment, ())
             one = jax.tree.map(lambda part: part[:, None], context)
-            levels, emitted = scan(step, state.levels, one, checkpoint=within(self.checkpoint, segments))
+            levels, emitted = scan(step, state.levels, one, checkpoint=fit_checkpoint(self.checkpoint, segments))
             emitted = (emitted,)
         logits = [part.outputs.reshape(-1, *part.outputs.shape[-3:]) for part in emitted]
         logits = jnp.concatenate(logits).swapaxes(0, 1)

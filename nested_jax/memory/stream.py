@@ -22,7 +22,7 @@ from nested_jax.errors import UserError
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
 from nested_jax.numerics import rms_norm
-from nested_jax.remat import Checkpoint, within
+from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Position, PyTree
 
 CONVOLUTION = 4  # taps W of the causal depthwise convolution
@@ -151,7 +151,7 @@ def read_stream(
 
     whole, full, outputs = length - length % period, length - length % C, []
     if whole:
-        restarting, keep = _restarting(level, reset, snapshots.drop), within(checkpoint, whole // period)
+        restarting, keep = _restarting(level, reset, snapshots.drop), fit_checkpoint(checkpoint, whole // period)
         state, y = run(restarting, snapshots.drop(state), chunks(0, whole, C), checkpoint=keep)
         state = snapshots.take(state)
         outputs.append(_from_chunks(y))
@@ -176,7 +176,7 @@ def _read_off_grid(level, state, tokens, position, reset, checkpoint):
     mask = ((at >= offset) & (at < offset + length)).reshape(-1, C)
     part = jax.tree.map(lambda x: _to_chunks(lay(x), C), tokens)
     laid = Chunk(part, mask, None if reset is None else lay(reset)[:, ::C].T)
-    state, y = run(_restarting(level, reset), state, laid, checkpoint=within(checkpoint, slots // period))
+    state, y = run(_restarting(level, reset), state, laid, checkpoint=fit_checkpoint(checkpoint, slots // period))
     return state, jax.lax.dynamic_slice_in_dim(_from_chunks(y), offset, length, axis=1)
 
 

@@ -15,7 +15,7 @@ from nested_jax.errors import UserError, assert_choice, is_whole
 from nested_jax.level import Level, run
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
-from nested_jax.remat import Checkpoint, scan, stream_length, within
+from nested_jax.remat import Checkpoint, fit_checkpoint, scan, stream_length
 from nested_jax.typing import Array, Float, PyTree
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
@@ -288,7 +288,7 @@ def hypergradient(
         step = lambda state, tick: inner_level.step(state, tick, slower)
 
         def window(state, ticks):
-            keep = within(checkpoint, stream_length(ticks))
+            keep = fit_checkpoint(checkpoint, stream_length(ticks))
             return scan(step, _straight_through(start, jax.lax.stop_gradient(state)), ticks, checkpoint=keep)
 
         first = stream_length(ticks) % truncate

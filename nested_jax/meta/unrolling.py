@@ -67,7 +67,7 @@ def unroll(
     if debug:
         segments_of(checkpoint, stream_length(xs), offload)
         return _loop(step, state, xs)
-    return scan(step, state, xs, checkpoint=checkpoint, offload=offload, who="unroll")
+    return scan(step, state, xs, checkpoint=checkpoint, offload=offload, name="unroll")
 
 
 def _loop(step, state, xs):

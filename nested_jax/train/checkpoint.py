@@ -112,7 +112,7 @@ class Checkpoints:
 
 
 def _trees(state: TrainState) -> dict[str, PyTree]:
-    trees = {"parameters": state.parameters, "optimizer": state.optimizer, "fast": state.fast}
+    trees = {"parameters": state.params, "optimizer": state.optimizer, "fast": state.fast}
     return {name: tree for name, tree in trees.items() if tree is not None}
 
 

@@ -42,26 +42,26 @@ class HeldOut:
         )
         self.text_bytes = self._batches.text_bytes
         model = config.model
-        start = lambda parameters: init_state(model, parameters, config.batch_size, max_length=config.window)
-        self._start = jax.jit(start) if config.carry else lambda parameters: None
+        start = lambda params: init_state(model, params, config.batch_size, max_length=config.window)
+        self._start = jax.jit(start) if config.carry else lambda params: None
         self._step = jax.jit(partial(cross_entropy, model))
         self._surprise = jax.jit(layer_surprise(model))
         self._carry = config.carry
 
-    def bits_per_byte(self, parameters: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:
+    def bits_per_byte(self, params: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:
         """Summed cross-entropy of the text in bits, over its bytes; None if `stop()` became true on the way."""
-        nats, fast = 0.0, self._start(parameters)
+        nats, fast = 0.0, self._start(params)
         for batch in self._batches:
             if stop():
                 return None
-            loss, after = self._step(parameters, fast, batch)
+            loss, after = self._step(params, fast, batch)
             fast = after if self._carry else None
             nats += float(loss)
         return nats / math.log(2) / self.text_bytes
 
-    def layer_surprise(self, parameters: PyTree) -> dict[str, float]:
+    def layer_surprise(self, params: PyTree) -> dict[str, float]:
         """`train.layers.layer_surprise` on the first batch."""
-        numbers = self._surprise(parameters, self._start(parameters), next(iter(self._batches)))
+        numbers = self._surprise(params, self._start(params), next(iter(self._batches)))
         return {name: float(number) for name, number in numbers.items()}
 
 

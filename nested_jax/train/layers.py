@@ -30,9 +30,9 @@ def layer_surprise(model: ModelConfig) -> Callable[[PyTree, PyTree | None, Batch
     A layer is a kernel's path, or "PATH[i]" in a stack. The loss is summed over the targets.
     """
 
-    def measure(parameters, fast, batch):
-        loss = lambda parameters, given: cross_entropy(model, parameters, *given)
-        _, gradient, pairs = surprise_and_grad(loss, parameters, (fast, batch), has_aux=True)
+    def measure(params, fast, batch):
+        loss = lambda params, given: cross_entropy(model, params, *given)
+        _, gradient, pairs = surprise_and_grad(loss, params, (fast, batch), has_aux=True)
         whole, numbers = jnp.maximum(optax.global_norm(gradient), 1e-30), {}
         for key, pair in pairs.items():
             path, run = layers(key)

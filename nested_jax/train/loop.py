@@ -114,7 +114,7 @@ class _Run:
     @property
     def size(self) -> int:
         """Number of parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def print_start(self) -> None:
         """Prints the model, the text and the step that the run starts from."""
@@ -172,7 +172,7 @@ class _Run:
         row = self.record.heldout(self.step) or {}
         bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
-        ids = sample(self.config.model, self.state.parameters, self.text.tokenizer, **options)
+        ids = sample(self.config.model, self.state.params, self.text.tokenizer, **options)
         folder = Path(config.run_dir)
         report.draw(folder, self.record.rows, heldout.entropies)
         report.write(
@@ -181,7 +181,7 @@ class _Run:
             bits_per_byte=bits,
             entropies=heldout.entropies,
             text_bytes=heldout.text_bytes,
-            parameters=self.size,
+            params=self.size,
             tokens=self.tokens,
             seconds=self.seconds,
             sample="".join(characters(self.text.tokenizer, ids)),
@@ -198,9 +198,9 @@ class _Run:
         if not (last or (every and self.step and self.step % every == 0)) or self.record.heldout(self.step):
             return
         heldout = self.text.heldout
-        bits = heldout.bits_per_byte(self.state.parameters, stop=lambda: interruption.signal is not None)
+        bits = heldout.bits_per_byte(self.state.params, stop=lambda: interruption.signal is not None)
         if bits is not None:
-            surprise = heldout.layer_surprise(self.state.parameters) if self.config.show_surprise else {}
+            surprise = heldout.layer_surprise(self.state.params) if self.config.show_surprise else {}
             self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict(), **surprise)
             step = f"step {self.step}/{self.config.steps}"
             display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}")

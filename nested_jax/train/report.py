@@ -43,7 +43,7 @@ def write(
     bits_per_byte: float,
     entropies: NgramEntropies,
     text_bytes: int,
-    parameters: int,
+    params: int,
     tokens: int,
     seconds: float,
     sample: str,

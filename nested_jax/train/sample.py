@@ -18,7 +18,7 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
 def sample(
     model: ModelConfig,
-    parameters: PyTree,
+    params: PyTree,
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
@@ -37,25 +37,25 @@ def sample(
         return (warm if temperature else jnp.argmax(logits)).astype(jnp.int32)
 
     @jax.jit
-    def read(parameters, ids_T, key):
-        state = init_state(model, parameters, 1, max_length=len(ids_T) + tokens)
-        logits, state = apply(model, parameters, ids_T[None], state)
+    def read(params, ids_T, key):
+        state = init_state(model, params, 1, max_length=len(ids_T) + tokens)
+        logits, state = apply(model, params, ids_T[None], state)
         return draw(logits[0, -1], key), state
 
     @jax.jit
-    def write(parameters, token, state, key):
-        logits, state = apply(model, parameters, token[None, None], state)
+    def write(params, token, state, key):
+        logits, state = apply(model, params, token[None, None], state)
         return draw(logits[0, -1], key), state
 
     key = jax.random.key(seed)
     ids = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)]).astype(np.int32)
-    token, state = read(parameters, ids, jax.random.fold_in(key, 0))
+    token, state = read(params, ids, jax.random.fold_in(key, 0))
     for n in range(1, tokens + 1):
         if int(token) == tokenizer.boundary:
             return
         yield int(token)
         if n < tokens:
-            token, state = write(parameters, token, state, jax.random.fold_in(key, n))
+            token, state = write(params, token, state, jax.random.fold_in(key, n))
 
 
 def characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

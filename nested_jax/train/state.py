@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     """What one update turns into the next, and what a checkpoint holds."""
 
     step: Int[Array, ""]  # updates made
-    parameters: PyTree  # nested dicts
+    params: PyTree  # nested dicts
     optimizer: PyTree  # optax's state
     fast: PyTree | None  # with `carry`: the model's fast state, a leading axis for the pieces of a batch
 

@@ -43,18 +43,16 @@ class Metrics(NamedTuple):
     finite: PyTree  # bool for each leaf, in a dict of _CAUSES
 
 
-def cross_entropy(
-    model: ModelConfig, parameters: PyTree, fast: PyTree | None, batch: Batch
-) -> tuple[Float[Array, ""], PyTree]:
+def cross_entropy(model: ModelConfig, params: PyTree, fast: PyTree | None, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
     """Summed next-token cross-entropy of a batch, in nats, float32, and the fast state after it.
 
     `fast` None starts from the parameters, which so get the gradients of what memories start from.
     """
     rows, window = batch.tokens.shape
     if fast is None:
-        fast = init_state(model, parameters, rows, max_length=window)
+        fast = init_state(model, params, rows, max_length=window)
     # windows of one length follow one another
-    logits, fast = apply(model, parameters, batch.tokens, fast, reset=batch.reset, multiple=window)
+    logits, fast = apply(model, params, batch.tokens, fast, reset=batch.reset, multiple=window)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
     return (losses * batch.weights).sum(), fast
 
@@ -74,35 +72,35 @@ def train_step(
         targets = jnp.maximum(batch.weights.sum(), 1)
         pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
-        def loss(parameters, fast, piece):
-            total, fast = cross_entropy(model, parameters, fast, piece)
+        def loss(params, fast, piece):
+            total, fast = cross_entropy(model, params, fast, piece)
             return total / targets, jax.lax.stop_gradient(fast)
 
-        def differentiate(parameters, fast, piece):
+        def differentiate(params, fast, piece):
             if matrices is None:
-                return *jax.value_and_grad(loss, has_aux=True)(parameters, fast, piece), {}
-            of_both = lambda parameters, given: loss(parameters, *given)
-            value, gradients, pairs = surprise_and_grad(of_both, parameters, (fast, piece), has_aux=True)
+                return *jax.value_and_grad(loss, has_aux=True)(params, fast, piece), {}
+            of_both = lambda params, given: loss(params, *given)
+            value, gradients, pairs = surprise_and_grad(of_both, params, (fast, piece), has_aux=True)
             share = piece.weights * batch.weights.size / targets
-            return value, gradients, layer_inputs(pairs, parameters, matrices, share)
+            return value, gradients, layer_inputs(pairs, params, matrices, share)
 
         def add(sums, inputs):
             piece, fast = inputs
-            (value, fast), gradients, inputs = differentiate(state.parameters, fast, piece)
+            (value, fast), gradients, inputs = differentiate(state.params, fast, piece)
             sums = jax.tree.map(jnp.add, sums, (value, gradients))
             return sums, (fast if state.fast is not None else None, _finite(fast), inputs)
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (value, gradients), (fast, fast_finite, inputs) = jax.lax.scan(add, zeros, (pieces, state.fast))
         given = {} if matrices is None else {"inputs": jax.tree.map(lambda x: jnp.moveaxis(x, 0, -4), inputs)}
-        updates, memory = rule.update(gradients, state.optimizer, state.parameters, **given)
-        parameters = optax.apply_updates(state.parameters, updates)
+        updates, memory = rule.update(gradients, state.optimizer, state.params, **given)
+        params = optax.apply_updates(state.params, updates)
         finite = {
-            "parameters": _finite(state.parameters),
+            "parameters": _finite(state.params),
             "fast": jax.tree.map(jnp.all, fast_finite),
             "loss": jnp.isfinite(value),
             "gradients": _finite(gradients),
-            "updated": _finite(parameters),
+            "updated": _finite(params),
         }
         metrics = Metrics(
             loss=value,
@@ -111,21 +109,21 @@ def train_step(
             healthy=jnp.stack(jax.tree.leaves(finite)).all(),
             finite=finite,
         )
-        return TrainState(state.step + 1, parameters, memory, fast), metrics
+        return TrainState(state.step + 1, params, memory, fast), metrics
 
     return step
 
 
 def layer_inputs(
-    pairs: dict[str, Pair], parameters: PyTree, matrices: Callable[[PyTree], PyTree], share: Float[Array, "B T"]
+    pairs: dict[str, Pair], params: PyTree, matrices: Callable[[PyTree], PyTree], share: Float[Array, "B T"]
 ) -> dict[str, Array]:
     """Inputs (..., B, T, in) of the linear layers among some matrices, times the root of each slot's share in the mean.
 
     So sum x x^T over the slots is that of the targets, over their number times the slots'. Layers of a stack that are not
     linear, as those of a CMS that learns in context, have inputs of zeros, and so no error to descend but their gradient.
     """
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
-    chosen = jax.tree_util.tree_leaves_with_path(matrices(parameters), is_leaf=lambda x: isinstance(x, tuple))
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    chosen = jax.tree_util.tree_leaves_with_path(matrices(params), is_leaf=lambda x: isinstance(x, tuple))
     chosen, inputs = {path_name(path) for path, _ in chosen}, {}
     for key, pair in pairs.items():
         (path, run), x = layers(key), pair.inputs

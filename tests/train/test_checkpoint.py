@@ -14,8 +14,8 @@ from nested_jax.train.state import TrainState
 
 
 def state(step: int, width: int = 8, dtype=jnp.float32) -> TrainState:
-    parameters = {"a": jnp.arange(width, dtype=dtype) * step, "b": {"c": jnp.full((width, 3), 1.5 * step)}}
-    return TrainState(jnp.int32(step), parameters, (parameters, jnp.int32(step)), None)
+    params = {"a": jnp.arange(width, dtype=dtype) * step, "b": {"c": jnp.full((width, 3), 1.5 * step)}}
+    return TrainState(jnp.int32(step), params, (params, jnp.int32(step)), None)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_the_last_two_are_kept(saved):
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), restored, state(3)))
     assert jax.tree.structure(restored) == jax.tree.structure(state(3))
     assert progress == {"tokens": 30, "data": {"parents": [{"offset": 3}]}}
-    assert Checkpoints(saved).restore_parameters(shapes(0).parameters)["a"].tolist() == state(3).parameters["a"].tolist()
+    assert Checkpoints(saved).restore_parameters(shapes(0).params)["a"].tolist() == state(3).params["a"].tolist()
 
 
 @pytest.mark.parametrize("change", ["half", "none", "gone", "flipped"])
@@ -73,7 +73,7 @@ def test_an_empty_checkpoint_is_told(saved):
     [
         (shapes(0, width=4), r"parameters a is float32\[8\] there and float32\[4\] in this run"),
         (shapes(0, dtype=jnp.int32), r"parameters a is float32\[8\] there and int32\[8\] in this run"),
-        (shapes(0)._replace(parameters={"a": jnp.zeros(8)}), r"parameters b/c is float32\[8, 3\] there and absent"),
+        (shapes(0)._replace(params={"a": jnp.zeros(8)}), r"parameters b/c is float32\[8, 3\] there and absent"),
         (shapes(0)._replace(fast={"a": jnp.zeros(8)}), "fast a is absent there"),
     ],
 )

@@ -32,13 +32,13 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     size = 256 if bytes_only else 290
     model = small_model("tiny-hope", tie_embeddings=False, vocabulary=size)
     config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch_size=4, carry=carry)
-    parameters = states.init_params(model, 0)
-    parameters["head"] = jnp.zeros_like(parameters["head"])
+    params = states.init_params(model, 0)
+    params["head"] = jnp.zeros_like(params["head"])
     heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6)
     targets = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     expected = math.log2(size) * targets / sum(map(len, TEXTS))
     assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
-    assert heldout.bits_per_byte(parameters) == pytest.approx(expected, rel=1e-5)
+    assert heldout.bits_per_byte(params) == pytest.approx(expected, rel=1e-5)
 
 
 def test_carried_held_out_text_is_read_as_whole_documents():
@@ -46,16 +46,16 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     model, texts, tokenizer = small_model("tiny-hope"), TEXTS[-5:], ByteTokenizer()
     net, random = model, np.random.default_rng(0)
     noisy = lambda w: w + 0.3 * random.normal(size=w.shape).astype("f")
-    parameters = jax.tree.map(noisy, states.init_params(model, 0))
+    params = jax.tree.map(noisy, states.init_params(model, 0))
     ids = np.zeros((5, 2 + max(map(len, texts))), np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[1 : len(text) + 1] = list(text)
-    read = jax.jit(lambda tokens: apply(net, parameters, tokens, init_state(net, parameters, 5))[0])
+    read = jax.jit(lambda tokens: apply(net, params, tokens, init_state(net, params, 5))[0])
     nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
     whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
     carried, apart = (
         HeldOut(TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
-            parameters
+            params
         )
         for carry in (True, False)
     )
@@ -65,7 +65,7 @@ def test_carried_held_out_text_is_read_as_whole_documents():
 
 @pytest.mark.parametrize(("bits", "verdict"), [(3.3, ", below the bigram"), (3.4, ", not below the bigram")])
 def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_path, bits, verdict):
-    numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="")
+    numbers = dict(text_bytes=9, params=9, tokens=9, seconds=1.0, sample="")
     report.write(tmp_path, TrainConfig(), bits_per_byte=bits, entropies=NgramEntropies(4.5, 3.35), **numbers)
     assert verdict in (tmp_path / report.REPORT).read_text()
 

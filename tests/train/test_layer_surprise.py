@@ -34,14 +34,14 @@ def remembering(matrices):
 def test_an_optimizer_gets_the_inputs_of_its_matrices_at_the_targets(x64):
     """Their mean outer product over all slots is that of the slots that have a target, over the whole batch."""
     config, net, _ = make(model=TWO_LAYERS)
-    parameters, batch = to_float64(states.init_params(config.model, 0)), next(batches(config))
+    params, batch = to_float64(states.init_params(config.model, 0)), next(batches(config))
     batch = batch._replace(weights=batch.weights.astype(float))
-    state = states.init_train_state(config)._replace(parameters=parameters, optimizer=())
+    state = states.init_train_state(config)._replace(params=params, optimizer=())
     after, _ = jax.jit(train_step(net, remembering(MATRICES), accumulate=2))(state, batch)
     given = after.optimizer
     assert set(given) == {path for path in KERNELS if not path.endswith("project")} | {"blocks/mixer/project"}
-    loss = lambda parameters, batch: cross_entropy(net, parameters, None, batch)[0]
-    pairs = jax.jit(lambda p, b: local_surprise(loss, p, b))(parameters, batch)
+    loss = lambda params, batch: cross_entropy(net, params, None, batch)[0]
+    pairs = jax.jit(lambda p, b: local_surprise(loss, p, b))(params, batch)
     assert 0 < batch.weights.sum() < batch.weights.size
     for path, x in given.items():
         for layer in range(2):
@@ -69,21 +69,21 @@ def test_delta_gradient_descent_in_pieces_makes_the_same_update(x64, fields):
         state = states.init_train_state(config)
         state = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
         after, _ = jax.jit(step)(state, next(batches(config)))
-        moved.append(after.parameters["blocks"]["cms"])
+        moved.append(after.params["blocks"]["cms"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *moved)
 
 
 def test_the_summary_is_of_the_pairs_and_the_gradient():
     config, net, _ = make(model=TWO_LAYERS, carry=True)
-    (_, parameters, _, fast), batch = states.init_train_state(config), next(batches(config))
+    (_, params, _, fast), batch = states.init_train_state(config), next(batches(config))
     measure = jax.jit(layer_surprise(net))
-    numbers, carried = (measure(parameters, state, batch) for state in (None, jax.tree.map(lambda x: x[0], fast)))
+    numbers, carried = (measure(params, state, batch) for state in (None, jax.tree.map(lambda x: x[0], fast)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), numbers, carried)
     layers = {f"{path}[{i}]" for path in KERNELS for i in range(2)} | {"head"}
     assert set(numbers) == {f"{kind}/{layer}" for kind in ("inputs", "surprise", "share") for layer in layers}
-    loss = lambda parameters, batch: cross_entropy(net, parameters, None, batch)[0]
+    loss = lambda params, batch: cross_entropy(net, params, None, batch)[0]
     both = jax.jit(lambda *given: (local_surprise(loss, *given), jax.grad(loss)(*given)))
-    pairs, gradient = both(parameters, batch)
+    pairs, gradient = both(params, batch)
     total = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)) ** 0.5
     up = gradient["blocks"]["cms"]["level1"]["up"]
     for layer, pair, own in (

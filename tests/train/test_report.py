@@ -55,10 +55,10 @@ def test_a_run_folder_is_complete(small, quiet):
     updates = [row for row in rows(config) if "loss" in row]
     assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6]
     assert [row["learning_rate"] for row in updates] == [float(learning_rate(config)(n)) for n in range(6)]
-    drawn = sample(config.model, state.parameters, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
+    drawn = sample(config.model, state.params, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
     continuation = "".join(characters(ByteTokenizer(), drawn))
     text = (folder / "report.md").read_text()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = updates[-1]["tokens"]
     for part in (
         f"**{heldout[-1]['heldout_bits_per_byte']:.3f} bits per byte**",
@@ -93,9 +93,9 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
 
 def test_a_sample_is_a_continuation_of_its_prompt(finished):
     config, _ = finished(1)
-    saved, parameters, tokenizer, _ = trained.load_run(config.run_dir)
+    saved, params, tokenizer, _ = trained.load_run(config.run_dir)
     net = saved.model
-    draw = lambda prompt, n, **options: list(sample(net, parameters, tokenizer, prompt, tokens=n, **options))
+    draw = lambda prompt, n, **options: list(sample(net, params, tokenizer, prompt, tokens=n, **options))
     assert draw("", 6) == draw("", 6) != draw("", 6, seed=1)
 
 
@@ -104,12 +104,10 @@ def test_the_likeliest_continuation_is_that_of_one_reading():
     model, tokenizer = small_model("tiny-hope"), ByteTokenizer()
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, rate=3.0))
     net, random = model, np.random.default_rng(0)
-    parameters = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype("f"), init_params(model, 0))
-    greedy, again = (
-        list(sample(net, parameters, tokenizer, "it", tokens=40, temperature=0.0, seed=seed)) for seed in (0, 1)
-    )
+    params = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype("f"), init_params(model, 0))
+    greedy, again = (list(sample(net, params, tokenizer, "it", tokens=40, temperature=0.0, seed=seed)) for seed in (0, 1))
     assert greedy == again and len(greedy) == 40 and len(set(greedy)) > 10
-    read = jax.jit(lambda tokens: apply(net, parameters, tokens, init_state(net, parameters, 1))[0])
+    read = jax.jit(lambda tokens: apply(net, params, tokens, init_state(net, params, 1))[0])
     whole = read(np.array([[tokenizer.boundary, *b"it", *greedy]]))
     assert whole[0, 2:-1].argmax(axis=-1).tolist() == greedy
 
@@ -117,7 +115,7 @@ def test_the_likeliest_continuation_is_that_of_one_reading():
 def test_the_seed_decides_the_parameters_and_the_order_of_the_text(small):
     def begin(seed):
         config = small(seed=seed)
-        return init_train_state(config).parameters["embedding"], next(open_text(config, None).batches).tokens
+        return init_train_state(config).params["embedding"], next(open_text(config, None).batches).tokens
 
     for first, again, other in zip(*map(begin, (0, 0, 1)), strict=True):
         assert np.array_equal(first, again) and not np.array_equal(first, other)

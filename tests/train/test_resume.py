@@ -69,9 +69,9 @@ def test_a_signal_during_an_evaluation_postpones_it(small, finished, quiet, monk
     config = small()
     measure = evaluation.HeldOut.bits_per_byte
 
-    def signalled(self, parameters, stop):
+    def signalled(self, params, stop):
         os.kill(os.getpid(), signal.SIGTERM)
-        return measure(self, parameters, stop)
+        return measure(self, params, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.HeldOut, "bits_per_byte", signalled)

@@ -54,7 +54,7 @@ def test_the_loss_is_the_mean_over_targets(name):
     config, net, step = make(name)
     state, batch = states.init_train_state(config), next(batches(config))
     _, metrics = jax.jit(step)(state, batch)
-    total, _ = cross_entropy(net, state.parameters, None, batch)
+    total, _ = cross_entropy(net, state.params, None, batch)
     chex.assert_trees_all_close(metrics.loss, total / batch.weights.sum(), rtol=1e-6)
     assert metrics.loss.dtype == jnp.float32
     assert metrics.bits == pytest.approx(metrics.loss / math.log(2))
@@ -69,11 +69,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, name, carry):
     for accumulate in (1, 2, 4):
         config, net, _ = make(name, accumulate=accumulate, carry=carry)
         step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
-        parameters = to_float64(states.init_params(config.model, 0))
-        state = states.init_train_state(config)._replace(parameters=parameters, optimizer=optax.sgd(1.0).init(parameters))
+        params = to_float64(states.init_params(config.model, 0))
+        state = states.init_train_state(config)._replace(params=params, optimizer=optax.sgd(1.0).init(params))
         state = state._replace(fast=to_float64(state.fast))
         after, metrics = jax.jit(step)(state, next(batches(config)))
-        gradients.append((metrics.loss, jax.tree.map(jnp.subtract, parameters, after.parameters)))
+        gradients.append((metrics.loss, jax.tree.map(jnp.subtract, params, after.params)))
         if carry:
             assert jax.tree.leaves(after.fast)[0].shape[0] == accumulate
     for other in gradients[1:]:
@@ -106,7 +106,7 @@ def test_the_second_update_compiles_nothing_and_donates(name, fields):
     for batch in batches(config, 3):
         before = state
         state, _ = update(state, batch)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.parameters))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert update._cache_size() == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: states.init_train_state(config)))
 
@@ -131,8 +131,8 @@ def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(64, 16)))
     config, net, _ = make("tiny-hope", model=model, carry=True, batch_size=2)
     rest = optax.sgd(0.0)
-    parameters, state = to_float64(states.init_params(model, 0)), states.init_train_state(config)
-    state = state._replace(parameters=parameters, optimizer=rest.init(parameters), fast=to_float64(state.fast))
+    params, state = to_float64(states.init_params(model, 0)), states.init_train_state(config)
+    state = state._replace(params=params, optimizer=rest.init(params), fast=to_float64(state.fast))
     text = np.random.default_rng(0).integers(1, 256, (2, 129)).astype(np.int32)
     reset = np.zeros((2, 128), bool)
     reset[:, 0] = True
@@ -143,7 +143,7 @@ def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
         state, metrics = update(state, jax.tree.map(lambda x, start=start: x[:, start : start + 32], document))
         losses.append(metrics.loss)
         slowest.append(fast_weights(state.fast.learning.levels)[0].matrices["up"])
-    alone = lambda: apply(net, parameters, document.tokens, init_state(net, parameters, 2), reset=document.reset)
+    alone = lambda: apply(net, params, document.tokens, init_state(net, params, 2), reset=document.reset)
     logits, _ = jax.jit(alone)()
     each = optax.softmax_cross_entropy_with_integer_labels(logits, document.targets)
     np.testing.assert_allclose(losses, each.reshape(2, 4, 32).mean(axis=(0, 2)), rtol=1e-6)
@@ -179,12 +179,12 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
 def test_a_broken_parameter_is_named(name):
     config, _, step = make(name)
     state, update = states.init_train_state(config), jax.jit(step)
-    leaves = jax.tree_util.tree_leaves_with_path(state.parameters)
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
     for path, _ in leaves[:: max(1, len(leaves) // 3)]:
         broken = jax.tree_util.tree_map_with_path(
-            lambda p, x, path=path: x.at[(0,) * x.ndim].set(jnp.nan) if p == path else x, state.parameters
+            lambda p, x, path=path: x.at[(0,) * x.ndim].set(jnp.nan) if p == path else x, state.params
         )
-        _, metrics = update(state._replace(parameters=broken), next(batches(config)))
+        _, metrics = update(state._replace(params=broken), next(batches(config)))
         with pytest.raises(NonFinite) as error:
             assert_healthy(7, metrics, config.model)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -247,10 +247,10 @@ def test_a_carried_state_that_overflows_is_seen_at_once():
 
 
 def test_matrices_decay_and_nothing_else():
-    parameters = states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
+    params = states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("blocks/")
-        for path, value in jax.tree_util.tree_leaves_with_path(decayed(parameters))
+        for path, value in jax.tree_util.tree_leaves_with_path(decayed(params))
         if value
     }
     cms = {f"cms/level{level}/{part}" for level in (1, 2) for part in ("up", "down")}
@@ -286,7 +286,7 @@ def test_continuum_moves_the_slow_level_every_so_many_updates():
     state, update, moved = states.init_train_state(config), jax.jit(step), []
     for batch in batches(config, 6):
         after, _ = update(state, batch)
-        levels = [tree.parameters["blocks"]["cms"] for tree in (state, after)]
+        levels = [tree.params["blocks"]["cms"] for tree in (state, after)]
         moved.append([not jnp.array_equal(levels[0][name]["up"], levels[1][name]["up"]) for name in ("level1", "level2")])
         state = after
     assert moved == [[False, True], [False, True], [True, True]] * 2
@@ -296,17 +296,17 @@ def test_continuum_moves_the_slow_level_every_so_many_updates():
 def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
     """Three updates by large gradients, through the warm-up, against a chain written out."""
     config = TrainConfig(model=small_model("tiny-hope"), steps=9, warmup=2, learning_rate=0.1, weight_decay=0.3, clip=clip)
-    parameters = to_float64(states.init_params(config.model, 0))
+    params = to_float64(states.init_params(config.model, 0))
     adam = [optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.3, mask=decayed)]
     rates = (0.05, 0.075, 0.1)
     clipped = [optax.clip_by_global_norm(clip)] if clip else []
     own = optimizer(config)
     theirs = optax.chain(*clipped, *adam)
-    memory, other = own.init(parameters), theirs.init(parameters)
+    memory, other = own.init(params), theirs.init(params)
     for i, rate in enumerate(rates):
-        gradient = jax.tree.map(lambda w, i=i: jnp.cos(w + i), parameters)
-        got, memory = own.update(gradient, memory, parameters)
-        expected, other = theirs.update(gradient, other, parameters)
+        gradient = jax.tree.map(lambda w, i=i: jnp.cos(w + i), params)
+        got, memory = own.update(gradient, memory, params)
+        expected, other = theirs.update(gradient, other, params)
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 
 
@@ -325,7 +325,7 @@ def test_memory_is_that_of_boundary_states_and_layer_inputs(cms, windows):
     for window in windows:
         config, net, step = make("tiny-hope", model=model, window=window)
         state = jax.eval_shape(lambda config=config: states.init_train_state(config))
-        start = jax.eval_shape(lambda p, net=net: init_state(net, p, 4), state.parameters)
+        start = jax.eval_shape(lambda p, net=net: init_state(net, p, 4), state.params)
         kept = [start.mixers.memory.running, start.learning.levels if start.learning else ()]
         boundary = sum(leaf.size for leaf in jax.tree.leaves(kept)) * window // 32
         D, levels = model.width, model.cms.hidden

@@ -46,7 +46,7 @@ def trained(text):
         state, metrics = update(state, Batch(rows[:, :-1], rows[:, 1:], np.ones((4, 128), np.float32), reset))
         losses.append(float(metrics.loss))
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
-    return state.parameters
+    return state.params
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 64, 256])
