@@ -571,8 +571,9 @@ def test_equal_names_are_told_apart():
 def test_levels_of_layers_are_what_they_do(layer, seen):
     """Their periods are those at which their states are seen to change, token by token."""
     x = jax.random.normal(jax.random.key(0), (1, 12, 8))
-    weights = layer.init_weights(jax.random.key(1))
-    read, states = jax.jit(layer.__call__), [layer.init_state(weights, 1)._replace(position=jnp.int32(0))]
+    weights = jax.jit(layer.init_weights)(jax.random.key(1))
+    start = jax.jit(lambda: layer.init_state(weights, 1))()
+    read, states = jax.jit(layer.__call__), [start._replace(position=jnp.int32(0))]
     for t in range(12):
         states.append(read(weights, states[-1], x[:, t : t + 1])[0])
     for period, part in seen.items():
@@ -628,7 +629,8 @@ def test_models_alone():
     assert attention.frequency == math.inf and {c.frequency for c in frozen} == {0} and {c.level for c in frozen} == {2}
     assert any("frozen in context" in c.name for c in frozen)
     cms = CMSConfig(hidden=(5, 5, 5), periods=(8, 4), rule="momentum", variant="sequential", meta_gradient="first-order")
-    model = LanguageModel(dataclasses.replace(SMALL, mixer="titans", momentum=False, cms=cms), rngs=nnx.Rngs(0))
+    config = dataclasses.replace(SMALL, mixer="titans", momentum=False, cms=cms)
+    model = nnx.jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))()
     picture = describe(model)
     assert [(c.name, c.frequency) for c in picture.components if c.frequency] == [
         ("deep memory, 2 blocks", 1 / 4), ("trace (Trace) of CMS level3, 2 blocks", 1 / 4), ("CMS level3, 2 blocks", 1 / 4),

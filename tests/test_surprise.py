@@ -36,8 +36,9 @@ def outer(pair, stacked=0):
 
 def explains(loss, params, batch, *paths, transposed=(), apart=True):
     """Asserts that the pairs are of these paths, each of the gradient's matrix, and returns them."""
-    both = jax.jit(lambda *given: (surprise_and_grad(loss, *given), jax.value_and_grad(loss)(*given)))
-    (value, gradient, pairs), expected = both(params, batch)
+    alone = (lambda *given: local_surprise(loss, *given)) if apart else lambda *given: None  # without the gradient
+    both = lambda *given: (surprise_and_grad(loss, *given), jax.value_and_grad(loss)(*given), alone(*given))
+    (value, gradient, pairs), expected, same = jax.jit(both)(params, batch)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), (value, gradient), expected)
     gradients = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     for key, pair in pairs.items():
@@ -46,9 +47,8 @@ def explains(loss, params, batch, *paths, transposed=(), apart=True):
         got = outer(pair, leaf.ndim - 2)
         np.testing.assert_allclose(got, leaf.reshape(got.shape), rtol=1e-9, atol=1e-10, err_msg=key)
     assert set(pairs) == set(paths)
-    if apart:  # without the gradient
-        alone = jax.jit(partial(local_surprise, loss))(params, batch)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), alone, pairs)
+    if apart:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), same, pairs)
     return pairs
 
 
