@@ -181,7 +181,7 @@ class _Run:
             bits_per_byte=bits,
             entropies=heldout.entropies,
             text_bytes=heldout.text_bytes,
-            params=self.size,
+            parameters=self.size,
             tokens=self.tokens,
             seconds=self.seconds,
             sample="".join(characters(self.text.tokenizer, ids)),

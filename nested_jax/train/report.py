@@ -43,7 +43,7 @@ def write(
     bits_per_byte: float,
     entropies: NgramEntropies,
     text_bytes: int,
-    params: int,
+    parameters: int,
     tokens: int,
     seconds: float,
     sample: str,

@@ -58,7 +58,7 @@ def test_a_run_folder_is_complete(small, quiet):
     drawn = sample(config.model, state.params, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
     continuation = "".join(characters(ByteTokenizer(), drawn))
     text = (folder / "report.md").read_text()
-    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = updates[-1]["tokens"]
     for part in (
         f"**{heldout[-1]['heldout_bits_per_byte']:.3f} bits per byte**",
