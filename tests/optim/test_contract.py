@@ -33,15 +33,15 @@ RULES = {
     "continuum": functools.partial(optim.continuum, periods=2),
 }
 every_rule = pytest.mark.parametrize("name", RULES)
-VARIANTS = (
-    "delta momentum, preconditioned",
-    "deep momentum, l2",
-    "adam memory, sums",
-    "m3, sums",
-)  # of rules with another name
-variants_are_slow = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in RULES]
-)
+VARIANTS = ("delta momentum, preconditioned", "deep momentum, l2", "adam memory, sums", "m3, sums")  # of other rules
+
+
+def names(rules):
+    """A parametrisation by name, with variants among the slow tests."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VARIANTS)) for n in rules])
+
+
+variants_are_slow = names(RULES)
 PARAMS = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
 
