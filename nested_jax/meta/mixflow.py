@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from nested_jax.jaxpr.transparent import transparent
 from nested_jax.typing import Array
 
 
-def mixflow_grad(loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+def mixflow_grad(loss: Callable, argnums: SupportsIndex | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """`jax.grad` for inner loops: its own backward pass is forward-over-reverse and keeps only the arguments.
 
     With cotangent v of an outer reverse pass, one `jax.jvp` of the gradient computes

@@ -33,7 +33,7 @@ def check(rule: str, interval: Interval = ANY, **values: Any) -> None:
             raise UserError(f"{rule}: {name} {value!r} is no number: give one")
         if not np.all(np.isfinite(numbers)):
             raise UserError(f"{rule}: {name} {value} is not finite: give a finite number")
-        if not all(number in interval for number in numbers.ravel().tolist()):
+        if not all(float(number) in interval for number in numbers.flat):
             raise UserError(f"{rule}: {name} {value} is out of range: give a number {interval}")
 
 

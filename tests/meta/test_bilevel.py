@@ -34,14 +34,14 @@ def inner_loss(params, task):
     return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - target) ** 2)
 
 
-def plain(start, hyper, support, steps, name, held=0, first_order=False):
-    """A loop with `jax.grad`; of the first `held` steps only the start's identity has a derivative."""
+def plain(start, hyper, support, steps, name, constant=0, first_order=False):
+    """A loop with `jax.grad`; the first `constant` steps have the derivative of the identity."""
     params, state = start, RULES[name](hyper).init(start)
     stop = jax.lax.stop_gradient
     fixed, kept = (stop((start, hyper)), RULES[name](stop(hyper)).init(stop(start))), (params, state)
-    (params, hyper_), state = fixed if held else ((params, hyper), state)
+    (params, hyper_), state = fixed if constant else ((params, hyper), state)
     for t in range(steps):
-        if t == held and held:
+        if t == constant and constant:
             through = lambda a, b: b + (a - stop(a)) if jnp.issubdtype(b.dtype, jnp.inexact) else b
             params, state = jax.tree.map(through, kept, stop((params, state)))
             hyper_ = hyper
@@ -49,7 +49,7 @@ def plain(start, hyper, support, steps, name, held=0, first_order=False):
         gradient = stop(gradient) if first_order else gradient
         updates, state = RULES[name](hyper_).update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda a, b: stop(b) + a - stop(a), start, params) if held == steps else params
+    return jax.tree.map(lambda a, b: stop(b) + a - stop(a), start, params) if constant == steps else params
 
 
 def assert_close(got, expected, rtol=1e-10):
@@ -75,7 +75,7 @@ def test_maml_is_a_plain_loop(setting, name, options):
     steps, last = 5, options.get("truncate", 5)
     adapt = maml(inner_loss, RULES[name], steps, **options)
     by = lambda start, hyper: inner_loss(adapt(start, support, hyper), query)
-    loop = functools.partial(plain, steps=steps, name=name, held=steps - last, first_order="first_order" in options)
+    loop = functools.partial(plain, steps=steps, name=name, constant=steps - last, first_order="first_order" in options)
     expected = lambda start, hyper: inner_loss(loop(start, hyper, support), query)
     got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(start, hyper) for f in (by, expected))
     assert_close(got, want)
