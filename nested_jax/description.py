@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Rule = tuple[Callable, Callable]  # (init, update), as optax's transformations
+Transformation = tuple[Callable, Callable]  # (init, update), as optax's transformations
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class Description:
     context: str = ""
     knowledge: str = ""
     updates: float = 1
-    inner: tuple[Description | Rule, ...] = ()
+    inner: tuple[Description | Transformation, ...] = ()
     name: str = "memory"

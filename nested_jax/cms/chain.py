@@ -120,7 +120,7 @@ def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def _with_slope(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """The function, its derivative computed beside its value: the backward pass, which XLA's CPU would compute along a
+    """The function, its derivative computed with its value: the backward pass, which XLA's CPU would compute along a
     transposed operand, is then one product."""
 
     def jvp(primals, tangents):

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
@@ -19,6 +19,7 @@ _BOUNDARY = "<document>"
 _SPACE = "\u2581"  # SentencePiece's sign for a space; where the text contains it, it is encoded as bytes
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The interface of tokenizers.
 

@@ -321,7 +321,7 @@ def _decay_jvp(primals, tangents):
     return products, (products * tangents[0][..., None, :]) @ _shift_rows(products)
 
 
-def _solve(lower: Float[Array, "*batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
+def _solve(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse."""
     inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
     return jax.lax.custom_linear_solve(

@@ -2,7 +2,7 @@
 
     x = embedding of tokens        per block: x <- x + layer(norm x), x <- CMS(x)        logits = norm(x) head
 
-`module.LanguageModel` is the `flax.nnx` module that holds the weights for those who want one.
+`module.LanguageModel` is the `flax.nnx` module that holds the weights as attributes.
 """
 
 from __future__ import annotations
