@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rare import cases
 from tiny import config, differentiable, model, read, tokens, without_rates
 
 from nested_jax.cms import MATRICES, inner_rule
@@ -38,7 +39,10 @@ def by_reference(made, text):
     return reference.language_model(made.config, made.weights, rules, text)
 
 
-@pytest.mark.parametrize("case", CASES)
+DEFAULT = ("last block", "one of two levels", "nested", "first order", "self-modifying", "shared by the batch")
+
+
+@pytest.mark.parametrize("case", cases(CASES, DEFAULT))
 def test_equals_a_loop_of_gradients(x64, case):
     """Logits, which depend on every update before them."""
     made = model(config(**CASES[case]))
@@ -50,7 +54,9 @@ def test_equals_a_loop_of_gradients(x64, case):
     assert not np.allclose(fast, still)
 
 
-@pytest.mark.parametrize("case", ["last block", "nested", "first order", "two of three blocks"])
+@pytest.mark.parametrize(
+    "case", cases(["last block", "nested", "first order", "two of three blocks"], ["last block", "first order"])
+)
 def test_outer_gradient_equals_that_of_the_loop(x64, case):
     """For every weight: the starts of all levels, their rates, the sequence layers."""
     made = model(config(**CASES[case]))
@@ -76,7 +82,7 @@ def test_inner_gradients_of_the_full_meta_gradient_are_mixflows(x64, options, us
     assert ("mixflow_gradient" in program) == used
 
 
-@pytest.mark.parametrize("case", ["two levels", "nested", "independent", "self-modifying"])
+@pytest.mark.parametrize("case", cases(["two levels", "nested", "independent", "self-modifying"], ["two levels", "nested"]))
 def test_rates_of_zero_are_the_frozen_model(x64, case):
     """The same weights read by the same architecture with no period at all; levels of a nested CMS are then equal."""
     made = model(config(**CASES[case] | {"rate": 0.0}))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rare import cases
 from tiny import cms_forward as forward
 from tiny import config, differentiable, model, read, tokens
 
@@ -40,6 +41,15 @@ READERS = MODELS | {
     "omega in context": dict(mixer="omega", omega_window=3, blocks=1, **IN_CONTEXT),
 }
 SPLIT = READERS | {"shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT)}
+DEFAULT = (
+    "hope, last block",
+    "hope-attention",
+    "sliding-window",
+    "transformer",
+    "gated-delta",
+    "first order",
+    "shared by the batch",
+)
 LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
@@ -48,7 +58,7 @@ def tolerance(name):
     return LOOSE if name in ("hope-attention", "sliding-window", "transformer") else CLOSE
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", cases(SPLIT, DEFAULT))
 def test_any_split_is_one_call(x64, name):
     """Token by token with the position traced, in uneven pieces with it known, and promised to be aligned."""
     made, text = model(config(**SPLIT[name])), tokens(2, 26)
@@ -104,7 +114,7 @@ def test_a_frozen_model_is_its_equation(x64):
     np.testing.assert_allclose(read(made, text)[0], norm(x, weights["norm"]) @ out, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", cases(READERS, DEFAULT))
 def test_causal_and_rows_apart(x64, name):
     """Changing token t leaves logits before t as they are, CMS updates included, and does not touch another row."""
     made, text = model(config(**READERS[name])), tokens(2, 18)
@@ -120,7 +130,9 @@ def test_causal_and_rows_apart(x64, name):
     np.testing.assert_allclose(alone, whole[:1], **tolerance(name))
 
 
-@pytest.mark.parametrize("name", ["hope", "hope, last block", "hope-attention", "omega in context"])
+@pytest.mark.parametrize(
+    "name", cases(["hope", "hope, last block", "hope-attention", "omega in context"], ["hope, last block", "hope-attention"])
+)
 def test_a_reset_is_a_fresh_start(x64, name):
     """Of one row, on the grid of documents; the other row goes on."""
     made, text = model(config(**READERS[name])), tokens(2, 24)
@@ -136,7 +148,7 @@ def test_a_reset_is_a_fresh_start(x64, name):
         read(made, text, reset=np.arange(24)[None].repeat(2, 0) == 5)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "batch"])
+@pytest.mark.parametrize("scope", cases(["sequence", "batch"], ["sequence"]))
 def test_a_reset_is_seen_wherever_the_call_begins(x64, scope):
     """A promise of whole segments does not say where the slowest period ends: token 8 starts one inside the call."""
     made, text = model(config(scope=scope, **IN_CONTEXT)), tokens(2, 18)
