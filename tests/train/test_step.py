@@ -75,9 +75,7 @@ def test_the_loss_is_the_mean_over_targets(name):
     assert_healthy(1, metrics, config.model)
 
 
-@pytest.mark.parametrize(
-    "name, carry", [("tiny-hope", True), *(pytest.param(n, c, marks=pytest.mark.slow) for n, c in RARE)]
-)
+@pytest.mark.parametrize("run", cases(ACCUMULATED, ACCUMULATED[:1]))
 def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
     name, carry = run.split()[0], run.endswith("carry")
     gradients = []
