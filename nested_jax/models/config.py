@@ -100,7 +100,7 @@ class ModelConfig:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
         if self.projection_chunk is not None and self.projection_chunk % self.chunk:
             raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
-        if self.adapting > self.layers:
+        if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
 
 
