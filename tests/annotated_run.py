@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import install_import_hook
 
+if __name__ != "__main__":
+    raise ImportError("a script for a process of its own: its import hook would stay")
+
 with install_import_hook("nested_jax", "typecheck.typecheck"):
     import optax
     from flax import nnx

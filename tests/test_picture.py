@@ -27,7 +27,7 @@ from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig
 from nested_jax.cli import main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
-from nested_jax.memory.deep import view
+from nested_jax.memory.deep import boundary_weights
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
@@ -560,10 +560,10 @@ def test_equal_names_are_told_apart():
     ("layer", "seen"),
     [
         (LinearMemory(8, 2, chunk=4), {1: lambda memory: memory}),
-        (Titans(8, 2, 3, chunk=4), {4: view}),
+        (Titans(8, 2, 3, chunk=4), {4: boundary_weights}),
         pytest.param(
             SelfModifyingTitans(8, 2, 3, chunk=2, projection_chunk=6, momentum=False),
-            {2: lambda nested: view(nested.fast), 6: lambda nested: view(nested.slow)},
+            {2: lambda nested: boundary_weights(nested.fast), 6: lambda nested: boundary_weights(nested.slow)},
             marks=pytest.mark.slow,
         ),
     ],
@@ -573,9 +573,9 @@ def test_levels_of_layers_are_what_they_do(layer, seen):
     x = jax.random.normal(jax.random.key(0), (1, 12, 8))
     weights = jax.jit(layer.init_weights)(jax.random.key(1))
     start = jax.jit(lambda: layer.init_state(weights, 1))()
-    read, states = jax.jit(layer.__call__), [start._replace(position=jnp.int32(0))]
+    read, states = jax.jit(layer.__call__), [start]
     for t in range(12):
-        states.append(read(weights, states[-1], x[:, t : t + 1])[0])
+        states.append(read(weights, states[-1], x[:, t : t + 1], jnp.int32(t))[0])
     for period, part in seen.items():
         leaves = [jax.tree.leaves(part(state.memory)) for state in states]
         moved = [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(leaves)]
@@ -593,8 +593,8 @@ def test_attention_is_a_level():
     (level,) = layer.levels(weights, 2)
     x = jax.random.normal(jax.random.key(1), (2, 9, 8))
     _, y = jax.jit(lambda x: run(level, None, x))(x.swapaxes(0, 1))
-    _, whole = jax.jit(lambda x: layer(weights, layer.init_state(weights, 2), x))(x)
-    assert jnp.allclose(y[:, 0].swapaxes(0, 1), whole, atol=1e-5)
+    _, whole = jax.jit(lambda x: layer(weights, layer.init_state(weights, 2), x, 0))(x)
+    assert jnp.allclose(y.swapaxes(0, 1), whole, atol=1e-5)
     component, frozen = describe(layer).components
     assert component.frequency == math.inf and component.state_bytes == 2 * 5 * 8 * 4 + 4 + 4 + 4
     assert describe(Attention(8, 2)).components[0].state_bytes is None

@@ -41,7 +41,7 @@ READERS = MODELS | {
     "omega in context": dict(mixer="omega", omega_window=3, blocks=1, **IN_CONTEXT),
 }
 SPLIT = READERS | {"shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT)}
-DEFAULT = ("hope, last block", "hope-attention", "sliding-window", "transformer", "gated-delta", "shared by the batch")
+DEFAULT = ("hope, last block", "hope-attention", "sliding-window", "transformer", "gated-delta")
 LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 

@@ -323,9 +323,15 @@ def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 
 
+LONG = pytest.param(dict(periods=(128, 32), blocks=1), (512, 1024, 2048), marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("cms", "windows"),
-    [(dict(periods=(), blocks=None), (256, 512, 1024)), (dict(periods=(128, 32), blocks=1), (512, 1024, 2048))],
+    [
+        (dict(periods=(), blocks=None), (256, 512, 1024)),
+        LONG,
+    ],
     ids=["frozen", "in context"],
 )
 def test_memory_is_that_of_boundary_states_and_layer_inputs(cms, windows):
