@@ -522,7 +522,7 @@ def test_an_error_in_a_levels_own_code_is_not_hidden():
 
 @pytest.mark.parametrize("period", [0, -2, 1.5, True, "a"])
 def test_a_period_is_a_positive_whole_number(period):
-    with pytest.raises(UserError, match=f"^level 'odd': period {period!r} is no positive whole number.*: give 1 or more$"):
+    with pytest.raises(UserError, match=f"^level 'odd': period {period!r}: give a whole number of at least 1$"):
         Level(lambda slower: 0, lambda state, context, slower: (state, state), period, "odd")
 
 
