@@ -29,13 +29,13 @@ ACCUMULATED = ("tiny-hope carry", "tiny-hope", "tiny-transformer carry", "tiny-t
 
 
 @functools.cache
-def _started(config):
+def _started(config, x64):
     return jax.jit(lambda: states.init_train_state(config))()
 
 
 def start(config):
-    """The state before the first update, compiled once a config; a copy, which may be donated."""
-    return jax.tree.map(jnp.copy, _started(config))
+    """The state before the first update, compiled once a config and precision; a copy, which may be donated."""
+    return jax.tree.map(jnp.copy, _started(config, jax.config.jax_enable_x64))
 
 
 def make(name="tiny-transformer", **fields):
