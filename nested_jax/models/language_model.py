@@ -48,7 +48,7 @@ def init_weights(config: ModelConfig, key: Array) -> dict[str, Any]:
 
     >>> from nested_jax import preset
     >>> sorted(jax.eval_shape(lambda: init_weights(preset("tiny-hope"), jax.random.key(0))))
-    ['blocks', 'embedding', 'norm']
+    ['blocks', 'embedding', 'head', 'norm']
     """
     V, D = config.vocabulary, config.width
     embedding, blocks, out = jax.random.split(key, 3)

@@ -42,8 +42,8 @@ def test_a_training_step_of_tiny_hope():
     state = jax.eval_shape(lambda: init_train_state(config))
     row = jax.ShapeDtypeStruct((config.batch_size, config.window), jnp.int32)
     batch = Batch(row, row, row.update(dtype=jnp.float32), row.update(dtype=bool))
-    # Before the first batch the pipeline has asked for the alignment, and inner rules are made once for every config.
-    assert config.model.alignment == 256 and inner_rule(config.model.cms)
+    # Made once for every config, before its first batch: the alignment, how many blocks learn, the inner rule.
+    assert config.model.alignment == 256 and config.model.adapting == 1 and inner_rule(config.model.cms)
     files = calls_of(lambda: jax.make_jaxpr(step)(state, batch))
     way = list(dict.fromkeys(files))
     print(len(files), "calls:", *way)
