@@ -8,11 +8,15 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 
+import gc  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)  # tracing allocates many objects that stay: a tenth of the time
 
 
 @pytest.fixture

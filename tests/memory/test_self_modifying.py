@@ -30,13 +30,13 @@ def read(layer, weights, x, **keywords):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(chunk=1),
+        pytest.param(dict(chunk=1), marks=pytest.mark.slow),
         pytest.param(dict(chunk=1, momentum=False, rule=Rule(retention="zero")), marks=pytest.mark.slow),
         pytest.param(dict(chunk=4), marks=pytest.mark.slow),
         dict(chunk=4, projection_chunk=8),
         pytest.param(dict(chunk=1, projection_chunk=4, adaptive_query=True), marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), marks=pytest.mark.slow),
-        dict(chunk=4, rule=Rule(read="before")),
+        pytest.param(dict(chunk=4, rule=Rule(read="before")), marks=pytest.mark.slow),
         dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
     ],
     ids=str,

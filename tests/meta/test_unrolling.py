@@ -65,7 +65,7 @@ def marked(name, *slow):
     return pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
 
 
-@pytest.mark.parametrize("name", [marked(name, "deep momentum", "m3") for name in RULES])
+@pytest.mark.parametrize("name", [marked(name, "deep momentum", "m3", "adam") for name in RULES])
 def test_gradients_are_those_of_a_plain_scan(x64, name):
     """With respect to the start, the rate and every task, for every checkpoint, with either gradient inside."""
     expected = differentiated(name=name, loop=jax.lax.scan)(start(), 0.1, tasks())

@@ -41,11 +41,11 @@ DELTA = small_model("tiny-hope", mixer="delta", cms=ONE_LEVEL)
     "fields",
     [
         {},
-        IN_CONTEXT | {"model": DELTA, "accumulate": 2},
-        pytest.param({"carry": True, "accumulate": 2}, marks=pytest.mark.slow),
+        {"carry": True, "accumulate": 2},
+        pytest.param(IN_CONTEXT | {"model": DELTA, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(IN_CONTEXT | {"model": small_model("tiny-hope")}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "delta-cms-carry-accumulate", "carry-accumulate", "hope-carry"],
+    ids=["plain", "carry-accumulate", "delta-cms-carry-accumulate", "hope-carry"],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(small, finished, quiet, monkeypatch, fields):
     straight = quiet(small("straight", **fields))[0] if fields else finished(6, "straight")[1]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rare import cases
 from tiny_run import small_model
 
 from nested_jax.cms import fast_weights
@@ -50,7 +49,8 @@ def trained(text):
     return state.params
 
 
-@pytest.mark.parametrize("chunk", cases([1, 16, 64, 256], [256]))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
 def test_a_trained_model_stays_bounded(trained, text, chunk):
     """Over 20,480 tokens, with its own learning rates and with rates next to their maximum.
 
