@@ -65,7 +65,7 @@ def local_surprise(loss: Callable[[Any, Any], Any], model_or_params: Any, batch:
     `jit`, `lax.scan`, `jax.checkpoint` and `custom_jvp`. So norms, biases, convolutions and embeddings are none, nor is a
     kernel that is also an embedding, is in the loss's weight decay, or is changed before its use, as the fast weights of a
     CMS are. `while_loop`, `cond` and `custom_vjp` are not entered: a kernel used there is left out. A `custom_vjp`
-    whose body is `nested_jax.jaxpr.transparent`, as that of `mixflow_grad`, is entered.
+    whose outputs are `nested_jax.jaxpr.transparent`, as those of `mixflow_grad`, is entered.
 
     Args:
         loss: (model or parameters, batch) -> () or, with `has_aux`, ((), aux).

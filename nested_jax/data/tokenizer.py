@@ -98,7 +98,7 @@ class SentencePieceTokenizer:
         self._model = model
         self._pieces = pieces = sentencepiece.SentencePieceProcessor()
         pieces.load_from_serialized_proto(model)
-        self.vocabulary = pieces.vocab_size()
+        self.vocabulary = int(pieces.vocab_size())
         self.boundary = pieces.piece_to_id(_BOUNDARY)
         if not pieces.is_control(self.boundary):
             raise UserError(f"tokenizer without control symbol {_BOUNDARY}: make one with SentencePieceTokenizer.train")

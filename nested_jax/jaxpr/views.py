@@ -69,7 +69,7 @@ def follow(eqn: JaxprEqn, view: View) -> list[View] | None:
                 part = part and _cut(part, dim, start, stop, aval_of(eqn.invars[0]).shape[dim])
             return [part] if part else None
         case "split":
-            axis, stops = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
+            axis, stops = eqn.params["axis"], list(itertools.accumulate(map(int, eqn.params["sizes"])))
             return _all(_cut(view, axis, start, stop, stops[-1]) for start, stop in zip([0, *stops], stops, strict=False))
         case "unstack":
             axis, size = eqn.params["axis"], len(eqn.outvars)

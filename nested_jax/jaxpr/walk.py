@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.typing import ArrayLike
 
 from nested_jax.jaxpr.interpret import bind
 from nested_jax.jaxpr.product import Product, product_of
@@ -66,8 +67,8 @@ def find(closed: ClosedJaxpr, views: Sequence[View | None], wanted: Sequence[boo
 
 
 def evaluate(
-    found: Found, values: Sequence[Array], probes: Sequence[Array | None], insert: Callable[..., Array]
-) -> tuple[list[Array], list[Array | None]]:
+    found: Found, values: Sequence[ArrayLike], probes: Sequence[Array | None], insert: Callable[..., Array]
+) -> tuple[list[ArrayLike], list[ArrayLike | None]]:
     """The jaxpr's outputs, and x of every product that has a probe.
 
     Args:
@@ -179,7 +180,7 @@ def _inner_scan(eqn: JaxprEqn, given: list[View | None], flags: list[bool]) -> F
     return found
 
 
-def _evaluate_inner(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+def _evaluate_inner(eqn: JaxprEqn, found: Found, values: Sequence[ArrayLike], probes: Sequence, insert: Callable):
     name = eqn.primitive.name
     if name == "scan":
         return _evaluate_scan(eqn, found, values, probes, insert)
@@ -193,7 +194,7 @@ def _evaluate_inner(eqn: JaxprEqn, found: Found, values: list[Array], probes: li
     return run(values, probes)
 
 
-def _evaluate_scan(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+def _evaluate_scan(eqn: JaxprEqn, found: Found, values: Sequence[ArrayLike], probes: Sequence, insert: Callable):
     constants, carries = scan_counts(eqn)
 
     def body(carry, slices):
@@ -206,7 +207,7 @@ def _evaluate_scan(eqn: JaxprEqn, found: Found, values: list[Array], probes: lis
     return [*carry, *outputs], inputs
 
 
-def _evaluate_rule(eqn: JaxprEqn, found: Found, values: list[Array], probes: list, insert: Callable):
+def _evaluate_rule(eqn: JaxprEqn, found: Found, values: Sequence[ArrayLike], probes: Sequence, insert: Callable):
     """A function with a rule of its own: a probe's tangent is added to the product with the parameter's tangent."""
     number, zeros = len(eqn.outvars), lambda tree: jax.tree.map(jnp.zeros_like, tree)
     xs = lambda values, probes: evaluate(found, [*values, *zeros(values)], zeros(probes), jnp.add)[1]

@@ -78,9 +78,8 @@ def _gradient(loss: Callable, argnums: int | Sequence[int], has_aux: bool) -> Ca
     """`mixflow_grad` of a loss that closes over no traced values."""
 
     @jax.custom_vjp
-    @transparent
     def mixflow_gradient(*arguments):
-        return jax.grad(loss, argnums, has_aux)(*arguments)
+        return transparent(jax.grad(loss, argnums, has_aux)(*arguments))
 
     def forward(*arguments):
         return jax.grad(loss, argnums, has_aux)(*arguments), arguments

@@ -54,10 +54,10 @@ def test_what_cannot_be_is_refused():
 
 def test_ojas_rule_descends_on_its_objective(x64):
     """One token of the layer's recurrence, of M^T, is one step of gradient descent."""
-    memory, key, value = rng.normal(size=(4, 3)), rng.normal(size=3), rng.normal(size=4)
+    memory, key, value = (jnp.asarray(rng.normal(size=size)) for size in ((4, 3), 3, 4))
     gates = LinearMemory(8, 2, "oja").gates(jnp.full(1, 0.3), jnp.ones(1))
-    state, _ = chunked(MemoryState(jnp.asarray(memory.T)), value[None], -key[None], gates, None)
-    expected = memory - 0.3 * jax.grad(objective.oja)(jnp.asarray(memory), key, value)
+    state, _ = chunked(MemoryState(memory.T), value[None], -key[None], gates, None)
+    expected = memory - 0.3 * jax.grad(objective.oja)(memory, key, value)
     np.testing.assert_allclose(state.weights.T, expected, rtol=1e-12)
 
 
