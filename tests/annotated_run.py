@@ -23,6 +23,7 @@ with install_import_hook("nested_jax", "typecheck.typecheck"):
     from nested_jax.train.step import train_step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+TOKENS = jnp.zeros((2, 19), int)
 
 
 def small(name):
@@ -32,13 +33,17 @@ def small(name):
     return dataclasses.replace(model, width=16, layers=2, heads=2, chunk=8, memory_hidden=4, cms=cms)
 
 
-def read(config, weights, reset):
-    """Whole chunks and a rest from a fresh state, a piece off the grid, and a token at a traced position."""
-    tokens = jnp.zeros((2, 19), int)
-    logits, state = apply(config, weights, tokens, init_state(config, weights, 2, max_length=64), reset=reset)
-    _, state = apply(config, weights, tokens[:, :3], state)
-    _, state = apply(config, weights, tokens[:, :1], jax.tree.map(jnp.asarray, state))
+def read(config, weights, reset=None):
+    """Whole chunks and a rest, from a fresh state."""
+    logits, state = apply(config, weights, TOKENS, init_state(config, weights, 2, max_length=64), reset=reset)
     return logits.mean(), state
+
+
+def read_in_pieces(config, weights):
+    """The same, then a piece off the grid, and a token at a traced position."""
+    _, state = read(config, weights)
+    _, state = apply(config, weights, TOKENS[:, :3], state)
+    return apply(config, weights, TOKENS[:, :1], jax.tree.map(jnp.asarray, state))
 
 
 def trace_model(name):
@@ -47,7 +52,7 @@ def trace_model(name):
     reset = jnp.zeros((2, 19), bool)
     jax.eval_shape(jax.grad(lambda weights: read(config, weights, reset), has_aux=True), weights)
     config = dataclasses.replace(config, dtype="bfloat16")
-    jax.eval_shape(lambda weights: read(config, weights, None), weights)
+    jax.eval_shape(lambda weights: read_in_pieces(config, weights), weights)
 
 
 def trace_step(name, rule):

@@ -50,9 +50,9 @@ def test_a_window_of_one_token_is_the_recurrence_of_all_memories(x64, layer, bia
         cut = lambda part, start=start: part[:, :, start : start + C]
         errors = bias.error(cut(k) @ memory.weights.swapaxes(-1, -2), l2norm(cut(v)))
         write = 2 / (C + 1) * cut(rate)
-        memory, y = chunked(memory, cut(k), errors, Gates(write, 0 * write, cut(retain)), cut(q))
+        memory, y = jax.jit(chunked)(memory, cut(k), errors, Gates(write, 0 * write, cut(retain)), cut(q))
         outputs.append(y.swapaxes(1, 2))
-    state, y = layer(weights, layer.init_state(weights, 1), x, 0)
+    state, y = jax.jit(lambda: layer(weights, layer.init_state(weights, 1), x, 0))()
     np.testing.assert_allclose(y, project_out(weights, jnp.concatenate(outputs, 1), x.dtype), rtol=1e-10)
     np.testing.assert_allclose(state.memory.weights, memory.weights, rtol=1e-10)
 
@@ -62,11 +62,12 @@ def test_what_an_empty_slot_holds_does_not_matter(x64, window):
     """State and reads are those of the chunk without it."""
     layer = OmegaMemory(D, H, "l2", window, chunk=C)
     weights = weights_of(layer, 0.5)
-    state, _ = layer(weights, layer.init_state(weights, 1), inputs(6), 0)
+    state, _ = jax.jit(lambda: layer(weights, layer.init_state(weights, 1), inputs(6), 0))()
     tokens = projected(layer, weights, inputs(C), state.recent)
     full = jnp.array([False, False, True, False])  # the memory has read 2 tokens of a chunk
-    after, y = layer.learn(state.memory, Chunk(tokens, full, None))
-    expected, alone = layer.learn(state.memory, Chunk([part[:, :, 2:3] for part in tokens], None, None))
+    learn = jax.jit(layer.learn)
+    after, y = learn(state.memory, Chunk(tokens, full, None))
+    expected, alone = learn(state.memory, Chunk([part[:, :, 2:3] for part in tokens], None, None))
     close = lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-15)
     jax.tree.map(close, (expected, alone), (after, y[:, :, 2:3]))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rare import cases
 
 from nested_jax import Level, optim, run
 from nested_jax.errors import UserError
@@ -61,11 +62,7 @@ def assert_close(got, expected, rtol=1e-10):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12), got, expected)
 
 
-def marked(name, *slow):
-    return pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
-
-
-@pytest.mark.parametrize("name", [marked(name, "deep momentum", "m3", "adam") for name in RULES])
+@pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {"deep momentum", "m3", "adam"}))
 def test_gradients_are_those_of_a_plain_scan(x64, name):
     """With respect to the start, the rate and every task, for every checkpoint, with either gradient inside."""
     expected = differentiated(name=name, loop=jax.lax.scan)(start(), 0.1, tasks())

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rare import cases
 from rule_runs import last, trajectory
 
 from nested_jax import optim
@@ -36,12 +37,8 @@ every_rule = pytest.mark.parametrize("name", RULES)
 VARIANTS = ("delta momentum, preconditioned", "deep momentum, l2", "adam memory, sums", "m3, sums")  # of other rules
 
 
-def names(rules):
-    """A parametrisation by name, with variants among the slow tests."""
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VARIANTS)) for n in rules])
-
-
-variants_are_slow = names(RULES)
+ALIKE = ("adam memory", "adagrad memory", "preconditioned momentum", "feature momentum", "delta momentum")  # their state
+variants_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - set(VARIANTS)))
 PARAMS = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
 
@@ -101,7 +98,7 @@ def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
 
 
-@variants_are_slow
+@pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE}))
 def test_composes_with_optax(x64, name):
     """In a chain with clipping and weight decay, partitioned, masked, accumulated, with a schedule, with injected rates."""
     params, gradients = tree(0, jnp.float64), [tree(i, jnp.float64) for i in range(1, 5)]

@@ -146,7 +146,7 @@ def test_carried_state_is_used_until_a_reset():
 
 def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
     """Four windows of a document, the parameters at rest, are one reading of it; a level of two windows' period steps."""
-    model = small_model("tiny-hope")
+    model = small_model("tiny-hope", mixer="gated-delta")
     model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(64, 16)))
     config, net, _ = make("tiny-hope", model=model, carry=True, batch_size=2)
     rest = optax.sgd(0.0)
@@ -252,7 +252,7 @@ def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
 
 
 def test_a_carried_state_that_overflows_is_seen_at_once():
-    config, _, _ = make("tiny-hope", carry=True)
+    config, _, _ = make("tiny-titans", carry=True)
     state, update = start(config), updating(config)
     path = jax.tree_util.tree_leaves_with_path(state.fast)
     i = next(i for i, (_, x) in enumerate(path) if jnp.issubdtype(x.dtype, jnp.floating))
@@ -302,7 +302,7 @@ def test_muons_matrices_are_those_of_blocks():
 
 
 def test_continuum_moves_the_slow_level_every_so_many_updates():
-    hope = small_model("tiny-hope")
+    hope = small_model("tiny-hope", mixer="attention")
     frozen = dataclasses.replace(hope, cms=dataclasses.replace(hope.cms, periods=(), blocks=None))
     config, _, step = make("tiny-hope", model=frozen, optimizer="continuum", slow_period=3)
     state, update, moved = start(config), jax.jit(step), []
@@ -332,13 +332,14 @@ def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 
 
+FROZEN = pytest.param(dict(periods=(), blocks=None), (256, 512, 1024), marks=pytest.mark.slow)
 LONG = pytest.param(dict(periods=(128, 32), blocks=1), (512, 1024, 2048), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("cms", "windows"),
     [
-        (dict(periods=(), blocks=None), (256, 512, 1024)),
+        FROZEN,
         LONG,
     ],
     ids=["frozen", "in context"],
