@@ -39,7 +39,7 @@ class Level:
             be given less than a period at a time. Without it, a context cut short leaves the state as it was
             (NL Eq. 71: unchanged unless the period divides the count) and only what `step` emits is used.
         restart: (state, slower) -> state, what `nest(..., reset=True)` does to this level; the default is `init(slower)`.
-        description: what it says of itself.
+        description: its objective, rule and context flow, for `nested_jax.describe`.
         parts: of a nest, its fast and its slow level, and whether the slow one resets the fast one.
     """
 
@@ -119,7 +119,7 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
         slow_state = _restart(slow, state.slow, slower)
         return Nested(slow_state, _restart(fast, state.fast, (slow_state, *slower)) if reset else state.fast)
 
-    # `due` of a nest whose slow level does not count is never asked for: a period cut short cannot have ended.
+    # `due` of a nest whose slow level does not count is never evaluated: a period cut short cannot have ended.
     slow_due = slow.due
     due = (lambda state: slow_due(state.slow)) if slow_due else (lambda state: jnp.asarray(False))
     name = f"{fast.name} in {slow.name}"
@@ -182,5 +182,5 @@ def _restart(level: Level, state: PyTree, slower: Slower) -> PyTree:
 
 
 def _where(due: Array, fresh: PyTree, state: PyTree) -> PyTree:
-    """`fresh` where due; a `due` with axes (one flag a sequence) speaks for the leading axes of every leaf."""
+    """`fresh` where due; a `due` with axes (one flag a sequence) is of the leading axes of every leaf."""
     return jax.tree.map(lambda a, b: jnp.where(due.reshape(due.shape + (1,) * (b.ndim - due.ndim)), a, b), fresh, state)

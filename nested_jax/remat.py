@@ -59,7 +59,7 @@ def _scan_segments(step, counts: tuple[int, ...], offload: bool, state: PyTree, 
     inner = partial(_scan_segments, step, counts[1:], offload)
     inner = _offloaded(inner, len(counts)) if offload else jax.checkpoint(inner, prevent_cse=False)
     pieces, begin = [], 0
-    for count, steps in ((rest, size + 1), (segments - rest, size)):  # as many as asked for, as equal as can be
+    for count, steps in ((rest, size + 1), (segments - rest, size)):  # the given number of segments, of nearly equal lengths
         end = begin + count * steps
         if count:
             part = jax.tree.map(lambda x: x[begin:end].reshape(count, steps, *x.shape[1:]), xs)  # noqa: B023

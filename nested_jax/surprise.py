@@ -138,7 +138,7 @@ def surprise_and_grad(loss: Callable, model_or_params: Any, batch: Any, *, has_a
 
 
 def layers(key: str) -> tuple[str, slice]:
-    """The path in a key of `local_surprise`, and which layers of the stack it speaks of: all, but for a key "path[0:3]".
+    """The path in a key of `local_surprise`, and which layers of the stack it covers: all, but for a key "path[0:3]".
 
     >>> layers("blocks/up[0:3]"), layers("blocks/out[0]")
     (('blocks/up', slice(0, 3, None)), ('blocks/out[0]', slice(None, None, None)))

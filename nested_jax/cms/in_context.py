@@ -211,7 +211,7 @@ def with_segment(state: Nested | SegmentState, segment: SegmentState) -> Nested 
 def restart(
     config: CMSConfig, rows: Bool[Array, " B"], fresh: Nested | SegmentState, state: Nested | SegmentState
 ) -> Nested | SegmentState:
-    """The CMS levels started anew in some rows of the batch; the sequence layers restart themselves."""
+    """The CMS levels at their starts in some rows of the batch; the sequence layers restart themselves."""
     if not isinstance(state, Nested) or not isinstance(fresh, Nested):
         return state
 

@@ -213,6 +213,6 @@ class Reader:
         return restart(self.config, rows, self.level.init(()), levels)
 
     def _restarting(self) -> Level:
-        """The nest, its CMS levels started anew where a context begins with the start of a document."""
+        """The nest, its CMS levels restarted where a context begins with the start of a document."""
         step = lambda levels, context, slower: self.level.step(self._restart(context.reset[0], levels), context, slower)
         return dataclasses.replace(self.level, step=step)

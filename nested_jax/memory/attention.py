@@ -23,7 +23,7 @@ from nested_jax.level import Level
 from nested_jax.numerics import upcast
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
-BLOCK = 128  # queries whose scores are held at once: few enough to stay in a processor's cache
+BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
 
 
 class AttentionState(NamedTuple):

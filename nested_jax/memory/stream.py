@@ -190,7 +190,7 @@ def _from_chunks(y: Float[Array, "... B H C V"]) -> Float[Array, "B T H V"]:
 
 
 def _restarting(level: Level, reset: Array | None, form: Callable = lambda state: state) -> Level:
-    """The level, started anew in the rows in which a context's first token starts a document."""
+    """The level, restarted in the rows in which a context's first token starts a document."""
     if reset is None:
         return level
     fresh = form(level.init(()))

@@ -52,7 +52,7 @@ class ModelConfig:
     retention: Literal["zero", "initial"] = "initial"
     """Where a deep memory's content decays to: nothing, or its learned start."""
     window: Count = 256
-    """Tokens that sliding-window attention looks back on."""
+    """Tokens that sliding-window attention sees, the query's own included."""
     omega_window: Count = 16
     """Tokens that every update of an omega memory learns from."""
     omega_features: Literal["identity", "polynomial"] = "polynomial"
