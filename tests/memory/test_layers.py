@@ -40,7 +40,7 @@ REFERENCES = {
     OmegaMemory: reference.omega_memory,
     Titans: reference.titans,
 }  # self-modifying Titans': test_self_modifying.py
-RARE = ("lp-4", "lp-1.5-1", "omega-2-7", "titans-1", "delta")
+RARE = ("lp-4", "lp-1.5-1", "omega-2-7", "titans-1", "delta", "self-modifying-4")
 every_layer = pytest.mark.parametrize("name", cases(LAYERS, LAYERS.keys() - set(RARE)))
 
 

@@ -51,7 +51,7 @@ def by_reference(made, text):
     return reference.language_model(made.config, made.weights, rules, text)
 
 
-DEFAULT = ("last block", "nested", "shared by the batch")
+DEFAULT = ("last block", "nested, with momentum", "shared by the batch")
 
 
 @pytest.mark.parametrize("case", cases(CASES, DEFAULT))

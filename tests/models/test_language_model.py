@@ -145,7 +145,8 @@ def test_a_reset_is_a_fresh_start(x64, name):
         read(made, text, reset=np.arange(24)[None].repeat(2, 0) == 5)
 
 
-@pytest.mark.parametrize("scope", cases(["sequence", "batch"], ["sequence"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
 def test_a_reset_is_seen_wherever_the_call_begins(x64, scope):
     """A promise of whole segments does not say where the slowest period ends: token 8 starts one inside the call."""
     made, text = model(config(scope=scope, **IN_CONTEXT)), tokens(2, 18)

@@ -39,6 +39,7 @@ VARIANTS = ("delta momentum, preconditioned", "deep momentum, l2", "adam memory,
 
 ALIKE = ("adam memory", "adagrad memory", "preconditioned momentum", "feature momentum", "delta momentum")  # their state
 variants_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - set(VARIANTS)))
+alike_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE}))
 PARAMS = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
 
@@ -98,7 +99,7 @@ def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE}))
+@alike_are_slow
 def test_composes_with_optax(x64, name):
     """In a chain with clipping and weight decay, partitioned, masked, accumulated, with a schedule, with injected rates."""
     params, gradients = tree(0, jnp.float64), [tree(i, jnp.float64) for i in range(1, 5)]
@@ -268,7 +269,7 @@ def test_meta_gradients(x64, name):
         np.testing.assert_allclose(slope, (value(step) - value(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
 
 
-@variants_are_slow
+@alike_are_slow
 def test_meta_gradients_at_tiny_gradients(name):
     """In float32, with respect to gradients and their scale, both of which scale the parameters: against float64.
 

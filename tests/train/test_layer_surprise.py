@@ -110,6 +110,7 @@ def test_the_most_surprised_layers_come_first():
     assert section({"heldout_bits_per_byte": 3.0}) == ""
 
 
+@pytest.mark.slow
 def test_showing_surprise_changes_nothing_else(small, quiet):
     """The same state to the bit and the same rows, but for the numbers; the table and the section; stopped and resumed."""
     plain, shown = small("plain", model=TWO_LAYERS), small("shown", model=TWO_LAYERS, show_surprise=True)

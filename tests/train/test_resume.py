@@ -41,7 +41,7 @@ DELTA = small_model("tiny-hope", mixer="delta", cms=ONE_LEVEL)
     "fields",
     [
         {},
-        {"carry": True, "accumulate": 2},
+        pytest.param({"carry": True, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(IN_CONTEXT | {"model": DELTA, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(IN_CONTEXT | {"model": small_model("tiny-hope")}, marks=pytest.mark.slow),
     ],
