@@ -141,6 +141,19 @@ def test_reset_starts_a_document(x64, name):
     assert jnp.max(jnp.abs(y - without)[1, BOUNDARY]) > 1e-3
 
 
+@pytest.mark.parametrize("name", cases(LAYERS, ["gated-delta", "self-modifying-4-8"]))
+def test_reset_inside_a_piece_off_the_grid(x64, name):
+    """Three tokens, then the rest with its position traced: a document starts in it, on the grid, in one row."""
+    layer = LAYERS[name]
+    weights, x = random_weights(layer), inputs()
+    reset = jnp.zeros((2, T), bool).at[1, BOUNDARY].set(True)
+    state, y = whole(layer)(weights, x, reset)
+    begun, _ = whole(layer)(weights, x[:, :3])
+    after, rest = jitted(layer)(weights, begun, x[:, 3:], jnp.int32(3), reset=reset[:, 3:])
+    assert_close(rest, y[:, 3:])
+    jax.tree.map(assert_close, after, state)
+
+
 @every_layer
 def test_gradients_from_initial_weights(x64, name):
     """Every learned leaf gets one, every memory's start too; they are finite where the input is zero."""
