@@ -247,7 +247,8 @@ def assert_bounded(layer, biases):
             assert jnp.max(jnp.abs(weights_now)) < 10
 
 
-@pytest.mark.parametrize("chunk", cases([1, 16, 64, 256], [16]))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 16, 64, 256])
 def test_self_modification_stays_bounded(chunk):
     """As the gates start, with learning rates next to their maximum, and with momentum decays of 0.998 as well."""
     biases = {"rate_bias": jnp.array([[0.0], [12.0], [12.0]]), "momentum_bias": jnp.array([[0.0], [0.0], [6.0]])}

@@ -169,7 +169,7 @@ def test_mixflow_differentiates_what_its_loss_closes_over(x64):
         ("momentum", mixflow_grad),
         ("adam", jax.grad),
         ("adam", mixflow_grad),
-        ("m3", mixflow_grad),
+        pytest.param("m3", mixflow_grad, marks=pytest.mark.slow),
         pytest.param("deep momentum", jax.grad, marks=pytest.mark.slow),
         pytest.param("deep momentum", mixflow_grad, marks=pytest.mark.slow),
         pytest.param("m3", jax.grad, marks=pytest.mark.slow),

@@ -301,6 +301,7 @@ def test_muons_matrices_are_those_of_blocks():
     assert chosen == cms | {"blocks/mixer/query", "blocks/mixer/out"}
 
 
+@pytest.mark.slow
 def test_continuum_moves_the_slow_level_every_so_many_updates():
     hope = small_model("tiny-hope", mixer="attention")
     frozen = dataclasses.replace(hope, cms=dataclasses.replace(hope.cms, periods=(), blocks=None))
