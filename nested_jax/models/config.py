@@ -142,7 +142,7 @@ def preset(name: str) -> ModelConfig:
     (256, 64)
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 3, 0.3)
+        near = difflib.get_close_matches(str(name), PRESETS, 3, 0.3)
         raise UserError(f"preset {name!r} is unknown: give SIZE-FAMILY, such as {' or '.join(near) or 'tiny-hope'}")
     size, family = name.split("-", 1)
     sizes = _SIZES[size]

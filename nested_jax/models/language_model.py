@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -76,12 +77,19 @@ def init_state(
     Returns:
         `ModelState`, leaves (L, B, ...), at position 0.
 
+    Raises:
+        UserError: batch_size or max_length is no whole number from 1; weights of another number of layers.
+
     >>> from nested_jax import preset
     >>> config = preset("tiny-titans")
     >>> state = init_state(config, init_weights(config, jax.random.key(0)), batch_size=2)
     >>> int(state.position)
     0
     """
+    _check_count("batch_size", batch_size)
+    if max_length is not None:
+        _check_count("max_length", max_length)
+    _check_weights(config, weights)
     whole = min(config.layers - config.adapting + 1, config.layers)
     mixers = init_mixers(config, _cut(weights["blocks"], slice(whole)), batch_size, max_length)
     learning = None
@@ -116,7 +124,8 @@ def apply(
         (logits, float32 or float64, state).
 
     Raises:
-        UserError: tokens out of range (NaN logits under `jit`); tokens, reset and state of shapes that do not fit.
+        UserError: tokens out of range (NaN logits under `jit`); tokens, reset, weights and state that do not fit one another
+            or the config; a multiple below 1.
 
     Source: NL Eq. 94-97.
 
@@ -127,6 +136,9 @@ def apply(
     >>> logits.shape, int(state.position)
     ((2, 8, 256), 8)
     """
+    _check_count("multiple", multiple)
+    _check_weights(config, weights)
+    _check_state(config, state)
     ids = _check_tokens(config, tokens, reset, state)
     position = state.position if isinstance(state.position, Tracer) else np.int32(state.position)
     starts = _check_alignment(config, reset, position)
@@ -249,12 +261,32 @@ def _unbounded(learning: InContext) -> InContext:
     return learning._replace(levels=with_segment(learning.levels, inner))
 
 
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise UserError(f"{name} {value!r}: give a whole number of at least 1")
+
+
+def _check_weights(config: ModelConfig, weights: PyTree) -> None:
+    if (layers := weights["blocks"]["norm"].shape[0]) != config.layers:
+        raise UserError(f"weights have {layers} layers, the config {config.layers}: give those of its init_weights")
+
+
+def _check_state(config: ModelConfig, state: ModelState) -> None:
+    attends = isinstance(state, ModelState) and isinstance(state.mixers, AttentionState)
+    if not isinstance(state, ModelState) or attends != config.attends or (state.learning is None) == bool(config.adapting):
+        raise UserError("the state is of another config: give init_state(config, ...), or the state of the call before")
+
+
 def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[Array, "B T"]:
     tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"tokens {tokens.dtype}{list(tokens.shape)}: give integers of shape (B, T), at least one")
-    if reset is not None and np.shape(reset) != tokens.shape:
-        raise UserError(f"reset has shape {list(np.shape(reset))}: give one of the tokens' shape {list(tokens.shape)}")
+    if reset is not None:
+        reset = reset if hasattr(reset, "dtype") else np.asarray(reset)
+        if not jnp.issubdtype(reset.dtype, jnp.bool_):
+            raise UserError(f"reset is of type {reset.dtype}: give bools")
+        if reset.shape != tokens.shape:
+            raise UserError(f"reset has shape {list(reset.shape)}: give one of the tokens' shape {list(tokens.shape)}")
     rows = jax.tree.leaves(state.mixers)[0].shape[1]
     if rows != len(tokens):
         raise UserError(f"tokens have {len(tokens)} rows, the state {rows}: give init_state(batch_size={len(tokens)})")

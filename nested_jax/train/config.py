@@ -91,6 +91,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, flag)
+        preset(self.preset)
         if self.batch_size % self.accumulate:
             sizes = f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
             raise UserError(f"{sizes}: change one")

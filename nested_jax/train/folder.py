@@ -52,7 +52,8 @@ def write_config(folder: Path, config: TrainConfig, text: str) -> None:
         text: the fingerprint of its documents.
     """
     part = folder / f"{_CONFIG}.part"
-    part.write_text(json.dumps({"train": config.to_json(), "text": text}, indent=2) + "\n")
+    values = {"train": config.to_json(), "text": text}
+    part.write_text(json.dumps(values, indent=2, default=lambda number: number.item()) + "\n")
     part.rename(folder / _CONFIG)
 
 

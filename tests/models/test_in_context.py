@@ -114,7 +114,7 @@ def test_rates_of_zero_are_the_frozen_model(x64, case):
     np.testing.assert_allclose(fast, jax.jit(lambda: read(nnx.merge(frozen_net, frozen), text, 40)[0])(), rtol=1e-11)
 
 
-def test_starts_and_rates_learn_and_finite_at_zero_gradient(x64):
+def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64):
     """With adam inside, and a zero inner gradient (the head is zero), outer gradients are finite."""
     made = model(config(periods=(8, 4), blocks=1, rule="adam", tie_embeddings=False))
     text, (net, weights) = tokens(1, 20), differentiable(made)

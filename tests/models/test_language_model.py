@@ -19,6 +19,7 @@ from nested_jax.errors import UserError
 from nested_jax.memory import linear, reference
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.block import sequence_layer
+from nested_jax.models.language_model import init_state
 
 IN_CONTEXT = dict(periods=(8, 4))
 MODELS = {
@@ -125,6 +126,11 @@ def test_causal_and_rows_apart(x64, name):
     np.testing.assert_allclose(alone, whole[:1], **tolerance(name))
 
 
+FITTING = {
+    "frozen": dict(mixer="delta"),
+    "learning": dict(mixer="delta", blocks=1, **IN_CONTEXT),
+    "attention": dict(mixer="attention"),
+}
 RESTARTS = [("sequence", "adam"), ("batch", "momentum"), ("sequence", "momentum"), ("batch", "adam")]
 RESET = ("hope, last block", "hope-attention", "hope", "omega in context")
 
@@ -251,7 +257,7 @@ def test_bfloat16_keeps_fast_state_in_float32():
     assert logits.dtype == jnp.float32 and state.learning.open.inputs.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(state.learning.levels)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     exact = LanguageModel(dataclasses.replace(small, dtype="float32"), rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(logits, jax.jit(lambda: read(exact, text, 20)[0])(), atol=0.15)
+    np.testing.assert_allclose(logits, jax.jit(lambda: read(exact, text, 20)[0])(), atol=0.04)
 
 
 def test_second_call_does_not_compile():
@@ -285,6 +291,27 @@ def test_what_is_refused():
     ]:
         with pytest.raises(UserError, match=message):
             LanguageModel(config(**fields), rngs=nnx.Rngs(0))
+
+
+def test_states_weights_and_promises_that_do_not_fit_are_refused():
+    made = {name: LanguageModel(config(**fields), rngs=nnx.Rngs(0)) for name, fields in FITTING.items()}
+    text = tokens(2, 12)
+    for name, of in (("frozen", "learning"), ("learning", "frozen"), ("frozen", "attention"), ("attention", "frozen")):
+        with pytest.raises(UserError, match="the state is of another config: give init_state"):
+            made[name](text, made[of].init_state(2))
+    with pytest.raises(UserError, match="the state is of another config"):
+        made["frozen"](text, None)
+    with pytest.raises(UserError, match="weights have 2 layers, the config 3"):
+        init_state(config("delta", layers=3), made["frozen"].weights, 2)
+    for wrong in (0, -4, 2.5, "4", None):
+        with pytest.raises(UserError, match="multiple .*: give a whole number of at least 1"):
+            made["frozen"](text, made["frozen"].init_state(2), multiple=wrong)
+        with pytest.raises(UserError, match="batch_size .*: give a whole number of at least 1"):
+            made["frozen"].init_state(wrong)
+    with pytest.raises(UserError, match="max_length 0: give a whole number"):
+        made["attention"].init_state(2, max_length=0)
+    with pytest.raises(UserError, match="reset is of type int64: give bools"):
+        made["frozen"](text, made["frozen"].init_state(2), reset=np.zeros((2, 12), np.int64))
 
 
 @pytest.mark.parametrize("name", ["self-modifying", "titans", "delta", "omega", "attention"])

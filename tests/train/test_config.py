@@ -57,6 +57,8 @@ def test_a_preset_brings_its_sizes():
     assert TrainConfig() == TrainConfig.from_preset("tiny-hope")
     with pytest.raises(UserError, match="tiny-hop"):
         TrainConfig.from_preset("tiny-hop")
+    with pytest.raises(UserError, match="preset 'tiny-hop' is unknown"):
+        TrainConfig(preset="tiny-hop")
 
 
 def test_the_first_difference_is_named():

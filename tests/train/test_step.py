@@ -115,6 +115,7 @@ def test_every_parameter_learns(name):
         if not jnp.any(a != b)
     ]
     assert still == []
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.optimizer[1][0].mu))
 
 
 @pytest.mark.parametrize("run", cases(RUNS, RUNS[1:3]))
