@@ -6,12 +6,15 @@ import re
 import shlex
 import typing
 
+import numpy as np
 import pytest
 import tyro
 from tiny_run import small_model
 
 from nested_jax.errors import UserError
+from nested_jax.models.config import preset
 from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
+from nested_jax.train.folder import read_config, write_config
 
 
 def other(hint, value):
@@ -59,6 +62,14 @@ def test_a_preset_brings_its_sizes():
         TrainConfig.from_preset("tiny-hop")
     with pytest.raises(UserError, match="preset 'tiny-hop' is unknown"):
         TrainConfig(preset="tiny-hop")
+    with pytest.raises(UserError, match="preset None is unknown"):
+        preset(None)
+
+
+def test_numpys_numbers_are_written_and_read(tmp_path):
+    config = TrainConfig(steps=np.int64(5))
+    write_config(tmp_path, config, "")
+    assert read_config(tmp_path) == config
 
 
 def test_the_first_difference_is_named():

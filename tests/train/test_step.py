@@ -334,15 +334,12 @@ def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 
 
-FROZEN = pytest.param(dict(periods=(), blocks=None), (256, 512, 1024), marks=pytest.mark.slow)
-LONG = pytest.param(dict(periods=(128, 32), blocks=1), (512, 1024, 2048), marks=pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cms", "windows"),
     [
-        FROZEN,
-        LONG,
+        (dict(periods=(), blocks=None), (256, 512, 1024)),
+        (dict(periods=(128, 32), blocks=1), (512, 1024, 2048)),
     ],
     ids=["frozen", "in context"],
 )
