@@ -103,8 +103,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
 def test_every_parameter_learns(name):
     config, _, _ = make(name)
     state, update = start(config), updating(config)
-    for batch in batches(config, 2):
-        after, _ = update(state, batch)
+    after, _ = update(state, next(batches(config)))
     still = [
         jax.tree_util.keystr(path)
         for (path, a), b in zip(
