@@ -1,4 +1,4 @@
-"""Arithmetic that stays exact and finite: float32 accumulation; norms, roots and quotients with derivatives at zero."""
+"""Arithmetic that stays exact and finite: sums in float32; systems; norms, roots and quotients with derivatives at zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from nested_jax.typing import Array, Float, PyTree
 
-HIGHEST = jax.lax.Precision.HIGHEST  # products of float32 in full: a TPU's default is bfloat16
+# A product of float32 in full: a TPU's default is bfloat16.
+_exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # (each (...), rows (..., V)) -> diag(each) rows. An einsum's derivative is a product too, faster than a sum on XLA's CPU.
 scale = partial(jnp.einsum, "...,...v->...v")
@@ -84,3 +85,49 @@ def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
 def unit_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
     """x over its norm; zeros stay zeros."""
     return safe_divide(x, safe_norm(x, axis))
+
+
+def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
+    """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse.
+
+    >>> print(solve_unit_lower(jnp.array([[0.0, 0.0], [0.5, 0.0]]), jnp.ones((2, 1))))
+    [[1. ]
+     [0.5]]
+    """
+    inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
+    return jax.lax.custom_linear_solve(
+        lambda x: x + _exact(lower, x),
+        right,
+        solve=lambda _, right: _exact(inverse, right),
+        transpose_solve=lambda _, right: _exact(inverse.mT, right),
+    )
+
+
+def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """(I + lower)^-1, by inverting blocks of 8, 16, 32, ... rows.
+
+    Eight rows L have L^8 = 0, so that (I + L)^-1 = (I - L)(I + L^2)(I + L^4); over more rows that series loses digits.
+    Where blocks P and Q on the diagonal are inverted, the block B below them becomes -Q^-1 B P^-1.
+    """
+    size, block = lower.shape[-1], 8
+    full = max(block, 1 << (size - 1).bit_length())
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, full - size)] * 2)
+
+    def blocks(row, column, every):
+        """Blocks of the matrix at (row, column), (row + every, column + every), ..., stacked."""
+        corners = range(0, full, every)
+        cut = [lower[..., i + row : i + row + block, i + column : i + column + block] for i in corners]
+        return jnp.stack(cut, axis=-3)
+
+    tiles = blocks(0, 0, block)
+    squared = _exact(tiles, tiles)
+    one = jnp.expand_dims(jnp.eye(block, dtype=lower.dtype), tuple(range(tiles.ndim - 2)))
+    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
+    while block < full:
+        below = blocks(block, 0, 2 * block)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -_exact(_exact(second, below), first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        block *= 2
+    return inverse[..., 0, :size, :size]

@@ -20,6 +20,7 @@ from nested_jax.checks import Count, check_fields
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
+from nested_jax.memory.stream import check_call
 from nested_jax.numerics import upcast
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -110,6 +111,7 @@ class Attention:
     ) -> tuple[AttentionState, Float[Array, "B T D"]]:
         """Reads T more tokens, see `SequenceLayer`; any position is on its grid."""
         del aligned
+        check_call("Attention", (len(state.keys), self.width), x, reset)
         B, T, D = x.shape
         fresh = not isinstance(position, jax.Array) and position == 0
         state = state if state.limit is not None else reserve(state, T)._replace(limit=None)

@@ -53,6 +53,10 @@ class SequenceLayer(Protocol):
 
         Returns:
             (state after the last token, outputs of x's type).
+
+        Raises:
+            UserError: x is not of floats (B, T, D), with the state's rows, the layer's width and at least a token; reset is
+                not of bools (B, T), or is true off the grid (noticed where it and the position are known).
         """
         ...
 

@@ -21,10 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.numerics import HIGHEST, scale
+from nested_jax.numerics import scale, solve_unit_lower
 from nested_jax.typing import Array, Bool, Float, PyTree
-
-_exact = partial(jnp.matmul, precision=HIGHEST)  # of the triangular system
 
 
 class MemoryState(NamedTuple):
@@ -239,7 +237,7 @@ def write(
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
     right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
     lower = _shift_rows(decay.retained) * (inputs @ scale(gates.erase, inputs).mT)
-    erased = scale(gates.erase, _solve(lower, right))
+    erased = scale(gates.erase, solve_unit_lower(lower, right))
 
     change = scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased)
     kept = decay.retention[..., -1:]
@@ -319,47 +317,6 @@ def _decay_jvp(primals, tangents):
     """d[t, s] = sum_u [t, u] dgate_u [u - 1, s]: exact at zero gates too, where a logarithm is not."""
     products = _decay(*primals)
     return products, (products * tangents[0][..., None, :]) @ _shift_rows(products)
-
-
-def _solve(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
-    """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse."""
-    inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
-    return jax.lax.custom_linear_solve(
-        lambda x: x + _exact(lower, x),
-        right,
-        solve=lambda _, right: _exact(inverse, right),
-        transpose_solve=lambda _, right: _exact(inverse.mT, right),
-    )
-
-
-def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """(I + lower)^-1, by inverting blocks of 8, 16, 32, ... rows.
-
-    Eight rows L have L^8 = 0, so that (I + L)^-1 = (I - L)(I + L^2)(I + L^4); over more rows that series loses digits.
-    Where blocks P and Q on the diagonal are inverted, the block B below them becomes -Q^-1 B P^-1.
-    """
-    size, block = lower.shape[-1], 8
-    full = max(block, 1 << (size - 1).bit_length())
-    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, full - size)] * 2)
-
-    def blocks(row, column, every):
-        """Blocks of the matrix at (row, column), (row + every, column + every), ..., stacked."""
-        corners = range(0, full, every)
-        cut = [lower[..., i + row : i + row + block, i + column : i + column + block] for i in corners]
-        return jnp.stack(cut, axis=-3)
-
-    tiles = blocks(0, 0, block)
-    squared = _exact(tiles, tiles)
-    one = jnp.expand_dims(jnp.eye(block, dtype=lower.dtype), tuple(range(tiles.ndim - 2)))
-    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
-    while block < full:
-        below = blocks(block, 0, 2 * block)
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        corner = -_exact(_exact(second, below), first)
-        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-        block *= 2
-    return inverse[..., 0, :size, :size]
 
 
 def _uniform(*trees: PyTree) -> PyTree:

@@ -16,6 +16,8 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError
@@ -101,8 +103,12 @@ class MemoryLayer(abc.ABC):
         aligned: bool = False,
     ) -> tuple[LayerState, Float[Array, "B T D"]]:
         """Reads T more tokens, see `SequenceLayer`."""
+        name = type(self).__name__
+        check_call(name, (len(state.recent), self.width), x, reset)
+        level = self.level(weights, len(x))
+        check_documents(name, level.period * level.tokens, position, reset)
         recent, x = convolve(weights["taps"], state.recent, x, reset)
-        level, tokens = self.level(weights, len(x)), self.project(weights, x)
+        tokens = self.project(weights, x)
         memory, y = read_stream(
             level, state.memory, tokens, position,
             reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots,
@@ -112,6 +118,26 @@ class MemoryLayer(abc.ABC):
     def levels(self, weights: PyTree, batch_size: int) -> tuple[Level, ...]:
         """What learns in it."""
         return (self.level(weights, batch_size),)
+
+
+def check_call(name: str, size: tuple[int, int], x: Array, reset: Array | None) -> None:
+    """Raises UserError for tokens, or starts of documents, that a layer of this size (B, D) cannot read."""
+    (rows, width), shape = size, list(x.shape)
+    if x.ndim != 3 or x.shape[2] != width or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{name}: x is {x.dtype}{shape}: give floats (B, T, {width}), at least one token")
+    if len(x) != rows:
+        raise UserError(f"{name}: x has {len(x)} rows, the state {rows}: give init_state(weights, {len(x)})")
+    if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != bool):
+        raise UserError(f"{name}: reset is {reset.dtype}{list(reset.shape)}: give bools {shape[:2]}")
+
+
+def check_documents(name: str, grid: int, position: Position, reset: Array | None) -> None:
+    """Raises UserError for a document that starts off the grid, where positions and starts are known."""
+    if reset is None or isinstance(reset, Tracer) or isinstance(position, Tracer):
+        return
+    at = int(position) + np.arange(reset.shape[1])
+    if (wrong := at[(np.asarray(reset) & (at % grid != 0)).any(axis=0)]).size:
+        raise UserError(f"{name}: reset at token {wrong[0]}: give documents that start on multiples of {grid} tokens")
 
 
 def read_stream(

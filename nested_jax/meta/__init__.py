@@ -1,6 +1,7 @@
 """Differentiate through inner loops."""
 
-from nested_jax.meta.bilevel import Descent, Hypergradient, descent, hypergradient, maml
+from nested_jax.meta.bilevel import Descent, descent, maml
+from nested_jax.meta.hypergradients import Hypergradient, hypergradient
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
 

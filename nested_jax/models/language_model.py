@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from operator import itemgetter
@@ -262,7 +263,7 @@ def _unbounded(learning: InContext) -> InContext:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise UserError(f"{name} {value!r}: give a whole number of at least 1")
 
 
@@ -272,9 +273,21 @@ def _check_weights(config: ModelConfig, weights: PyTree) -> None:
 
 
 def _check_state(config: ModelConfig, state: ModelState) -> None:
-    attends = isinstance(state, ModelState) and isinstance(state.mixers, AttentionState)
-    if not isinstance(state, ModelState) or attends != config.attends or (state.learning is None) == bool(config.adapting):
+    fits = isinstance(state, ModelState) and (state.learning is None) != bool(config.adapting)
+    if not fits or _shapes(state.mixers) != expected_shapes(config):
         raise UserError("the state is of another config: give init_state(config, ...), or the state of the call before")
+
+
+def _shapes(mixers: PyTree) -> tuple:
+    """The type of the state of sequence layers, and the shapes of its matrices without the axes of batch and tokens."""
+    return type(mixers), [x.shape[:1] + x.shape[3:] for x in jax.tree.leaves(mixers) if x.ndim > 2]
+
+
+@functools.cache
+def expected_shapes(config: ModelConfig) -> tuple:
+    """Those of the state that `init_state` makes."""
+    state = jax.eval_shape(lambda: init_state(config, init_weights(config, jax.random.key(0)), 1, max_length=1))
+    return _shapes(state.mixers)
 
 
 def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[Array, "B T"]:

@@ -91,7 +91,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, flag)
-        preset(self.preset)
+        own = preset(self.preset)
+        if self.preset != TrainConfig.preset and self.model == preset(TrainConfig.preset) != own:
+            raise UserError(
+                f"--preset {self.preset} with the model of {TrainConfig.preset}: give TrainConfig.from_preset(...)"
+            )
         if self.batch_size % self.accumulate:
             sizes = f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
             raise UserError(f"{sizes}: change one")
@@ -105,11 +109,13 @@ class TrainConfig:
             **fields: other values of these.
 
         Raises:
-            UserError: the name is unknown, or a value cannot be used.
+            UserError: the name or a field is unknown, or a value cannot be used.
 
         >>> TrainConfig.from_preset("tiny-transformer", steps=10).run_dir
         'runs/tiny-transformer'
         """
+        if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"TrainConfig has no field {min(unknown)!r}: give some of its fields")
         model = preset(name)
         own: dict[str, Any] = {"preset": name, "model": model, "run_dir": f"runs/{name}"}
         if model.vocabulary > 2**8:

@@ -15,6 +15,7 @@ from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
 _LEFTOVERS = {_LOCK, f"{_CONFIG}.part"}  # files that a process stopped early may leave
+_OTHER = "give another --run-dir, or start over with nested-jax train --fresh, which keeps the old run under another name"
 _REMEDY = "give --fresh to start over (the old run is kept under another name) or another --run-dir"
 
 
@@ -40,7 +41,7 @@ def read_config(folder: Path) -> TrainConfig | None:
     except NotADirectoryError:
         raise UserError(f"--run-dir {folder} is not a folder: give another --run-dir") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({error}): {_REMEDY}") from error
+        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({error}): {_OTHER}") from error
 
 
 def write_config(folder: Path, config: TrainConfig, text: str) -> None:

@@ -42,6 +42,8 @@ def load_run(run_dir: str | os.PathLike) -> Trained:
     Raises:
         UserError: the folder holds no run, or no checkpoint that can be read.
     """
+    if not isinstance(run_dir, str | os.PathLike):
+        raise UserError(f"run_dir {run_dir!r}: give the path of a run folder")
     folder = Path(run_dir)
     config = read_config(folder)
     if config is None:

@@ -239,12 +239,14 @@ def assert_bounded(layer, biases):
         return layer({**weights, **{name: weights[name] + bias for name, bias in more.items()}}, state, x, 0, aligned=True)
 
     rows = len(next(iter(biases.values())))
-    state = jax.tree.map(lambda s: jnp.stack([s] * rows), layer.init_state(weights, 1))
+    start = state = jax.tree.map(lambda s: jnp.stack([s] * rows), layer.init_state(weights, 1))
     for piece in x:
         state, y = call(biases, state, piece)
         assert jnp.isfinite(y).all()
         for weights_now in running(state.memory):
             assert jnp.max(jnp.abs(weights_now)) < 10
+    for before, after in zip(running(start.memory), running(state.memory), strict=True):
+        assert jnp.all(jnp.max(jnp.abs(after - before).reshape(rows, -1), axis=1) > 0.1)  # it learns
 
 
 @pytest.mark.slow

@@ -92,3 +92,23 @@ def test_levels_of_other_data_points_do_not_nest():
 def test_a_replaced_field_is_checked_too():
     with pytest.raises(UserError, match="model.heads 0"):
         dataclasses.replace(ModelConfig(), heads=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_what_a_layer_cannot_read_is_refused(layer):
+    """Shapes, types and, where they are known, documents that start off its grid."""
+    weights = layer.init_weights(jax.random.key(0))
+    state, x, name = layer.init_state(weights, 2), jnp.ones((2, 5, 8)), type(layer).__name__
+    for wrong in (x[:, :0], x[..., :7], x[0], x.astype(int)):
+        with pytest.raises(UserError, match=rf"{name}: x is .*: give floats \(B, T, 8\), at least one token"):
+            layer(weights, state, wrong, 0)
+    with pytest.raises(UserError, match=rf"{name}: x has 1 rows, the state 2: give init_state\(weights, 1\)"):
+        layer(weights, state, x[:1], 0)
+    for reset in (jnp.zeros((2, 4), bool), jnp.zeros((2, 5))):
+        with pytest.raises(UserError, match=rf"{name}: reset is .*: give bools \[2, 5\]"):
+            layer(weights, state, x, 0, reset=reset)
+    if not isinstance(layer, Attention):
+        with pytest.raises(
+            UserError, match=rf"{name}: reset at token 7: give documents that start on multiples of 4 tokens"
+        ):
+            layer(weights, state, x, 4, reset=jnp.zeros((2, 5), bool).at[1, 3].set(True))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rare import cases
 
-from nested_jax.memory.recurrence import Gates, MemoryState, _solve, _unit_lower_inverse, chunked, tokenwise
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+from nested_jax.numerics import _unit_lower_inverse, solve_unit_lower
 
 
 def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, queries=True, dtype=np.float64):
@@ -133,14 +134,16 @@ def products(jaxpr):
 def test_the_triangular_system_is_solved_in_full_precision():
     """On a TPU only the jaxpr shows it here: its inverse, the inverse's use, and the derivatives of both."""
     lower, right = jnp.ones((2, 40, 40)), jnp.ones((2, 40, 3))
-    solved = lambda *arguments: jax.vjp(_solve, *arguments)[1](right)
+    solved = lambda *arguments: jax.vjp(solve_unit_lower, *arguments)[1](right)
     highest = (jax.lax.Precision.HIGHEST,) * 2
-    for form in (_solve, solved):
+    for form in (solve_unit_lower, solved):
         assert set(products(jax.make_jaxpr(form)(lower, right))) == {highest}
     arrays, keywords, _ = problem(
         np.random.default_rng(0), (2,), 40, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=False
     )
-    solve, whole = (list(products(jax.make_jaxpr(f)(*a))) for f, a in ((_solve, (lower, right)), (chunked, arrays)))
+    solve, whole = (
+        list(products(jax.make_jaxpr(f)(*a))) for f, a in ((solve_unit_lower, (lower, right)), (chunked, arrays))
+    )
     assert whole.count(highest) == len(solve)
 
 

@@ -1,4 +1,4 @@
-"""Self-modifying Titans against a plain token loop; starts that learn; retention."""
+"""Self-modifying Titans against a plain token loop; starts that learn; rates."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ from rare import cases
 
 from nested_jax.memory import reference
 from nested_jax.memory.deep import Deep, Rule, broadcast_start
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
@@ -81,16 +80,3 @@ def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate)
     given = layer.generate(weights, projections, x, x, momentum).strengths.rate
     np.testing.assert_allclose(given, rate, rtol=0.5)
     assert float(given.mean()) == pytest.approx(rate, rel=0.1)
-
-
-def test_a_start_gate_near_one_and_what_is_stored_decays_by_it(x64):
-    """With later keys orthogonal to its own, a stored pair keeps exactly the product of the retentions."""
-    layer = SelfModifyingTitans(D, H, 3)
-    bias = layer.init_weights(jax.random.key(0))["retention_bias"]
-    assert float(jax.nn.sigmoid(bias).min()) > 0.99
-    keys = jnp.eye(8)
-    value = jnp.arange(1.0, 4.0)
-    errors = jnp.zeros((8, 3)).at[0].set(-value)
-    alpha = jnp.linspace(0.9, 0.99, 8)
-    state, _ = chunked(MemoryState(jnp.zeros((3, 8))), keys, errors, Gates(jnp.ones(8), jnp.ones(8), alpha), None)
-    np.testing.assert_allclose(state.weights @ keys[0], value * jnp.prod(alpha[1:]), rtol=1e-12)

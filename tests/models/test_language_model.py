@@ -19,7 +19,7 @@ from nested_jax.errors import UserError
 from nested_jax.memory import linear, reference
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.block import sequence_layer
-from nested_jax.models.language_model import init_state
+from nested_jax.models.language_model import init_state, init_weights
 
 IN_CONTEXT = dict(periods=(8, 4))
 MODELS = {
@@ -301,6 +301,10 @@ def test_states_weights_and_promises_that_do_not_fit_are_refused():
             made[name](text, made[of].init_state(2))
     with pytest.raises(UserError, match="the state is of another config"):
         made["frozen"](text, None)
+    for fields in ({"width": 32}, {"layers": 3}, {"mixer": "titans"}):
+        other = config(**FITTING["frozen"] | fields)
+        with pytest.raises(UserError, match="the state is of another config"):
+            made["frozen"](text, init_state(other, init_weights(other, jax.random.key(0)), 2))
     with pytest.raises(UserError, match="weights have 2 layers, the config 3"):
         init_state(config("delta", layers=3), made["frozen"].weights, 2)
     for wrong in (0, -4, 2.5, "4", None):

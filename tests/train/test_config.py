@@ -11,6 +11,7 @@ import pytest
 import tyro
 from tiny_run import small_model
 
+from nested_jax import load
 from nested_jax.errors import UserError
 from nested_jax.models.config import preset
 from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
@@ -64,6 +65,12 @@ def test_a_preset_brings_its_sizes():
         TrainConfig(preset="tiny-hop")
     with pytest.raises(UserError, match="preset None is unknown"):
         preset(None)
+    with pytest.raises(UserError, match="--preset tiny-titans with the model of tiny-hope: give TrainConfig.from_preset"):
+        TrainConfig(preset="tiny-titans")
+    with pytest.raises(UserError, match="no field 'stps'"):
+        TrainConfig.from_preset("tiny-hope", stps=3)
+    with pytest.raises(UserError, match="run_dir None: give the path"):
+        load(None)
 
 
 def test_numpys_numbers_are_written_and_read(tmp_path):
@@ -102,7 +109,8 @@ def test_the_first_difference_is_named():
     ],
 )
 def test_impossible_values_are_named(fields):
-    with pytest.raises(UserError, match=flag(next(iter(fields)))):
+    name, value = next(iter(fields.items()))
+    with pytest.raises(UserError, match=re.escape(f"{flag(name)} {value!r}") + "(: give|.*: change)"):
         TrainConfig(**fields)
 
 

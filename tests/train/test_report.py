@@ -91,7 +91,7 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
         quiet(config)
 
 
-def test_a_sample_is_a_continuation_of_its_prompt(finished):
+def test_the_seed_decides_a_sample(finished):
     config, _ = finished(1)
     saved, params, tokenizer, _ = trained.load_run(config.run_dir)
     net = saved.model

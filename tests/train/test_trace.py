@@ -12,6 +12,7 @@ import nested_jax
 from nested_jax import LanguageModel, preset
 from nested_jax.cms import inner_rule
 from nested_jax.data import Batch
+from nested_jax.models.language_model import expected_shapes
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 from nested_jax.train.state import init_train_state
@@ -42,8 +43,9 @@ def test_a_training_step_of_tiny_hope():
     state = jax.eval_shape(lambda: init_train_state(config))
     row = jax.ShapeDtypeStruct((config.batch_size, config.window), jnp.int32)
     batch = Batch(row, row, row.update(dtype=jnp.float32), row.update(dtype=bool))
-    # Made once for every config, before its first batch: the alignment, how many blocks learn, the inner rule.
+    # Made once for every config, before its first batch: the alignment, how many blocks learn, the inner rule, shapes.
     assert config.model.alignment == 256 and config.model.adapting == 1 and inner_rule(config.model.cms)
+    assert expected_shapes(config.model)[1]
     files = calls_of(lambda: jax.make_jaxpr(step)(state, batch))
     way = list(dict.fromkeys(files))
     print(len(files), "calls:", *way)
