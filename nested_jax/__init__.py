@@ -33,6 +33,10 @@ def load(run_dir: str | os.PathLike) -> Trained:
 
     Raises:
         UserError: the folder holds no run, or no checkpoint that can be read.
+
+    >>> load("no/such/run")
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: --run-dir no/such/run holds no run: make one with nested-jax train --run-dir no/such/run
     """
     from nested_jax.train.trained import load_run
 

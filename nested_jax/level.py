@@ -41,6 +41,15 @@ class Level:
         restart: (state, slower) -> state, what `nest(..., reset=True)` does to this level; the default is `init(slower)`.
         description: its objective, rule and context flow, for `nested_jax.describe`.
         parts: of a nest, its fast and its slow level, and whether the slow one resets the fast one.
+
+    Raises UserError for a period or tokens that are no whole number from 1.
+
+    Source: NL Def. 2-4.
+
+    >>> total = Level(lambda slower: jnp.zeros(()), lambda state, x, slower: (state + x.sum(), state), period=2)
+    >>> state, emitted = run(total, None, jnp.ones(6))
+    >>> float(state), emitted.tolist()
+    (6.0, [0.0, 2.0, 4.0])
     """
 
     init: Callable[[Slower], PyTree]
@@ -73,13 +82,19 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     ticks, stacked, is the slow level's context: a level takes its share and hands the rest on.
 
     Args:
+        fast: the level inside.
+        slow: the level around it.
         reset: restart the fast level from the slow one each time the slow one has stepped (NL Eq. 72; MAML). Levels
             inside `fast` follow the `reset` of their own nest.
 
-    Raises:
-        UserError: the periods do not divide one another.
+    Returns:
+        A level of the slow one's period, with state `Nested`; it emits what the slow level emits.
 
-    >>> import jax.numpy as jnp
+    Raises:
+        UserError: the periods do not divide one another, or data points are of different numbers of tokens.
+
+    Source: NL Def. 2-4.
+
     >>> mean = Level(lambda slower: jnp.zeros(()), lambda s, x, slower: (s, x.mean() - slower[0]), period=2, name="mean")
     >>> drift = Level(lambda slower: jnp.zeros(()), lambda s, e, slower: (s + e.sum(), e), period=4, name="drift")
     >>> state, emitted = run(nest(mean, drift), None, jnp.arange(8.0))
@@ -132,6 +147,7 @@ def run(
     """Let `level` read a stream of data points, by `lax.scan` over its periods.
 
     Args:
+        level: what reads.
         state: where to start; None for `level.init(slower)`.
         stream: pytree of arrays with one leading axis, of any length T.
         slower: states of levels slower than this one.
@@ -144,6 +160,13 @@ def run(
     Raises:
         UserError: an empty stream, leaves of different lengths, more segments than steps, a step that changes the state's
             structure, or a leaf's shape or type.
+
+    Source: NL Def. 2-4.
+
+    >>> total = Level(lambda slower: jnp.zeros(()), lambda state, x, slower: (state + x.sum(), state), period=2)
+    >>> state, (whole, rest) = run(total, None, jnp.ones(5))  # the fifth data point is no whole period
+    >>> float(state), whole.tolist(), rest.tolist()
+    (4.0, [0.0, 2.0], 4.0)
     """
     if state is None:
         state = level.init(slower)

@@ -5,19 +5,14 @@ reading, and calls of any length. `reference`: the same as a plain loop.
 """
 
 from nested_jax.cms.chain import MATRICES, CMSConfig, apply, init_weights
-from nested_jax.cms.in_context import Emitted, FastWeights, Segment, SegmentState, fast_weights, inner_rule, nest_levels
-from nested_jax.cms.reader import InContext, OpenSegment, Reader
+from nested_jax.cms.in_context import Emitted, FastWeights, Segment, fast_weights, inner_rule, nest_levels
 
 __all__ = [
     "MATRICES",
     "CMSConfig",
     "Emitted",
     "FastWeights",
-    "InContext",
-    "OpenSegment",
-    "Reader",
     "Segment",
-    "SegmentState",
     "apply",
     "fast_weights",
     "init_weights",

@@ -19,7 +19,16 @@ MATRICES = ("up", "gate", "down")  # what is fast in a level's weights
 
 @dataclass(frozen=True)
 class CMSConfig:
-    """The Continuum Memory System of every block. Levels run from slow to fast, so do `hidden` and `periods`."""
+    """The Continuum Memory System of every block. Levels run from slow to fast, so do `hidden` and `periods`.
+
+    Raises UserError for a field of another type or out of range, for periods that do not divide one another, and for a
+    nested CMS of unequal or frozen levels.
+
+    Source: NL Eq. 70-74.
+
+    >>> CMSConfig(hidden=(64, 64), periods=(256, 64)).frozen
+    0
+    """
 
     hidden: tuple[Count, ...] = (256,)
     """Hidden width F of each level's MLP, from the slowest level to the fastest."""
@@ -69,7 +78,22 @@ class CMSConfig:
 
 
 def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[str, Array]]:
-    """Slow weights of one block's CMS: level1 (slowest), level2, ... and, if independent, mix (N,)."""
+    """Slow weights of one block's CMS: level1 (slowest), level2, ... and, if independent, mix (N,).
+
+    Args:
+        key: of `jax.random`.
+        config: of the CMS.
+        width: D.
+
+    Returns:
+        For each level up (D, F), down (F, D), with swiglu gate (D, F), norm (D,) and, if it learns, rate (); float32.
+        Levels of a nested CMS after the first have no matrices: they start as the slower one is.
+
+    Source: NL Eq. 70-74.
+
+    >>> jax.tree.map(jnp.shape, init_weights(jax.random.key(0), CMSConfig(hidden=(3,)), 2))
+    {'level1': {'down': (3, 2), 'norm': (2,), 'up': (2, 3)}}
+    """
     weights = {}
     for i, (hidden, own) in enumerate(zip(config.hidden, jax.random.split(key, len(config.hidden)), strict=True)):
         shapes = {"up": (width, hidden), "gate": (width, hidden), "down": (hidden, width)}
@@ -91,9 +115,23 @@ def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[st
 def apply(config: CMSConfig, weights: PyTree, fast: Sequence[PyTree], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """One block's CMS, residual connections included.
 
+        sequential, nested: x <- x + MLP_l(norm x), l from slow to fast        independent: x + sum_l mix_l MLP_l(norm x)
+
     Args:
+        config: of the CMS.
+        weights: as of `init_weights`.
         fast: matrices of the levels that learn, slow to fast, (B, ...) or shared by the batch. Other levels, and all of
             them if it is empty, use the slow weights.
+        x: (B, T, D).
+
+    Returns:
+        (B, T, D), of x's type.
+
+    Source: NL Eq. 70-74.
+
+    >>> config = CMSConfig(hidden=(3, 3))
+    >>> apply(config, init_weights(jax.random.key(0), config, 2), (), jnp.ones((1, 5, 2))).shape
+    (1, 5, 2)
     """
     slow = len(config.hidden) - len(fast)
     outputs = []

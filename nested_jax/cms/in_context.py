@@ -30,23 +30,28 @@ from nested_jax.typing import Array, Bool, Float, Int, PyTree
 class FastWeights(NamedTuple):
     """State of one CMS level: matrices of all blocks that learn, their gradient since the last step, the rule's memory.
 
-    Leaves of `matrices` and `gradient` are (L, B, ...) with one set a sequence, (L, ...) with one set a batch.
+    matrices, gradient: leaves (L, B, ...) with one set a sequence, (L, ...) with one set a batch; rule: optax's state,
+    leaves (B, ...) with one set a sequence; elapsed: segments since the last step.
     """
 
     matrices: PyTree
     gradient: PyTree
-    rule: PyTree  # optax's state, leaves (B, ...) with one set a sequence
-    elapsed: Int[Array, ""]  # segments since the last step
+    rule: PyTree
+    elapsed: Int[Array, ""]
 
 
 class Segment(NamedTuple):
-    """A data point of the segment level: P tokens of every row. As a context it has a leading axis of segments."""
+    """A data point of the segment level: P tokens of every row. As a context it has a leading axis of segments.
+
+    inputs: of the first CMS that learns; targets: the next tokens; closed: whether they are known; position: tokens before
+    the segment; reset: whether a document starts with it.
+    """
 
     inputs: Float[Array, "*segments B P D"]
     targets: Int[Array, "*segments B P"]
-    closed: Bool[Array, "*segments"]  # whether the targets are known
-    position: Int[Array, "*segments"]  # tokens before it
-    reset: Bool[Array, "*segments B"] | None  # whether a document starts with it
+    closed: Bool[Array, "*segments"]
+    position: Int[Array, "*segments"]
+    reset: Bool[Array, "*segments B"] | None
 
 
 class SegmentState(NamedTuple):
@@ -57,11 +62,14 @@ class SegmentState(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What a level emits about its ticks, for the next slower one."""
+    """What a level emits about its ticks, for the next slower one.
+
+    outputs: logits; gradients: of the levels that are slower, nearest first; segments: how many have been learned from.
+    """
 
     outputs: Float[Array, "*segments B P V"]
-    gradients: tuple[PyTree, ...]  # of the levels that are slower, nearest first
-    segments: Int[Array, "*ticks"]  # how many have been learned from
+    gradients: tuple[PyTree, ...]
+    segments: Int[Array, "*ticks"]
 
 
 Forward = Callable[
@@ -71,7 +79,20 @@ Forward = Callable[
 
 @cache
 def inner_rule(config: CMSConfig) -> optax.GradientTransformation:
-    """The config's inner rule at learning rate 1: its updates are scaled by the learned rates and added."""
+    """The config's inner rule at learning rate 1: its updates are scaled by the learned rates and added.
+
+    Args:
+        config: its `rule` and `clip`.
+
+    Returns:
+        An optax transformation of the gradients of a level.
+
+    Source: NL Eq. 71.
+
+    >>> rule = inner_rule(CMSConfig(clip=0.0))
+    >>> print(rule.update(jnp.ones(2), rule.init(jnp.ones(2)))[0])
+    [-1. -1.]
+    """
     rules = {
         "sgd": optax.identity(),
         "momentum": optax.trace(0.9),
@@ -109,6 +130,19 @@ def nest_levels(
         UserError: periods do not divide one another.
 
     Source: NL Eq. 70-74.
+
+    One block of width 2, whose one level learns from segments of four tokens:
+
+    >>> from nested_jax.cms import apply, init_weights
+    >>> config = CMSConfig(hidden=(3,), periods=(4,))
+    >>> weights = jax.tree.map(lambda w: w[None], init_weights(jax.random.key(0), config, 2))  # (L, ...)
+    >>> block = lambda tree: jax.tree.map(lambda w: w[0], tree)
+    >>> forward = lambda fast, mixers, at, x, reset: (apply(config, block(weights), block(fast), x), mixers)
+    >>> level = nest_levels(config, weights, forward, tuple, 1, [inner_rule(config)])
+    >>> segment = Segment(jnp.ones((1, 4, 2)), jnp.ones((1, 4), int), jnp.array(True), jnp.array(0), None)
+    >>> state, emitted = level.step(level.init(()), jax.tree.map(lambda x: x[None], segment), ())
+    >>> emitted.outputs.shape, int(fast_weights(state)[0].elapsed)
+    ((1, 1, 4, 2), 0)
     """
     level = _segment_level(config, forward, init_mixers, keep_all)
     for i in reversed(range(len(config.periods))):
@@ -194,7 +228,23 @@ def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch_size: int, 
 
 
 def fast_weights(state: Nested | SegmentState) -> tuple[FastWeights, ...]:
-    """The CMS levels of a nest's state, slow to fast."""
+    """The CMS levels of a nest's state, slow to fast.
+
+    Args:
+        state: of `nest_levels`.
+
+    Returns:
+        A `FastWeights` a level.
+
+    Source: NL Eq. 70-74.
+
+    >>> from nested_jax import LanguageModel, preset
+    >>> from flax import nnx
+    >>> model = LanguageModel(preset("tiny-hope"), rngs=nnx.Rngs(0))
+    >>> slow, fast = fast_weights(model.init_state(1).learning.levels)
+    >>> slow.matrices["up"].shape  # one block that learns, one row
+    (1, 1, 128, 280)
+    """
     return (state.slow, *fast_weights(state.fast)) if isinstance(state, Nested) else ()
 
 

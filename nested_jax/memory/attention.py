@@ -51,6 +51,12 @@ class Attention:
             forward mode: a model that differentiates through inner gradients needs "xla".
 
     Source: NL Eq. 62-63.
+
+    >>> layer = Attention(8, 2, window=4)
+    >>> weights = layer.init_weights(jax.random.key(0))
+    >>> state, y = layer(weights, layer.init_state(weights, 1), jnp.ones((1, 5, 8)), 0)
+    >>> state.keys.shape, y.shape
+    ((1, 4, 2, 4), (1, 5, 8))
     """
 
     width: Count

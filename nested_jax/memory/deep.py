@@ -68,6 +68,11 @@ class Rule:
             overflow.
 
     Raises UserError for an option that is none of these.
+
+    Source: NL Eq. 89-93; Titans, arXiv 2501.00663; MIRAS, arXiv 2504.13173.
+
+    >>> Rule(erase="none", step="raw").retention
+    'initial'
     """
 
     erase: Literal["layer", "none"] = "layer"

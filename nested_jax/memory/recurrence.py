@@ -51,7 +51,24 @@ def tokenwise(
     anchor: Float[Array, "*#batch V K"] | None = None,
     mask: Bool[Array, "*#batch C"] | None = None,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
-    """The recurrence as it is defined, one token after the other: the slow twin of `chunked`, same arguments."""
+    """The recurrence as it is defined, one token after the other: the slow twin of `chunked`.
+
+    Args:
+        state, inputs, errors, gates, queries, anchor, mask: as of `chunked`.
+
+    Returns:
+        (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
+
+    Raises:
+        ValueError: a momentum without its decay, or a decay without its momentum; lengths C that differ, or are 0.
+
+    Source: NL Eq. 64-65, 88, 93.
+
+    >>> key, value, gate = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]]), jnp.ones(1)
+    >>> state, read = tokenwise(MemoryState(jnp.zeros((2, 2))), key, -value, Gates(gate, gate, gate), key)
+    >>> read.tolist()
+    [[0.0, 3.0]]
+    """
     _assert_fits(state, inputs, errors, gates)
     state, inputs, errors, gates, queries = _uniform(state, inputs, errors, gates, queries)
     gates, keep = _empty_slots(gates, mask)
@@ -109,7 +126,9 @@ def chunked(
     Raises:
         ValueError: a momentum without its decay, or a decay without its momentum.
 
-    Exactly zero gates are allowed, in gradients too. Source: NL Eq. 64-65, 88, 93; derivation in the module's docstring.
+    Exactly zero gates are allowed, in gradients too.
+
+    Source: NL Eq. 64-65, 88, 93.
 
     >>> import jax.numpy as jnp
     >>> key, value = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])

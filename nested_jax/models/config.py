@@ -29,7 +29,13 @@ Mixer = Literal[
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: an embedding, `layers` blocks of (sequence layer, CMS), a head."""
+    """A language model: an embedding, `layers` blocks of (sequence layer, CMS), a head.
+
+    Raises UserError for a field of another type or out of range, and for sizes that do not divide one another.
+
+    >>> ModelConfig(width=64, mixer="titans").reading
+    64
+    """
 
     vocabulary: Count = 256
     """Number of tokens V."""
@@ -136,7 +142,14 @@ def preset(name: str) -> ModelConfig:
     parameters. The last block of `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and 64
     tokens.
 
-    Raises UserError for an unknown name.
+    Args:
+        name: SIZE-FAMILY.
+
+    Returns:
+        A `ModelConfig`.
+
+    Raises:
+        UserError: the name is unknown.
 
     >>> preset("tiny-hope").cms.periods
     (256, 64)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.data import ByteTokenizer, PackedWindows, SentencePieceTokenizer, heldout_batches, train_batches
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, train_batches
+from nested_jax.data.pipeline import PackedWindows
 from nested_jax.errors import UserError
 
 BYTES = ByteTokenizer()
