@@ -196,7 +196,8 @@ def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _
     if not jnp.issubdtype(scalar.dtype, jnp.floating):
         raise UserError(f"local_surprise: the loss is of type {scalar.dtype}: give a real floating-point number")
 
-    views = [whole(i, v.aval.shape) if inexact(v) else None for i, v in enumerate(closed.jaxpr.invars)]
+    invars: list[Any] = closed.jaxpr.invars
+    views = [whole(i, v.aval.shape) if inexact(v) else None for i, v in enumerate(invars)]
     views[len(parameters) :] = [None] * len(jax.tree.leaves(batch))
     found = find(closed, views, [True] + [False] * (outputs.num_leaves - 1))
     products, linear = found.products, {}

@@ -196,7 +196,8 @@ def _in_context(learner: _Learner) -> list[_Fast]:
 
     graph = Graph(starts, learner.shapes)
     labels = dict(zip(graph.inputs, _labels(learner), strict=True))
-    leaves = iter(zip(graph.outputs, graph.closed.out_avals, strict=True))
+    avals: list[Any] = graph.closed.out_avals
+    leaves = iter(zip(graph.outputs, avals, strict=True))
     learning: list[_Fast] = []
     for level in levels:
         own = list(itertools.islice(leaves, len(jax.tree.leaves(level.start))))
