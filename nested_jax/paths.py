@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,20 +28,49 @@ def matrices(*patterns: str) -> Callable[[PyTree], PyTree]:
     layer-stacked kernels (L, in, out) for vectors and layer-stacked scales (L, D) for matrices.
 
     Args:
-        patterns: regular expressions for the last parts of paths such as "blocks/cms/level1/up".
+        patterns: regular expressions for the last parts of paths such as "blocks/cms/level1/up"; each matches some leaf.
 
     Returns:
         params -> a tree of their structure with `MuonDimensionNumbers(-2, -1)` where a pattern matches and None elsewhere.
+        It raises a UserError for a pattern that matches no leaf, unless `optax.masked` or `optax.partition` hides some.
+
+    Raises:
+        UserError: there is no pattern, or one is no regular expression.
 
     Source: Jordan et al., Muon, 2024; `optax.contrib.MuonDimensionNumbers`.
 
     >>> params = {"blocks": {"up": jnp.ones((3, 4, 8)), "norm": jnp.ones((3, 4))}}
-    >>> matrices("up", "down")(params)
+    >>> matrices("up|down")(params)
     {'blocks': {'norm': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}}
     """
-    pattern = re.compile("|".join(f"(?:^|/)(?:{p})$" for p in patterns))
-    numbers = lambda path, leaf: MuonDimensionNumbers(-2, -1) if pattern.search(path_name(path)) else None
-    return lambda params: jax.tree_util.tree_map_with_path(numbers, params)
+    if not patterns:
+        raise UserError('matrices: no pattern: give some, such as matrices("blocks/up")')
+    expressions = {pattern: _expression(pattern) for pattern in patterns}
+
+    def numbers(path, leaf):
+        return MuonDimensionNumbers(-2, -1) if any(e.search(path_name(path)) for e in expressions.values()) else None
+
+    def dimension_numbers(params):
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
+        if leaves and not any(is_masked(leaf) for _, leaf in leaves):
+            names = [path_name(path) for path, _ in leaves]
+            for pattern, expression in expressions.items():
+                if not any(map(expression.search, names)):
+                    near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
+                    raise UserError(f"matrices: {pattern!r} matches no parameter: give paths such as {', '.join(near)}")
+        return jax.tree_util.tree_map_with_path(numbers, params)
+
+    return dimension_numbers
+
+
+def _expression(pattern: str) -> re.Pattern:
+    if not isinstance(pattern, str):
+        raise UserError(f"matrices: {pattern!r} is no pattern: give strings such as 'blocks/up'")
+    try:
+        return re.compile(f"(?:^|/)(?:{pattern})$")
+    except re.error as error:
+        raise UserError(f"matrices: {pattern!r} is no regular expression ({error}): give one such as 'blocks/up'") from None
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -44,7 +44,8 @@ def newton_schulz(
         Matrices of the shape and dtype of x.
 
     Raises:
-        UserError: x is no matrix, the form is unknown, steps are below 1, or the step size is not finite and above 0.
+        UserError: x is no matrix or not of floats, the form is unknown, steps are below 1, or the step size is not finite
+            and above 0.
 
     Source: NL Eq. 43-44 (gradient); Jordan et al., Muon, 2024 (quintic).
 
@@ -52,6 +53,8 @@ def newton_schulz(
     >>> newton_schulz(x, 20, form="gradient").round(3).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"newton_schulz takes floats, not {x.dtype}: give x.astype(float)")
     if x.ndim < 2:
         raise UserError(f"newton_schulz takes matrices, not shape {list(x.shape)}: give at least two axes")
     check_count("newton_schulz", steps=steps)

@@ -183,6 +183,15 @@ def test_numbers_by_path_are_those_of_optax(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), own, theirs)
 
 
+def test_matrices_of_parameters_hidden_by_a_partition():
+    """The part of the tree that a rule is given need not have any."""
+    numbers, params = optim.matrices("up"), {"up": jnp.ones((2, 2)), "down": jnp.ones((2, 2))}
+    rules = {name: optim.nonlinear_momentum(0.1, dimension_numbers=numbers) for name in params}
+    rule = optax.partition(rules, {name: name for name in params})
+    updates, _ = rule.update(params, rule.init(params), params)
+    assert not jnp.allclose(updates["up"], updates["down"])  # that of a vector
+
+
 def test_a_given_start_is_not_donated():
     """The state is donated; the start stays the user's."""
     params = tree(0)
@@ -324,6 +333,15 @@ def test_rates_that_are_not_finite_are_refused(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (optim.matrices, "matrices: no pattern: give some"),
+        (lambda: optim.matrices(3), "matrices: 3 is no pattern: give strings"),
+        (lambda: optim.matrices("up("), r"matrices: 'up\(' is no regular expression"),
+        (
+            lambda: optim.m3(0.1, dimension_numbers=optim.matrices("bloks/up")).init({"blocks": {"up": jnp.ones((2, 2))}}),
+            "matrices: 'bloks/up' matches no parameter: give paths such as blocks/up",
+        ),
+        (lambda: optim.matrices("up", "dwon")({"up": jnp.ones((2, 2))}), "matrices: 'dwon' matches no parameter"),
+        (lambda: optim.newton_schulz(jnp.ones((2, 2), int)), "newton_schulz takes floats, not int32: give x.astype"),
         (lambda: optim.momentum(0.1, 1.5), "momentum: decay 1.5 is out of range: give a number of at least 0 and at most 1"),
         (lambda: optim.clip_by_norm(0.0), "clip_by_norm: max_norm 0.0 is out of range: give a number above 0"),
         (lambda: optim.clip_by_norm(float("nan")), "clip_by_norm: max_norm nan is not finite"),
