@@ -73,7 +73,7 @@ def test_the_loss_is_the_mean_over_targets(name):
     config, net, _ = make(name)
     state, batch = start(config), next(batches(config))
     _, metrics = updating(config)(state, batch)
-    total, _ = cross_entropy(net, state.params, None, batch)
+    total, _ = jax.jit(lambda params: cross_entropy(net, params, None, batch))(state.params)
     chex.assert_trees_all_close(metrics.loss, total / batch.weights.sum(), rtol=1e-6)
     assert metrics.loss.dtype == jnp.float32
     assert metrics.bits == pytest.approx(metrics.loss / math.log(2))
@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_targets(name):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
     name, carry = run.split()[0], run.endswith("carry")
     gradients = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 4):
         config, net, _ = make(name, accumulate=accumulate, carry=carry)
         step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
         params = to_float64(states.init_params(config.model, 0))
@@ -95,8 +95,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
         gradients.append((metrics.loss, jax.tree.map(jnp.subtract, params, after.params)))
         if carry:
             assert jax.tree.leaves(after.fast)[0].shape[0] == accumulate
-    for other in gradients[1:]:
-        chex.assert_trees_all_close(gradients[0], other, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
