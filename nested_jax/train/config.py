@@ -92,7 +92,7 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self, flag)
         own = preset(self.preset)
-        if self.preset != TrainConfig.preset and self.model == preset(TrainConfig.preset) != own:
+        if self.model == preset(TrainConfig.preset) != own:
             raise UserError(
                 f"--preset {self.preset} with the model of {TrainConfig.preset}: give TrainConfig.from_preset(...)"
             )
