@@ -72,6 +72,7 @@ class Depiction:
     figure: str | None = None
     """Also draw the picture, to a file such as picture.png or picture.svg."""
     model: ModelConfig = field(default_factory=lambda: preset(TrainConfig.preset))
+    """The language model to show."""
 
     def __post_init__(self):
         check_fields(self, flag)

@@ -88,6 +88,7 @@ class TrainConfig:
     sample_tokens: Whole = 400
     """Tokens of the sample in the report."""
     model: ModelConfig = field(default_factory=lambda: preset("tiny-hope"))
+    """The language model; the preset's where no flag changes it."""
 
     def __post_init__(self):
         check_fields(self, flag)
