@@ -125,15 +125,20 @@ def check_call(name: str, size: tuple[int, int], x: Array, reset: Array | None) 
     (rows, width), shape = size, list(x.shape)
     if x.ndim != 3 or x.shape[2] != width or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{name}: x is {x.dtype}{shape}: give floats (B, T, {width}), at least one token")
-    if len(x) != rows:
-        raise UserError(f"{name}: x has {len(x)} rows, the state {rows}: give init_state(weights, {len(x)})")
-    if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != bool):
-        raise UserError(f"{name}: reset is {reset.dtype}{list(reset.shape)}: give bools {shape[:2]}")
+    check_rows(name, rows, x.shape[:2], reset)
 
 
-def check_documents(name: str, grid: int, position: Position, reset: Array | None) -> None:
+def check_rows(name: str, rows: int, shape: tuple[int, ...], reset: Array | np.ndarray | None) -> None:
+    """Raises UserError for tokens of a shape (B, T), or starts of documents, that do not fit a state's rows."""
+    if shape[0] != rows:
+        raise UserError(f"{name}: {shape[0]} rows of tokens, {rows} of the state: give init_state batch_size={shape[0]}")
+    if reset is not None and (reset.shape != shape or reset.dtype != bool):
+        raise UserError(f"{name}: reset is {reset.dtype}{list(reset.shape)}: give bools {list(shape)}")
+
+
+def check_documents(name: str, grid: int, position: Position, reset: Array | np.ndarray | None) -> None:
     """Raises UserError for a document that starts off the grid, where positions and starts are known."""
-    if reset is None or isinstance(reset, Tracer) or isinstance(position, Tracer):
+    if reset is None or isinstance(reset, Tracer) or isinstance(position, jax.Array):
         return
     at = int(position) + np.arange(reset.shape[1])
     if (wrong := at[(np.asarray(reset) & (at % grid != 0)).any(axis=0)]).size:

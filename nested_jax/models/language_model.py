@@ -25,6 +25,7 @@ from nested_jax.cms.in_context import segment_state, with_segment
 from nested_jax.cms.reader import InContext, Reader
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import AttentionState, reserve
+from nested_jax.memory.stream import check_documents, check_rows
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.numerics import rms_norm, upcast
@@ -140,9 +141,9 @@ def apply(
     _check_count("multiple", multiple)
     _check_weights(config, weights)
     _check_state(config, state)
-    ids = _check_tokens(config, tokens, reset, state)
+    ids = _check_tokens(config, tokens)
     position = state.position if isinstance(state.position, Tracer) else np.int32(state.position)
-    starts = _check_alignment(config, reset, position)
+    starts = _check_starts(config, ids.shape, reset, state, position)
     known = not isinstance(position, jax.Array)
     aligned = (int(position) if known else multiple) % config.reading == 0
     x = embed(config, weights, ids)
@@ -290,19 +291,10 @@ def expected_shapes(config: ModelConfig) -> tuple:
     return _shapes(state.mixers)
 
 
-def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[Array, "B T"]:
+def _check_tokens(config: ModelConfig, tokens) -> Int[Array, "B T"]:
     tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"tokens {tokens.dtype}{list(tokens.shape)}: give integers of shape (B, T), at least one")
-    if reset is not None:
-        reset = reset if hasattr(reset, "dtype") else np.asarray(reset)
-        if not jnp.issubdtype(reset.dtype, jnp.bool_):
-            raise UserError(f"reset is of type {reset.dtype}: give bools")
-        if reset.shape != tokens.shape:
-            raise UserError(f"reset has shape {list(reset.shape)}: give one of the tokens' shape {list(tokens.shape)}")
-    rows = jax.tree.leaves(state.mixers)[0].shape[1]
-    if rows != len(tokens):
-        raise UserError(f"tokens have {len(tokens)} rows, the state {rows}: give init_state(batch_size={len(tokens)})")
     if not isinstance(tokens, Tracer):
         values = np.asarray(tokens)
         least, most = values.min(), values.max()
@@ -312,15 +304,13 @@ def _check_tokens(config: ModelConfig, tokens, reset, state: ModelState) -> Int[
     return jnp.asarray(tokens, jnp.int32)
 
 
-def _check_alignment(config: ModelConfig, reset, position: Position) -> Bool[Array, "B T"] | None:
-    """The resets, where they are known on the grid of documents; None where there are none."""
-    if reset is None or isinstance(reset, Tracer) or isinstance(position, jax.Array):
-        return reset
-    reset = np.asarray(reset)
-    at = int(position) + np.arange(reset.shape[1])
-    wrong = at[(reset & (at % config.alignment != 0)).any(axis=0)]
-    if wrong.size:
-        raise UserError(
-            f"reset at token {wrong[0]}: documents start on multiples of {config.alignment} tokens, pad the one before"
-        )
-    return jnp.asarray(reset) if reset.any() else None
+def _check_starts(
+    config: ModelConfig, shape: tuple[int, ...], reset, state: ModelState, position: Position
+) -> Bool[Array, "B T"] | None:
+    """The starts of documents; None where it is known that there are none."""
+    starts = reset if reset is None or hasattr(reset, "dtype") else np.asarray(reset)
+    check_rows("model", jax.tree.leaves(state.mixers)[0].shape[1], shape, starts)
+    check_documents("model", config.alignment, position, starts)
+    if starts is None or isinstance(starts, Tracer):
+        return starts
+    return jnp.asarray(starts) if np.asarray(starts).any() else None

@@ -15,8 +15,7 @@ from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
 _LEFTOVERS = {_LOCK, f"{_CONFIG}.part"}  # files that a process stopped early may leave
-_OTHER = "give another --run-dir, or start over with nested-jax train --fresh, which keeps the old run under another name"
-_REMEDY = "give --fresh to start over (the old run is kept under another name) or another --run-dir"
+_REMEDY = "another --run-dir, or start over with nested-jax train --fresh, which keeps the old run under another name"
 
 
 def read_config(folder: Path) -> TrainConfig | None:
@@ -41,7 +40,7 @@ def read_config(folder: Path) -> TrainConfig | None:
     except NotADirectoryError:
         raise UserError(f"--run-dir {folder} is not a folder: give another --run-dir") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({error}): {_OTHER}") from error
+        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({error}): give {_REMEDY}") from error
 
 
 def write_config(folder: Path, config: TrainConfig, text: str) -> None:
@@ -76,15 +75,15 @@ def resumable(folder: Path, given: TrainConfig) -> TrainConfig | None:
     saved = read_config(folder)
     if saved and (found := difference(saved, given)):
         name, theirs, ours = found
-        remedy = f"give {name} {theirs} or more, or {_REMEDY}" if name == "--steps" else _REMEDY
-        raise UserError(f"{folder} holds a run with {name} {theirs}, not {ours}: {remedy}")
+        remedy = f"{name} {theirs} or more, {_REMEDY}" if name == "--steps" else _REMEDY
+        raise UserError(f"{folder} holds a run with {name} {theirs}, not {ours}: give {remedy}")
     return saved
 
 
 def assert_same_text(folder: Path, text: str) -> None:
     """Raises UserError where the run in a folder was made with documents of another fingerprint."""
     if json.loads((folder / _CONFIG).read_text()).get("text") != text:
-        raise UserError(f"the text of --data has changed since the run in {folder} was made: {_REMEDY}")
+        raise UserError(f"the text of --data has changed since the run in {folder} was made: give {_REMEDY}")
 
 
 def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:

@@ -102,7 +102,7 @@ def test_what_a_layer_cannot_read_is_refused(layer):
     for wrong in (x[:, :0], x[..., :7], x[0], x.astype(int)):
         with pytest.raises(UserError, match=rf"{name}: x is .*: give floats \(B, T, 8\), at least one token"):
             layer(weights, state, wrong, 0)
-    with pytest.raises(UserError, match=rf"{name}: x has 1 rows, the state 2: give init_state\(weights, 1\)"):
+    with pytest.raises(UserError, match=f"{name}: 1 rows of tokens, 2 of the state: give init_state batch_size=1"):
         layer(weights, state, x[:1], 0)
     for reset in (jnp.zeros((2, 4), bool), jnp.zeros((2, 5))):
         with pytest.raises(UserError, match=rf"{name}: reset is .*: give bools \[2, 5\]"):

@@ -147,7 +147,7 @@ def test_a_reset_is_a_fresh_start(x64, name):
     np.testing.assert_allclose(logits[1, :8], whole(text)[1, :8], **tolerance(name))
     np.testing.assert_allclose(logits[1, 8:], whole(text[:, 8:])[1], **tolerance(name))
     assert jnp.isnan(call(text, jnp.zeros((2, 24), bool).at[1, 5].set(True))[1]).all()
-    with pytest.raises(UserError, match="reset at token 5: documents start on multiples of 8"):
+    with pytest.raises(UserError, match="model: reset at token 5: give documents that start on multiples of 8"):
         read(made, text, reset=np.arange(24)[None].repeat(2, 0) == 5)
 
 
@@ -314,7 +314,7 @@ def test_states_weights_and_promises_that_do_not_fit_are_refused():
             made["frozen"].init_state(wrong)
     with pytest.raises(UserError, match="max_length 0: give a whole number"):
         made["attention"].init_state(2, max_length=0)
-    with pytest.raises(UserError, match="reset is of type int64: give bools"):
+    with pytest.raises(UserError, match=r"model: reset is int64\[2, 12\]: give bools \[2, 12\]"):
         made["frozen"](text, made["frozen"].init_state(2), reset=np.zeros((2, 12), np.int64))
 
 
@@ -325,7 +325,7 @@ def test_inputs_of_another_shape_or_type_are_refused(name):
     for wrong in (np.ones((2, 3)), np.ones(3, int), np.ones((2, 0), int), np.ones((2, 3), bool)):
         with pytest.raises(UserError, match=r"give integers of shape \(B, T\)"):
             made(wrong, state)
-    with pytest.raises(UserError, match="tokens have 1 rows, the state 2"):
+    with pytest.raises(UserError, match="model: 1 rows of tokens, 2 of the state: give init_state batch_size=1"):
         made(np.ones((1, 3), int), state)
-    with pytest.raises(UserError, match=r"reset has shape \[1, 3\]"):
+    with pytest.raises(UserError, match=r"model: reset is bool\[1, 3\]: give bools \[2, 3\]"):
         made(np.ones((2, 3), int), state, reset=np.zeros((1, 3), bool))

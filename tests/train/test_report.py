@@ -95,8 +95,9 @@ def test_the_seed_decides_a_sample(finished):
     config, _ = finished(1)
     saved, params, tokenizer, _ = trained.load_run(config.run_dir)
     net = saved.model
-    draw = lambda prompt, n, **options: list(sample(net, params, tokenizer, prompt, tokens=n, **options))
-    assert draw("", 6) == draw("", 6) != draw("", 6, seed=1)
+    draw = lambda prompt, **options: list(sample(net, params, tokenizer, prompt, tokens=6, **options))
+    for prompt in ("", "it"):
+        assert draw(prompt) == draw(prompt) != draw(prompt, seed=1)
 
 
 def test_the_likeliest_continuation_is_that_of_one_reading():
