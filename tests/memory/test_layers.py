@@ -112,6 +112,18 @@ def test_any_split(x64, name, pieces):
     assert_close(state, expected[0])
 
 
+def test_a_split_at_a_known_position(x64):
+    """Known while tracing, and off the grid of chunks."""
+    layer = LAYERS["titans-4"]
+    weights, x = random_weights(layer), inputs()
+    state, first = layer(weights, layer.init_state(weights, 2), x[:, :4], 0)
+    after, second = jax.jit(lambda w, state, x: layer(w, state, x, 4))(weights, state, x[:, 4:7])
+    last, third = jax.jit(lambda w, state, x: layer(w, state, x, 7))(weights, after, x[:, 7:])
+    expected = whole(layer)(weights, x)
+    assert_close(jnp.concatenate([first, second, third], 1), expected[1])
+    assert_close(last, expected[0])
+
+
 @every_layer
 def test_causal_and_rows_apart(x64, name):
     """What comes later changes nothing, and neither does the other row."""
@@ -139,6 +151,18 @@ def test_reset_starts_a_document(x64, name):
     assert_close(y[1, :BOUNDARY], without[1, :BOUNDARY])
     assert_close(y[1, BOUNDARY:], fresh[1, : T - BOUNDARY])
     assert jnp.max(jnp.abs(y - without)[1, BOUNDARY]) > 1e-3
+
+
+def test_a_convolution_is_split_after_a_document_starts(x64):
+    """One and two tokens after: the next piece does not see the document before."""
+    taps, x = jax.random.normal(jax.random.key(0), (4, 2)), jax.random.normal(jax.random.key(1), (1, 8, 2))
+    reset, none = jnp.zeros((1, 8), bool).at[0, 4].set(True), jnp.zeros((1, 3, 2))
+    recent, whole = convolve(taps, none, x, reset)
+    for cut in (5, 6):
+        before, first = convolve(taps, none, x[:, :cut], reset[:, :cut])
+        after, second = convolve(taps, before, x[:, cut:], reset[:, cut:])
+        assert_close(jnp.concatenate([first, second], 1), whole)
+        assert_close(after, recent)
 
 
 @pytest.mark.parametrize("name", cases(LAYERS, ["gated-delta", "self-modifying-4-8"]))

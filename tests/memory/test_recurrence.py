@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rare import cases
 
-from nested_jax.memory.recurrence import Gates, MemoryState, chunked, tokenwise
+from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read, tokenwise, write
 from nested_jax.numerics import _unit_lower_inverse, solve_unit_lower
 
 
@@ -203,6 +203,22 @@ def test_a_momentum_needs_its_decay():
     one = jnp.ones((1, 1))
     with pytest.raises(ValueError, match="gates.momentum is None"):
         chunked(MemoryState(one, one), one, one, Gates(one[0], one[0], one[0]), one)
+    with pytest.raises(ValueError, match="state.momentum is None"):
+        chunked(MemoryState(one, None), one, one, Gates(one[0], one[0], one[0], one[0]), one)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_read_before_a_token_is_of_the_state_before_it(x64, momentum):
+    options = dict(momentum=momentum, erase=True, decay=True, anchor=False, slots=False)
+    (state, inputs, errors, gates, queries), _, _ = problem(np.random.default_rng(0), (), 4, 3, 2, **options)
+    before = read(write(state, inputs, errors, gates), queries, before=True)
+    after = read(write(state, inputs, errors, gates), queries)
+    for t in range(4):
+        first = lambda tree, n: jax.tree.map(lambda x: x[:n], tree)
+        weights = [state.weights if n == 0 else tokenwise(state, *first((inputs, errors, gates, queries), n))[0].weights
+                   for n in (t, t + 1)]  # fmt: skip
+        np.testing.assert_allclose(before[t], weights[0] @ queries[t], rtol=1e-12)
+        np.testing.assert_allclose(after[t], weights[1] @ queries[t], rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", [chunked, tokenwise])

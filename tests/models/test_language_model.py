@@ -84,6 +84,22 @@ def test_any_split_is_one_call(x64, name):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **tolerance(name))
 
 
+def test_a_document_that_starts_in_an_open_segment(x64):
+    """Calls whose positions are known at run time only, on the grid by promise or not: the next call closes the segment."""
+    made, text = model(config(mixer="titans", **IN_CONTEXT)), tokens(2, 20)
+    reset = jnp.zeros((2, 20), bool).at[1, 8].set(True)
+    whole, state = jax.jit(lambda: read(made, text, 20, reset=reset))()
+    for length, multiple in ((5, 1), (4, 4)):
+        call = jax.jit(lambda text, state, reset, multiple=multiple: made(text, state, reset=reset, multiple=multiple))
+        now, parts = made.init_state(2), []
+        for start in range(0, 20, length):
+            piece = slice(start, start + length)
+            logits, now = call(text[:, piece], now, reset[:, piece])
+            parts.append(logits)
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **CLOSE)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), now, state)
+
+
 def test_a_cache_that_grows_is_one_of_given_length(x64):
     """In calls of uneven lengths that close segments begun before."""
     made, text = model(config(**MODELS["hope-attention"])), tokens(2, 26)
