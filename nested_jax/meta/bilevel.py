@@ -15,7 +15,7 @@ from nested_jax.errors import UserError, is_whole
 from nested_jax.level import Level
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
-from nested_jax.remat import Checkpoint, stream_length, with_tangent_of
+from nested_jax.remat import Checkpoint, with_tangent_of
 from nested_jax.typing import PyTree
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
@@ -225,8 +225,9 @@ def maml(
                 "maml: with carries=True give adapt(start, task, hyper, carried), unless start is a Descent; otherwise not"
             )
         task = jax.tree.map(jnp.asarray, task)
-        if fresh and (length := stream_length(task, steps or None)) != steps:
-            raise UserError(f"maml: the task has data of {length} steps: give those of {steps}")
+        for x in jax.tree.leaves(task) if fresh else ():
+            if x.shape[:1] != (steps,):
+                raise UserError(f"maml: a leaf of a fresh task has shape {x.shape}: give data of {steps} steps")
 
         slower = ((start, hyper, carried),)
         one = lambda task: jax.tree.map(lambda x: x[None], task)
@@ -250,7 +251,9 @@ def maml(
         if not return_state:
             return state.params
         if not steps:
-            shapes = jax.eval_shape(level.step, state, one(jax.tree.map(lambda x: x[0], task) if fresh else task), slower)[1]
+            struct = lambda x: jax.ShapeDtypeStruct(x.shape[1:] if fresh else x.shape, x.dtype)
+            emit = lambda task: level.step(state, one(task), slower)[1]
+            shapes = jax.eval_shape(emit, jax.tree.map(struct, task))
             outputs.append(jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), shapes))
         emitted = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         losses, *aux = emitted if has_aux else (emitted,)
