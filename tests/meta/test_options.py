@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from nested_jax import Level
 from nested_jax.errors import UserError
@@ -70,22 +68,12 @@ def test_state_fresh_data_and_auxiliary_outputs(x64):
     assert none.shape == (0,)
 
 
-def test_the_inner_gradient_allows_forward_mode_and_shard_map(x64):
-    """Tasks split over devices, adapted apart, and the derivative of their mean by the shared start."""
-    loss, task = (lambda w, t: jnp.sum(jnp.cos(w * t))), jnp.array([0.5, 1.0, 2.0, -1.5])
+def test_the_inner_gradient_allows_forward_mode(x64):
+    """`jax.shard_map`: tests/multi_device/test_meta.py."""
+    loss = lambda w, t: jnp.sum(jnp.cos(w * t))
     adapt = maml(loss, optax.sgd(RATE), 2, inner_gradient=jax.grad)
     by = lambda w: loss(adapt(w, 2.0), 1.0)
     assert_close(jax.jvp(by, (0.7,), (1.0,))[1], jax.grad(by)(0.7))
-
-    mesh = jax.make_mesh((len(jax.devices()),), ("tasks",), axis_types=(AxisType.Auto,))
-    alone = lambda w: jax.vmap(lambda t: loss(adapt(w, t), 1.0))(task).mean()
-
-    def part(w, tasks):
-        w = jax.lax.pcast(w, "tasks", to="varying")
-        return jax.lax.pmean(jax.vmap(lambda t: loss(adapt(w, t), 1.0))(tasks).mean(), "tasks")
-
-    together = jax.shard_map(part, mesh=mesh, in_specs=(P(), P("tasks")), out_specs=P())
-    assert_close(jax.jit(jax.value_and_grad(together))(0.7, task), jax.value_and_grad(alone)(0.7))
 
 
 def test_rules_that_take_other_arguments_or_change_their_types():
