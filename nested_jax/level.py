@@ -41,6 +41,7 @@ class Level:
         restart: (state, slower) -> state, what `nest(..., reset=True)` does to this level; the default is `init(slower)`.
         description: its objective, rule and context flow, for `nested_jax.describe`.
         parts: of a nest, its fast and its slow level, and whether the slow one resets the fast one.
+        first_order: whether derivatives of its step leave out those of a gradient that it follows.
 
     Raises UserError for a period or tokens that are no whole number from 1.
 
@@ -61,6 +62,7 @@ class Level:
     description: Description = Description()
     parts: tuple[Level, Level, bool] | None = None
     tokens: int = 1
+    first_order: bool = False
 
     def __post_init__(self):
         for field, value in (("period", self.period), ("tokens", self.tokens)):
@@ -138,7 +140,12 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     slow_due = slow.due
     due = (lambda state: slow_due(state.slow)) if slow_due else (lambda state: jnp.asarray(False))
     name = f"{fast.name} in {slow.name}"
-    return Level(init, step, slow.period, name, due, restart, parts=(fast, slow, reset), tokens=slow.tokens)
+    return Level(
+        *(init, step, slow.period, name, due, restart),
+        parts=(fast, slow, reset),
+        tokens=slow.tokens,
+        first_order=fast.first_order or slow.first_order,
+    )
 
 
 def run(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from nested_jax.checks import Count
 from nested_jax.errors import UserError, is_whole
-from nested_jax.typing import PyTree
+from nested_jax.typing import Array, PyTree
 
 Checkpoint = Literal["none", "full", "sqrt", "log"] | Count | tuple[Count, ...]
 
@@ -22,6 +23,7 @@ def scan(
     step: Callable,
     state: PyTree,
     xs: PyTree,
+    length: int | None = None,
     *,
     checkpoint: Checkpoint = "none",
     offload: bool = False,
@@ -30,9 +32,10 @@ def scan(
     """`lax.scan` with one knob for what its backward pass keeps; the rest it computes again.
 
     Args:
+        length: the number of steps, needed where xs has no arrays.
         checkpoint: "none": all that happens inside the steps. "full": the state before each step. A number n: the state
-            before each of n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments. A
-            tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
+            before each of at most n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments.
+            A tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
         name: of what runs it, in errors.
 
@@ -40,33 +43,131 @@ def scan(
         UserError: a checkpoint that is none of these, more segments than steps, or none to offload; a step that does not
             return (state, y), or another state than it was given.
     """
-    counts = segments_of(checkpoint, stream_length(xs), offload)
+    length = stream_length(xs, length)
+    counts = segments_of(checkpoint, length, offload)
     if checkpoint == "full":
         step = jax.checkpoint(step, prevent_cse=False)
     try:
-        return _scan_segments(step, counts, offload, state, xs)
+        if not counts:
+            return jax.lax.scan(step, state, xs, length)
+        leaves, structure = jax.tree.flatten(xs)
+        leaves = [jnp.asarray(x) for x in leaves]
+        take = lambda state, at: step(state, structure.unflatten(map(_read, leaves, [at[0]] * len(leaves), at[1])))
+        segmented = _scan_segments if len(counts) == 1 else _scan_layers
+        return segmented(take, counts, offload, state, list(map(_slot, leaves)), length)
     except TypeError:
         _assert_steady(name, step, state, xs)
         raise
 
 
-def _scan_segments(step, counts: tuple[int, ...], offload: bool, state: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-    length = stream_length(xs)
-    if not counts or length == 1:
-        return jax.lax.scan(step, state, xs)
-    segments = min(counts[0], length)
-    size, rest = divmod(length, segments)
-    inner = partial(_scan_segments, step, counts[1:], offload)
-    inner = _offloaded(inner, len(counts)) if offload else jax.checkpoint(inner, prevent_cse=False)
-    pieces, begin = [], 0
-    for count, steps in ((rest, size + 1), (segments - rest, size)):  # the given number of segments, of nearly equal lengths
-        end = begin + count * steps
-        if count:
-            part = jax.tree.map(lambda x: x[begin:end].reshape(count, steps, *x.shape[1:]), xs)  # noqa: B023
-            state, emitted = jax.lax.scan(inner, state, part)
-            pieces.append(jax.tree.map(lambda x: x.reshape(count * steps, *x.shape[2:]), emitted))  # noqa: B023
-        begin = end
-    return state, jax.tree.map(lambda *each: jnp.concatenate(each) if rest else each[0], *pieces)
+def _scan_segments(take, counts, offload, state, slots, length):
+    """One layer of segments of one length, and the shorter rest."""
+    size = -(-length // counts[0])
+    whole = length // size
+    even = whole * size
+
+    def segment(state, piece):
+        begin, slots = piece
+        steps = begin + jnp.arange(size)
+        return jax.lax.scan(take, state, (steps, slots))
+
+    parts = jax.tree.map(lambda x: x[:even].reshape(whole, size, *x.shape[1:]), slots)
+    state, emitted = jax.lax.scan(_recomputed(segment, offload, 1), state, (size * jnp.arange(whole), parts))
+    emitted = jax.tree.map(lambda y: y.reshape(even, *y.shape[2:]), emitted)
+    if even == length:
+        return state, emitted
+    # Its backward pass comes first, while no other segment is computed again, so it is not recomputed itself.
+    rest = jnp.arange(even, length), jax.tree.map(lambda x: x[even:], slots)
+    state, remaining = jax.lax.scan(take, state, rest)
+    return state, jax.tree.map(lambda *each: jnp.concatenate(each), emitted, remaining)
+
+
+def _scan_layers(take, counts, offload, state, slots, length):
+    """Segments in segments, of one shape in each layer, so that the step is compiled at most twice whatever the length.
+
+    Where the innermost segments do not share the steps evenly, the first ones take one step more, behind a condition.
+    """
+    innermost = math.prod(counts)
+    size, rest = divmod(length, innermost)
+    long = rest * (size + 1)
+    layered = lambda x: x.reshape(*counts, *x.shape[1:])
+
+    def split(x):
+        """Rows of the steps that all innermost segments take, and of the one more that some take, filled up in others."""
+        first = x[:long].reshape(rest, size + 1, *x.shape[1:])
+        others = x[long:].reshape(innermost - rest, size, *x.shape[1:])
+        return jnp.concatenate([first[:, :size], others]), jnp.concatenate([first[:, size], others[:, 0]])
+
+    def join(every, more):
+        first = jnp.concatenate([every[:rest], more[:rest, None]], axis=1)
+        return jnp.concatenate([rows.reshape(-1, *rows.shape[2:]) for rows in (first, every[rest:])])
+
+    def segment(state, piece):
+        number, slots, slot = piece
+        begin = size * number + jnp.minimum(number, rest)
+        state, emitted = jax.lax.scan(take, state, (begin + jnp.arange(size), slots))
+        if not rest:
+            return state, (emitted, None)
+        last = jax.tree.map(lambda y: y[-1], emitted)
+        state, more = jax.lax.cond(
+            number < rest, lambda state, _: take(state, (begin + size, slot)), lambda *same: same, state, last
+        )
+        return state, (emitted, more)
+
+    for layer in range(1, len(counts) + 1):
+        inner = _recomputed(segment, offload, layer)
+        segment = lambda state, piece, inner=inner: jax.lax.scan(inner, state, piece)
+    if rest:
+        pairs = [(None, None) if x is None else split(x) for x in slots]
+        slots, extra = [a for a, _ in pairs], [b for _, b in pairs]
+    else:
+        slots, extra = jax.tree.map(lambda x: x.reshape(innermost, size, *x.shape[1:]), slots), [None] * len(slots)
+    pieces = jax.tree.map(layered, (jnp.arange(innermost), slots, extra))
+    state, emitted = segment(state, pieces)
+    every, more = jax.tree.map(lambda y: y.reshape(innermost, *y.shape[len(counts) :]), emitted)
+    if rest:
+        return state, jax.tree.map(join, every, more)
+    return state, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), every)
+
+
+def _slot(x: Array) -> Array | None:
+    """What carries the tangent of a leaf of xs through scans, where it can have one."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else None
+
+
+def _read(x: Array, i: Array, slot: Array | None) -> Array:
+    """x[i], with the tangent of its slot.
+
+    Values come by index from an array that all steps share, so that no segment's part of it is copied. Their tangents go by
+    the scans' own inputs, since to the cotangent of a shared array each step would add an array of its whole size.
+    """
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
+    return at(x) if slot is None else with_tangent_of(slot, at(jax.lax.stop_gradient(x)))
+
+
+def with_tangent_of(a: Array, b: Array) -> Array:
+    """b with the derivatives of a, of any order, without arithmetic: b may be infinite. Both have one shape and type."""
+    return _with_tangent_of.bind(a, b)
+
+
+# A primitive, since scans drop the rule of a `jax.custom_jvp` where they are differentiated, and so all higher derivatives.
+_with_tangent_of = Primitive("with_tangent_of")
+_with_tangent_of.def_impl(lambda a, b: b)
+_with_tangent_of.def_abstract_eval(lambda a, b: b)
+ad.primitive_jvps[_with_tangent_of] = lambda primals, tangents: (with_tangent_of(*primals), tangents[0])
+mlir.register_lowering(_with_tangent_of, lambda context, a, b: [b])
+
+
+def _batched(values, axes):
+    size = next(x.shape[axis] for x, axis in zip(values, axes, strict=True) if axis is not None)
+    return with_tangent_of(*(batching.bdim_at_front(x, axis, size) for x, axis in zip(values, axes, strict=True))), 0
+
+
+batching.primitive_batchers[_with_tangent_of] = _batched
+
+
+def _recomputed(segment: Callable, offload: bool, layer: int) -> Callable:
+    return _offloaded(segment, layer) if offload else jax.checkpoint(segment, prevent_cse=False)
 
 
 def _offloaded(segment: Callable, layer: int) -> Callable:
@@ -136,12 +237,18 @@ def assert_same(name: str, before: PyTree, after: PyTree) -> None:
             raise UserError(f"{name}: the step changes {leaf} from {what(a)} to {what(b)}: return it as it came") from None
 
 
-def stream_length(stream: PyTree) -> int:
-    """T, the leading axis of every leaf."""
+def stream_length(stream: PyTree, length: int | None = None) -> int:
+    """T, the leading axis of every leaf, and the length where one is given."""
+    if length is not None and not is_whole(length):
+        raise UserError(f"length={length!r}: give a whole number of steps from 1")
     try:
         lengths = sorted(set(map(len, jax.tree.leaves(stream))))
     except TypeError:
         raise UserError("a stream has arrays with a leading axis, not numbers: stack them, or give them an axis") from None
+    if not lengths and length is not None:
+        return length
     if len(lengths) != 1 or lengths[0] == 0:
         raise UserError(f"a stream has leaves of one length of at least 1 along the leading axis, not {lengths}")
+    if length not in (None, lengths[0]):
+        raise UserError(f"length={length} of a stream of {lengths[0]}: give one of them")
     return lengths[0]

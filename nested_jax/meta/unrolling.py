@@ -14,7 +14,8 @@ from nested_jax.typing import PyTree
 def unroll(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
-    xs: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
     *,
     checkpoint: Checkpoint = "sqrt",
     debug: bool = False,
@@ -35,13 +36,14 @@ def unroll(
     | (n, m, ...) | n + m + ... | of T / (n m ...) | 1 + length of the tuple |
     | "log" | 4 log_4 T | of at most 3 | 1 + log_4 T |
 
-    and, for each layer of segments, the part of xs that one segment reads: a quarter of it with "log".
+    and no copy of xs, which steps read by index.
 
     Args:
         step: (state, x) -> (state, y), pure. For an optax optimizer, the state is (parameters, optimizer state), and the
             step computes the gradient.
         state: the initial state, a pytree of arrays.
-        xs: pytree of arrays (T, ...), one slice a step.
+        xs: pytree of arrays (T, ...), one slice a step; None for steps without inputs.
+        length: T, needed where xs has no arrays.
         checkpoint: see above; `nested_jax.run(level, ..., checkpoint=...)` takes the same.
         debug: run a Python loop instead, with concrete values for `print` and debuggers; not under `jit`.
         offload: keep the states before segments in the host's memory ("pinned_host"), where the backend has one; not with
@@ -51,8 +53,8 @@ def unroll(
         (state, ys), each y stacked along a leading axis of T.
 
     Raises:
-        UserError: xs is empty or has leaves of different lengths, there are more segments than steps, or the step changes
-            the state's structure or a leaf's shape or dtype.
+        UserError: xs is empty or has leaves of different lengths or of another one than `length`, there are more segments
+            than steps, or the step changes the state's structure or a leaf's shape or dtype.
 
     Source: Kemaev et al., MixFlow-MG, arXiv 2505.00793 (nested rematerialisation); NL Section 3.3 (initialisation).
 
@@ -60,19 +62,20 @@ def unroll(
 
     >>> def solution(rate, target=1.0):
     ...     step = lambda w, _: (w - rate * (w - target), w)
-    ...     return unroll(step, jnp.zeros(()), jnp.arange(100))[0]
+    ...     return unroll(step, jnp.zeros(()), length=100)[0]
     >>> print(jax.grad(solution)(0.01).round(4), round(100 * 0.99**99, 4))
     36.973 36.973
     """
     if debug:
-        segments_of(checkpoint, stream_length(xs), offload)
-        return _loop(step, state, xs)
-    return scan(step, state, xs, checkpoint=checkpoint, offload=offload, name="unroll")
+        length = stream_length(xs, length)
+        segments_of(checkpoint, length, offload)
+        return _loop(step, state, xs, length)
+    return scan(step, state, xs, length, checkpoint=checkpoint, offload=offload, name="unroll")
 
 
-def _loop(step, state, xs):
+def _loop(step, state, xs, length):
     outputs = []
-    for t in range(stream_length(xs)):
+    for t in range(length):
         before, (state, y) = state, step(state, jax.tree.map(lambda x: x[t], xs))  # noqa: B023
         assert_same("unroll", before, state)
         outputs.append(y)

@@ -90,6 +90,13 @@ def test_truncation_covers_what_the_loss_closes_over():
     np.testing.assert_allclose(slopes, [-2 * n * 0.1 * 0.9**4 for n in (0, 2, 5)], rtol=1e-5)
 
 
+def test_second_derivatives_pass_a_truncation_as_first_ones_do(x64):
+    """The last of two steps w - rate w^3, whose input has the start's derivatives, of any order."""
+    by = lambda w: maml(lambda w, t: w**4 / 4, optax.sgd(0.1), 2, truncate=1)(w, 0.0)
+    before = 0.7 - 0.1 * 0.7**3
+    assert_close((jax.grad(by)(0.7), jax.grad(jax.grad(by))(0.7)), (1 - 0.3 * before**2, -0.6 * before))
+
+
 def test_rules_that_use_the_loss(x64):
     """Polyak's step, whose rate is (value - least) / |gradient|^2, and a line search."""
     loss = lambda w, task: jnp.sum(jnp.array([1.0, 3.0]) * (w - task) ** 2) / 2

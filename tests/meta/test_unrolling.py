@@ -78,6 +78,39 @@ def test_gradients_are_finite_differences(x64):
     assert float(by_rate(0.1)[1]) == pytest.approx(float(slope), rel=1e-7)
 
 
+@pytest.mark.parametrize("checkpoint", ["sqrt", (2, 2, 2)])
+def test_derivatives_by_inputs_of_steps_that_do_not_split_evenly(x64, checkpoint):
+    """By reverse mode, and by forward mode over it; among the inputs are integers and keys, which have no derivative."""
+    xs = {"x": jnp.linspace(0.5, 1.5, T), "i": jnp.arange(T), "key": jax.random.split(jax.random.key(0), T)}
+
+    def step(w, x):
+        w = jnp.sin(w * x["x"]) + 0.1 * x["i"] + jax.random.normal(x["key"])
+        return w, w**2
+
+    def value(w, x, loop):
+        w, ys = loop(step, w, xs | {"x": x})
+        return w + jnp.sum(ys * jnp.linspace(0.5, 1.5, T))
+
+    def derivatives(loop):
+        slope = jax.grad(functools.partial(value, loop=loop), (0, 1))
+        return jax.jit(lambda w, x: jax.jvp(slope, (w, x), (w, x)))(0.3, xs["x"])
+
+    assert_close(derivatives(functools.partial(unroll, checkpoint=checkpoint)), derivatives(jax.lax.scan))
+
+
+def test_steps_without_inputs():
+    double = lambda w, x: (2 * w, x)
+    for checkpoint in ("none", "full", "sqrt", (2, 2)):
+        assert unroll(double, 1.0, length=7, checkpoint=checkpoint) == (128.0, None)
+    assert unroll(double, jnp.ones(()), None, 7, debug=True)[0] == 128.0
+    assert unroll(double, 1.0, jnp.ones(7), 7)[0] == 128.0
+    with pytest.raises(UserError, match="length=6 of a stream of 7"):
+        unroll(double, 1.0, jnp.ones(7), length=6)
+    for length in (0, -1, 2.5, True):
+        with pytest.raises(UserError, match="length=.*: give a whole number of steps from 1"):
+            unroll(double, 1.0, length=length)
+
+
 def test_third_derivatives(x64):
     """Two derivatives, in reverse, of a loop with inner gradients."""
     third = lambda **how: jax.jit(jax.grad(jax.grad(lambda rate: outer(start(), rate, tasks(), **how))))(0.1)
@@ -221,9 +254,9 @@ def test_debug_is_the_same_loop_in_python(x64):
     )
 
 
-@pytest.mark.parametrize(("checkpoint", "on_host"), [("sqrt", [1, 3]), (5, [2, 3]), ((3, 2), [2, 1]), ("log", [1, 3, 4])])
+@pytest.mark.parametrize(("checkpoint", "on_host"), [("sqrt", [3]), (5, [4]), ((3, 2), [3, 2]), ("log", [4])])
 def test_states_offloaded_to_the_host(x64, checkpoint, on_host):
-    """The states before the segments of 17 steps, in every layer of segments, longer and shorter ones."""
+    """The states before the segments of 17 steps, in every layer of segments; the shorter last one is not recomputed."""
     step = lambda w, x: (jnp.sin(w * x), w)
     xs = jnp.linspace(0.5, 1.5, 17)
     by = lambda w, **keywords: sum(jnp.sum(part) for part in unroll(step, w, xs, **keywords))
@@ -261,6 +294,28 @@ def test_memory_is_that_of_the_table(checkpoint, states, slopes):
     value = lambda s: jnp.sum(unroll(step, s, jnp.ones(64), checkpoint=checkpoint)[0])
     used = jax.jit(jax.grad(value)).lower(jnp.ones(size, jnp.float32)).compile().memory_analysis().temp_size_in_bytes
     assert used / (4 * size) <= states + slopes + 6  # the present state, its cotangent, and copies of both
+
+
+def compiled_for_large_inputs(steps, checkpoint, by):
+    """The derivative of a loop whose inputs are of the size of its state, and its temporary memory in states."""
+    size = 2**14
+    step = lambda s, x: (jnp.sin(s) * x, None)
+    value = lambda s, xs: jnp.sum(unroll(step, s, xs, checkpoint=checkpoint)[0])
+    lowered = jax.jit(jax.grad(value, by)).lower(jnp.ones(size), jnp.ones((steps, size)))
+    return lowered.as_text(), lowered.compile().memory_analysis().temp_size_in_bytes / (4 * size)
+
+
+@pytest.mark.parametrize("checkpoint", ["sqrt", "log"])
+def test_inputs_are_not_copied(checkpoint):
+    """Steps that do not split evenly take as much memory as those that do, and the step is compiled at most twice as often.
+
+    By the inputs, there is one copy of their derivative at most, beside the states.
+    """
+    (even, used), (uneven, more) = (compiled_for_large_inputs(steps, checkpoint, 0) for steps in (64, 79))
+    assert used < 30 and more <= used + 4
+    assert uneven.count("sine") <= 2 * even.count("sine")
+    if checkpoint == "sqrt":
+        assert compiled_for_large_inputs(79, checkpoint, 1)[1] < 1.6 * 79
 
 
 @pytest.mark.parametrize(
