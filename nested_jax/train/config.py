@@ -16,6 +16,7 @@ from nested_jax.models.config import ModelConfig, preset
 _SAME_RUN = (  # fields that may differ when a run is resumed
     "fresh",
     "run_dir",
+    "data",  # the text itself is compared, by its fingerprint
     "log_every",
     "eval_every",
     "eval_bytes",
