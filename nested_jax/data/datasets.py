@@ -155,4 +155,4 @@ def _tfds_names() -> list[str]:
 
     for group in ("text", "summarization", "translate", "structured"):  # registered on import only
         importlib.import_module(f"tensorflow_datasets.{group}")
-    return tfds.list_builders(with_community_datasets=False)
+    return sorted(set(tfds.list_builders(with_community_datasets=False)))

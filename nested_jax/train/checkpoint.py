@@ -34,7 +34,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpoints:
-    """The last two checkpoints of a run folder, in its subfolder `checkpoints`, named by step.
+    """The last two checkpoints of a run folder and one before them, in its subfolder `checkpoints`, named by step.
 
     Args:
         folder: the run folder.
@@ -60,12 +60,22 @@ class Checkpoints:
         steps = self._steps()
         return steps[-1][0] if steps else None
 
-    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint and deletes all but the last two. One of the same step stays as it is.
+    def last_before(self, step: int) -> int | None:
+        """The newest checkpoint before a step; None where there is none."""
+        return max((own for own, _ in self._steps() if own < step), default=None)
+
+    def return_to(self, step: int) -> None:
+        """Deletes the checkpoints after a step."""
+        for path in [path for own, path in self._steps() if own > step]:
+            shutil.rmtree(path)
+
+    def save(self, state: TrainState, progress: dict[str, Any], *, before: int = 0) -> None:
+        """Writes a checkpoint and deletes all but the last two and the last one before a step. One of the same step stays.
 
         Args:
             state: its step is the checkpoint's name. Its leaves may have any shape, and may be NumPy's.
             progress: a JSON value that is saved with it.
+            before: that step.
 
         Raises:
             UserError: it cannot be written.
@@ -85,15 +95,17 @@ class Checkpoints:
             self._orbax.save(part, args=ocp.args.Composite(**items))
             _list_files(part, step)
             part.rename(path)
-            for _, old in self._steps()[:-_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            kept = self.last_before(before)
+            for own, old in self._steps()[:-_KEPT]:
+                if own != kept:
+                    shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # whatever the storage layers raise
-            kept = "older checkpoints are kept"
+            remedy = "older checkpoints are kept"
             full = isinstance(error, OSError) and error.errno in _NO_ROOM
             if full or shutil.disk_usage(self._run).free < size_of(trees):
-                kept = f"make room and give the same command again; {kept}"
+                remedy = f"make room and give the same command again; {remedy}"
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {kept}") from error
+            raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint that is whole.

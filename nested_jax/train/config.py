@@ -43,7 +43,8 @@ class TrainConfig:
     preset: str = "tiny-hope"
     """Model to start from, SIZE-FAMILY, such as tiny-hope or 140m-transformer; --model.FIELD flags change it."""
     data: str = "stdlib"
-    """Text to learn: "stdlib" (Python's standard library), the path of a text file or folder, or a TFDS name."""
+    """Text to learn: "stdlib" (Python's standard library), the path of a text file or folder, or a TFDS name. PATH:FIELD
+    names the field of JSON Lines that is read, else text."""
     steps: Count = 280
     """Updates of the parameters in all. A finished run given more of them continues, on the longer schedule."""
     run_dir: str = "runs/tiny-hope"

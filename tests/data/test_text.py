@@ -333,7 +333,7 @@ def test_the_classes_that_a_prepared_dataset_names_are_not_imported(cache, tmp_p
 
 
 def test_an_unknown_dataset_is_told_with_the_nearest(cache):
-    with pytest.raises(UserError, match="^dataset lm1bb is unknown: did you mean lm1b.*give"):
+    with pytest.raises(UserError, match="^dataset lm1bb is unknown: did you mean lm1b\\? give"):
         open_documents("lm1bb")
 
 
