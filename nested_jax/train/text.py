@@ -123,7 +123,7 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
     """
     vocabulary = config.model.vocabulary
     if folder and (folder / TOKENIZER).exists():
-        tokenizer = load_tokenizer(folder / TOKENIZER)
+        tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
     elif config.tokenizer == "byte":
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":

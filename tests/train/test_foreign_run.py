@@ -114,6 +114,12 @@ def test_sizes_are_bounded_before_anything_is_allocated(run, fields, line, capsy
     assert code == 2 and re.search(line, said_line), said_line
 
 
+def test_what_would_steer_a_terminal_is_not_printed(run, capsys):
+    change(run, data="\x1b]0;title\x07")
+    code, line = said(capsys, "--run-dir", run)
+    assert code == 2 and "config.json is damaged" in line and line.isprintable()
+
+
 def test_loading_writes_nothing(run):
     listing = lambda: {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
     before = listing()

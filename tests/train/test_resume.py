@@ -180,6 +180,8 @@ def test_a_folder_of_other_things_is_left_alone(small, quiet, fresh):
 
 def test_a_folder_in_use_is_left_alone(small, finished, quiet):
     finished(1)
+    for file in Path(small().run_dir, "checkpoints").rglob("*"):
+        file.write_bytes(b"half") if file.is_file() else None  # nothing is read before the lock is taken
     with lock(Path(small().run_dir)):
         for fields in ({"steps": 2}, {"fresh": True}):
             with pytest.raises(UserError, match="another process is training"):
