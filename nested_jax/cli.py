@@ -30,7 +30,7 @@ class Evaluation:
     run_dir: str = TrainConfig.run_dir
     """Folder of the run."""
     data: str | None = None
-    """Text whose held-out part is read: "stdlib", a path or a TFDS name. None: the run's own."""
+    """Text whose held-out part is read: "stdlib", a path or a TFDS name. None: the run's own, as its folder keeps it."""
     eval_bytes: Count | None = None
     """Bytes of it to read. None: as many as the run's evaluations."""
 
@@ -93,11 +93,15 @@ def evaluate(argv: Sequence[str]) -> None:
     flags = _parse(Evaluation(), "eval", argv)
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
+    from nested_jax.train.text import read_heldout
 
-    config, params, tokenizer, step = trained.load_run(flags.run_dir)
-    data = flags.data or config.data
-    documents = open_documents(data, "heldout")
-    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=flags.eval_bytes or config.eval_bytes)
+    config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
+    limit = flags.eval_bytes or config.eval_bytes
+    if flags.data is None:  # the run's own text, as its folder keeps it: what the folder only names is not opened
+        data, documents = config.data, read_heldout(Path(flags.run_dir), config, limit)
+    else:
+        data, documents = flags.data, open_documents(flags.data, "heldout")
+    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=limit)
     bits = heldout.bits_per_byte(params)
     print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
     print(f"  unigram entropy  {heldout.entropies.unigram:.3f}")
@@ -110,7 +114,7 @@ def generate(argv: Sequence[str]) -> None:
     flags = _parse(Generation(), "generate", argv)
     from nested_jax.train import sample, trained
 
-    config, params, tokenizer, _ = trained.load_run(flags.run_dir)
+    config, params, tokenizer, _ = trained.load_run(flags.run_dir, _warn)
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "seed": flags.seed}
     print(flags.prompt, end="", flush=True)
     for text in sample.characters(tokenizer, sample.sample(config.model, params, tokenizer, flags.prompt, **options)):
@@ -201,6 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: BaseException | str, code: int) -> int:
     print("nested-jax:", " ".join(str(error).split()), file=sys.stderr)
     return code
+
+
+def _warn(line: str) -> None:
+    print("nested-jax:", line, file=sys.stderr)
 
 
 def _help() -> str:

@@ -13,10 +13,14 @@ import numpy as np
 import sentencepiece
 
 from nested_jax.errors import UserError
+from nested_jax.files import read_file, write_file
 
 _BYTES = b"nested_jax byte tokenizer\n"  # the contents of a saved ByteTokenizer
+_LARGEST = 2**26  # bytes of a tokenizer's file
 _BOUNDARY = "<document>"
 _SPACE = "\u2581"  # SentencePiece's sign for a space; where the text contains it, it is encoded as bytes
+
+_RESERVED = "\u2585"  # the trainer leaves out sentences that hold it
 
 
 @runtime_checkable
@@ -47,7 +51,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, V = 256. Byte 0, which text does not contain, is the document boundary.
+    """UTF-8 bytes as tokens, V = 256. Id 0 is the document boundary; byte 0 is id 255, a byte that UTF-8 does not have.
 
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("né")
@@ -58,22 +62,28 @@ class ByteTokenizer:
 
     vocabulary = 256
     boundary = 0
+    _null = 255
 
     def __init__(self):
         self.byte_lengths = np.ones(self.vocabulary, np.int32)
         self.byte_lengths[self.boundary] = 0
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (T,) int32 of a text, one for each byte."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+        """Token ids (T,) int32 of a text, one for each byte; bytes that are not UTF-8 become U+FFFD."""
+        ids = np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+        ids[ids == 0] = self._null
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids (T,); bytes that are not UTF-8 become U+FFFD. Raises UserError for ids out of range."""
-        return _in_range(ids, self.vocabulary).astype(np.uint8).tobytes().decode(errors="replace")
+        """The text of token ids (T,); a boundary has none. Bytes that are not UTF-8 become U+FFFD. Raises UserError for ids
+        out of range."""
+        ids = _in_range(ids, self.vocabulary)
+        ids = ids[ids != self.boundary]
+        return np.where(ids == self._null, 0, ids).astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file for `load_tokenizer`."""
-        _write(path, _BYTES)
+        write_file(Path(path), _BYTES)
 
 
 class SentencePieceTokenizer:
@@ -103,7 +113,8 @@ class SentencePieceTokenizer:
         if not pieces.is_control(self.boundary):
             raise UserError(f"tokenizer without control symbol {_BOUNDARY}: make one with SentencePieceTokenizer.train")
         self._text = [self._bytes_of(i) for i in range(self.vocabulary)]
-        self._space = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        ids = {byte: pieces.piece_to_id(f"<0x{byte:02X}>") for byte in (*_SPACE.encode(), *b" ")}
+        self._spelled, self._space = [ids[byte] for byte in _SPACE.encode()], ids[ord(" ")]
         self.byte_lengths = np.array([len(text) for text in self._text], np.int32)
 
     @classmethod
@@ -149,11 +160,23 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids (T,) int32 of a text; bytes that are not UTF-8 become U+FFFD."""
-        first, *rest = _utf8(text).decode(errors="replace").split(_SPACE)
-        ids = self._pieces.encode(first)
+        first, *rest = _utf8(text).decode().split(_SPACE)
+        ids = self._encode(first)
         for part in rest:
-            ids += self._space + self._pieces.encode(part)
+            ids += self._spelled + self._encode(part)
         return np.array(ids, np.int32)
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text without U+2581. Where no piece is a space, SentencePiece spells U+2581 in bytes: a space is one."""
+        ids = self._pieces.encode(text)
+        if self._spelled[0] not in ids:
+            return ids
+        spaced, i = [], 0
+        while i < len(ids):
+            is_space = ids[i : i + 3] == self._spelled
+            spaced.append(self._space if is_space else ids[i])
+            i += 3 if is_space else 1
+        return spaced
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids (T,); a boundary has none. Raises UserError for ids out of range."""
@@ -161,7 +184,7 @@ class SentencePieceTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the SentencePiece model, a file for `load_tokenizer`."""
-        _write(path, self._model)
+        write_file(Path(path), self._model)
 
     def _bytes_of(self, i: int) -> bytes:
         if self._pieces.is_control(i) or self._pieces.is_unknown(i):
@@ -170,11 +193,12 @@ class SentencePieceTokenizer:
         return bytes([int(piece[3:5], 16)]) if self._pieces.is_byte(i) else piece.replace(_SPACE, " ").encode()
 
 
-def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceTokenizer:
+def load_tokenizer(path: str | os.PathLike, *, within: Path | None = None) -> ByteTokenizer | SentencePieceTokenizer:
     """The tokenizer that `save` wrote to a file.
 
     Args:
         path: the file.
+        within: a folder that links must not lead out of; None: links may lead anywhere.
 
     Returns:
         A tokenizer that encodes and decodes as the saved one.
@@ -190,7 +214,7 @@ def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceToke
     """
     remedy = "give a file written by a tokenizer's save"
     try:
-        data = Path(path).read_bytes()
+        data = read_file(path, _LARGEST, within=within)
     except OSError as error:
         raise UserError(f"tokenizer {path}: {error.strerror}; {remedy}") from error
     if data == _BYTES:
@@ -201,15 +225,11 @@ def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | SentencePieceToke
         raise UserError(f"tokenizer {path} is damaged or of another kind: {remedy}") from error
 
 
-def _write(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file by renaming a complete one, so that a stopped process leaves no part of it."""
-    part = Path(f"{os.fspath(path)}.part")
-    part.write_bytes(data)
-    part.rename(path)
-
-
 def _utf8(text: str | bytes) -> bytes:
-    return text.encode(errors="replace") if isinstance(text, str) else bytes(text)
+    """A text in UTF-8, by which it can be decoded."""
+    if isinstance(text, str):
+        return text.encode(errors="replace")
+    return bytes(text).decode(errors="replace").encode()
 
 
 def _in_range(ids: Iterable[int], vocabulary: int) -> np.ndarray:
@@ -225,6 +245,7 @@ def _sentences(documents: Iterable[str | bytes], max_bytes: int, length: int = 4
     for text in documents:
         text = _utf8(text)[:max_bytes].decode(errors="ignore")
         max_bytes -= len(text.encode())
-        yield from (text[i : i + length] for i in range(0, len(text), length))
+        for part in text.split(_RESERVED):
+            yield from (part[i : i + length] for i in range(0, len(part), length))
         if max_bytes <= 0:
             return

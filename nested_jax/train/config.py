@@ -16,6 +16,7 @@ from nested_jax.models.config import ModelConfig, preset
 _SAME_RUN = (  # fields that may differ when a run is resumed
     "fresh",
     "run_dir",
+    "data",  # the text itself is compared, by its fingerprint
     "log_every",
     "eval_every",
     "eval_bytes",
@@ -42,7 +43,8 @@ class TrainConfig:
     preset: str = "tiny-hope"
     """Model to start from, SIZE-FAMILY, such as tiny-hope or 140m-transformer; --model.FIELD flags change it."""
     data: str = "stdlib"
-    """Text to learn: "stdlib" (Python's standard library), the path of a text file or folder, or a TFDS name."""
+    """Text to learn: "stdlib" (Python's standard library), the path of a text file or folder, or a TFDS name. PATH:FIELD
+    names the field of JSON Lines that is read, else text."""
     steps: Count = 280
     """Updates of the parameters in all. A finished run given more of them continues, on the longer schedule."""
     run_dir: str = "runs/tiny-hope"

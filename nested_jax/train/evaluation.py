@@ -12,6 +12,7 @@ from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batch
 from nested_jax.models.language_model import init_state
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
+from nested_jax.train.state import assert_fits
 from nested_jax.train.step import cross_entropy
 from nested_jax.typing import PyTree
 
@@ -30,6 +31,9 @@ class HeldOut:
         *,
         limit: int,
     ):
+        slots, model = config.batch_size * config.window, config.model
+        activations = 4 * slots * (model.vocabulary + model.layers * model.width)
+        assert_fits(f"a batch of {config.batch_size} windows of {config.window}", activations)
         texts = list(first_bytes(documents, limit))
         self.entropies = ngram_entropies(texts)
         self._batches = heldout_batches(
@@ -41,7 +45,6 @@ class HeldOut:
             carry=config.carry,
         )
         self.text_bytes = self._batches.text_bytes
-        model = config.model
         start = lambda params: init_state(model, params, config.batch_size, max_length=config.window)
         self._start = jax.jit(start) if config.carry else lambda params: None
         self._step = jax.jit(partial(cross_entropy, model))

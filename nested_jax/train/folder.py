@@ -6,14 +6,17 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nested_jax.errors import UserError
-from nested_jax.train.checkpoint import CHECKPOINTS
+from nested_jax.files import read_file, write_file
 from nested_jax.train.config import TrainConfig, difference
 
 _CONFIG, _LOCK = "config.json", ".lock"
+_LARGEST_CONFIG = 2**20  # bytes
 _LEFTOVERS = {_LOCK, f"{_CONFIG}.part"}  # files that a process stopped early may leave
 _REMEDY = "another --run-dir, or start over with nested-jax train --fresh, which keeps the old run under another name"
 
@@ -33,14 +36,24 @@ def read_config(folder: Path) -> TrainConfig | None:
     if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _LEFTOVERS):
         return None
     try:
-        saved = json.loads((folder / _CONFIG).read_text())
-        return TrainConfig.from_json(saved["train"])
+        data = read_file(folder / _CONFIG, _LARGEST_CONFIG, within=folder)
     except FileNotFoundError:
         raise UserError(f"{folder} holds files and no run (no {_CONFIG}): give another --run-dir") from None
     except NotADirectoryError:
         raise UserError(f"--run-dir {folder} is not a folder: give another --run-dir") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({error}): give {_REMEDY}") from error
+    try:
+        config = TrainConfig.from_json(json.loads(data)["train"])
+        if not config.data.isprintable():
+            raise ValueError("data has control characters")
+        return config
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        reason = f"{error}"[:200]
+        raise UserError(f"{folder / _CONFIG} is damaged or of another version ({reason}): give {_REMEDY}") from error
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a config in the folder: then its lock is taken before anything of it is read."""
+    return os.path.lexists(folder / _CONFIG)
 
 
 def write_config(folder: Path, config: TrainConfig, text: str) -> None:
@@ -51,10 +64,8 @@ def write_config(folder: Path, config: TrainConfig, text: str) -> None:
         config: of the run.
         text: the fingerprint of its documents.
     """
-    part = folder / f"{_CONFIG}.part"
     values = {"train": config.to_json(), "text": text}
-    part.write_text(json.dumps(values, indent=2, default=lambda number: number.item()) + "\n")
-    part.rename(folder / _CONFIG)
+    write_file(folder / _CONFIG, (json.dumps(values, indent=2, default=lambda number: number.item()) + "\n").encode())
 
 
 def resumable(folder: Path, given: TrainConfig) -> TrainConfig | None:
@@ -82,8 +93,8 @@ def resumable(folder: Path, given: TrainConfig) -> TrainConfig | None:
 
 def assert_same_text(folder: Path, text: str) -> None:
     """Raises UserError where the run in a folder was made with documents of another fingerprint."""
-    if json.loads((folder / _CONFIG).read_text()).get("text") != text:
-        raise UserError(f"the text of --data has changed since the run in {folder} was made: give {_REMEDY}")
+    if json.loads(read_file(folder / _CONFIG, _LARGEST_CONFIG, within=folder)).get("text") != text:
+        raise UserError(f"the text of --data has changed since the run in {folder} was made, or is another: give {_REMEDY}")
 
 
 def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
@@ -109,24 +120,17 @@ def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:
     return digest.hexdigest()
 
 
-def stamp(folder: Path) -> tuple[bytes, list[str]]:
-    """The config and the steps of the checkpoints: another value means that another process has trained in the folder."""
-    config, checkpoints = folder / _CONFIG, folder / CHECKPOINTS
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return config.read_bytes() if config.is_file() else b"", sorted(filter(str.isdigit, names))
-
-
 def set_aside(folder: Path) -> Path | None:
     """Renames the folder of a run to the first of FOLDER.1, FOLDER.2, ... that is free.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; this process has its lock.
 
     Returns:
         The new path; None where there is no folder, or an empty one.
 
     Raises:
-        UserError: the folder contains something else, or is in use.
+        UserError: the folder contains something else, or the working directory.
     """
     if not folder.exists() or (folder.is_dir() and {file.name for file in folder.iterdir()} <= _LEFTOVERS):
         return None
@@ -134,9 +138,7 @@ def set_aside(folder: Path) -> Path | None:
         raise UserError(f"--run-dir {folder} holds no run (no {_CONFIG}) to start over: give another --run-dir")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"--run-dir {folder} holds the working directory, which --fresh cannot rename: run from elsewhere")
-    with lock(folder):
-        aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-        return folder.rename(aside)
+    return folder.rename(next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists()))
 
 
 @contextlib.contextmanager
@@ -148,10 +150,13 @@ def lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = open(os.open(folder / _LOCK, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--run-dir {folder} cannot be written to: {error.strerror}; give another --run-dir") from error
     with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{folder / _LOCK} is no file: remove it, or give another --run-dir")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
-from nested_jax.train.record import Record, read_rows
+from nested_jax.train.record import Record, assert_rows, read_rows
 from nested_jax.train.sample import characters, sample
 from nested_jax.train.state import TrainState, init_train_state
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
-from nested_jax.train.text import TOKENIZER, Text, open_text
+from nested_jax.train.text import Text, open_text
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
@@ -46,34 +47,37 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         Interrupted: stopped by Ctrl-C or SIGTERM, and saved.
     """
     console, folder = console or Console(), Path(config.run_dir)
-    found = folders.stamp(folder)
-    saved = folders.resumable(folder, config)
     state, progress = None, {"tokens": 0, "seconds": 0.0}
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        checkpoints = None
+        if locked := folders.holds_run(folder):
+            stack.enter_context(folders.lock(folder))  # before anything in it is read
+        saved = folders.resumable(folder, config)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, partial(print_line, console))))
+        text = None
         if saved:
-            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
             if checkpoints.latest() is not None:
                 state, progress = checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
+            assert_resumable(folder, saved, config, state, progress)
+            if saved.data != config.data:
+                text = open_text(config, folder)
+                folders.assert_same_text(folder, text.fingerprint)
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
-            assert_resumable(folder, saved, state)
-        text = open_text(config, folder if saved else None)
+        text = text or open_text(config, folder if saved else None)
         if saved:
             folders.assert_same_text(folder, text.fingerprint)
         elif config.fresh and (aside := folders.set_aside(folder)):
             print_line(console, f"the run that was in {folder} is now in {aside}")
-            found = folders.stamp(folder)
-        stack.enter_context(folders.lock(folder))
-        if folders.stamp(folder) != found:
-            raise UserError(f"another process has trained in {folder} since this one started: give the same command again")
+            locked = False
+        if not locked:
+            stack.enter_context(folders.lock(folder))
+            if folders.holds_run(folder):
+                began = f"another process has trained in {folder} since this one started"
+                raise UserError(f"{began}: give the same command again")
         folders.write_config(folder, config, text.fingerprint)
-        if not (folder / TOKENIZER).exists():
-            text.tokenizer.save(folder / TOKENIZER)
-        if checkpoints is None:
-            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+        text.save(folder)
         if state is None:
             state = jax.jit(lambda: init_train_state(config))()
         else:
@@ -123,6 +127,7 @@ class _Run:
         print_line(
             self.console, f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes"
         )
+        print_line(self.console, f"{config.data}: {self.text.summary}")
         print_line(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_entropies(heldout.entropies)}")
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
@@ -209,6 +214,7 @@ class _Run:
 
     def _save(self) -> None:
         progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}
+        progress["rows"] = self.record.count(self.step)
         self.checkpoints.save(self.state, progress)
 
     def _assert_healthy(self, metrics: Metrics) -> None:
@@ -221,12 +227,19 @@ class _Run:
             raise NonFinite(f"{error}; {kept}; {remedy}") from None
 
 
-def assert_resumable(folder: Path, saved: TrainConfig, state: TrainState | None) -> None:
-    """Raises UserError where resuming would lose rows: metrics are damaged, or of steps whose checkpoints are gone."""
+def assert_resumable(
+    folder: Path, saved: TrainConfig, config: TrainConfig, state: TrainState | None, progress: dict[str, Any]
+) -> None:
+    """Raises UserError where resuming would lose rows or steps: of metrics, of checkpoints that are gone, beyond --steps."""
     last = max((row["step"] for row in read_rows(folder)), default=0)
     if state is None and last > saved.checkpoint_every:
         remedy = "put them back, or give --fresh to start over (the old run is kept under another name)"
         raise UserError(f"{folder} was trained to step {last}, and its checkpoints are gone: {remedy}")
+    if state is not None:
+        if state.step > config.steps:
+            remedy = f"give --steps {state.step} or more"
+            raise UserError(f"{folder} was trained to step {state.step}, beyond --steps {config.steps}: {remedy}")
+        assert_rows(folder, int(state.step), progress["rows"])
 
 
 def _entropies(entropies: NgramEntropies) -> str:

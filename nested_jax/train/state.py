@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import init_state, init_weights
 from nested_jax.train.config import TrainConfig
@@ -37,3 +39,19 @@ def init_train_state(config: TrainConfig) -> TrainState:
         piece = init_state(config.model, params, config.batch_size // config.accumulate, max_length=config.window)
         fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.accumulate, *x.shape)), piece)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config).init(params), fast)
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of the leaves of a tree, which may be abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def assert_fits(what: str, *sizes: int) -> None:
+    """Raises UserError where so many bytes are more than the machine's memory: before any of them is allocated.
+
+    >>> assert_fits("a window of 10", 10**15, 10**15)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: a window of 10 needs 2,000,000 GB, more than this machine has: give a smaller one
+    """
+    if sum(sizes) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"{what} needs {sum(sizes) / 1e9:,.0f} GB, more than this machine has: give a smaller one")

@@ -1,7 +1,8 @@
-"""The text of a run: its tokenizer, training batches and held-out text."""
+"""The text of a run: its tokenizer, training batches and held-out text, of which the run folder keeps a copy."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +10,16 @@ from typing import NamedTuple
 import grain
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
+from nested_jax.data.text import Summary
 from nested_jax.errors import UserError
+from nested_jax.files import read_file, write_file
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.evaluation import HeldOut
+from nested_jax.train.evaluation import HeldOut, first_bytes
 from nested_jax.train.folder import fingerprint
 from nested_jax.train.sample import Tokenizer
 
-TOKENIZER = "tokenizer.model"
+TOKENIZER, HELDOUT = "tokenizer.model", "heldout.jsonl"
+_MOST_HELDOUT = 2**24  # bytes of held-out text that a run folder keeps
 
 
 class Text(NamedTuple):
@@ -25,8 +29,22 @@ class Text(NamedTuple):
     batches: grain.DatasetIterator
     """Of `Batch`es, without end."""
     heldout: HeldOut
+    heldout_documents: list[bytes]
+    """What `heldout` is made of."""
     fingerprint: str
     """A digest of the documents."""
+    summary: Summary
+    """What was read and what was left out."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer, where the folder has none, and the held-out text, for its owner alone to read."""
+        if not (folder / TOKENIZER).exists():
+            self.tokenizer.save(folder / TOKENIZER)
+        lines = [json.dumps(text.decode(errors="surrogateescape")) + "\n" for text in self.heldout_documents]
+        if sum(map(len, self.heldout_documents)) <= _MOST_HELDOUT:
+            write_file(folder / HELDOUT, "".join(lines).encode(), mode=0o600)
+        else:
+            (folder / HELDOUT).unlink(missing_ok=True)
 
 
 def open_text(config: TrainConfig, folder: Path | None) -> Text:
@@ -54,8 +72,39 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
         carry=config.carry,
     )
     heldout_documents = open_documents(config.data, "heldout")
-    heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes)
-    return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents))
+    first = list(first_bytes(heldout_documents, config.eval_bytes))
+    heldout = HeldOut(config, tokenizer, first, limit=config.eval_bytes)
+    digest = fingerprint(documents, heldout_documents)
+    return Text(tokenizer, batches, heldout, first, digest, documents.summary)
+
+
+def read_heldout(folder: Path, config: TrainConfig, limit: int) -> list[bytes]:
+    """The held-out text that a run folder keeps: nothing outside the folder is read.
+
+    Args:
+        folder: the run folder.
+        config: of the run.
+        limit: bytes to read.
+
+    Returns:
+        Documents of at most `limit` bytes, fewer where the run's own evaluations have read all there are.
+
+    Raises:
+        UserError: the folder keeps no held-out text, or fewer bytes than the run's text may have, or it is damaged.
+    """
+    name_it = f"name the text with --data (the run's was {config.data[:200]})"
+    try:
+        lines = read_file(folder / HELDOUT, 8 * _MOST_HELDOUT, within=folder).decode().splitlines()
+        documents = [json.loads(line).encode(errors="surrogateescape") for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"--run-dir {folder} keeps no held-out text: {name_it}") from None
+    except (AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder / HELDOUT} is damaged: {name_it}") from None
+    if limit > (kept := sum(map(len, documents))) and limit > config.eval_bytes:
+        raise UserError(f"--eval-bytes {limit}: --run-dir {folder} keeps {kept} bytes of held-out text: {name_it}")
+    return list(first_bytes(documents, limit))
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:
@@ -74,7 +123,7 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
     """
     vocabulary = config.model.vocabulary
     if folder and (folder / TOKENIZER).exists():
-        tokenizer = load_tokenizer(folder / TOKENIZER)
+        tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
     elif config.tokenizer == "byte":
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +14,13 @@ from flax import nnx
 
 from nested_jax.data import load_tokenizer
 from nested_jax.errors import UserError
+from nested_jax.models.language_model import init_state
 from nested_jax.models.module import LanguageModel
-from nested_jax.train.checkpoint import CHECKPOINTS, Checkpoints
+from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
 from nested_jax.train.sample import Tokenizer
-from nested_jax.train.state import init_params
+from nested_jax.train.state import assert_fits, init_params, size_of
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree
 
@@ -36,11 +40,15 @@ class Trained(NamedTuple):
         return nnx.merge(nnx.split(shell, nnx.Param)[0], nnx.State(self.params))
 
 
-def load_run(run_dir: str | os.PathLike) -> Trained:
-    """Reads a run folder, see `nested_jax.load`.
+def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.warn) -> Trained:
+    """Reads a run folder, see `nested_jax.load`. It may be anyone's: nothing outside it is read, no size taken on trust.
+
+    Args:
+        run_dir: the folder.
+        say: is called with one line where a checkpoint is damaged and the one before it is read.
 
     Raises:
-        UserError: the folder holds no run, or no checkpoint that can be read.
+        UserError: the folder holds no run, or no checkpoint that can be read, or a larger model than fits in memory.
     """
     if not isinstance(run_dir, str | os.PathLike):
         raise UserError(f"run_dir {run_dir!r}: give the path of a run folder")
@@ -48,9 +56,18 @@ def load_run(run_dir: str | os.PathLike) -> Trained:
     config = read_config(folder)
     if config is None:
         raise UserError(f"--run-dir {folder} holds no run: make one with nested-jax train --run-dir {folder}")
-    checkpoints = Checkpoints(folder) if (folder / CHECKPOINTS).is_dir() else None
-    if checkpoints is None or (step := checkpoints.latest()) is None:
-        raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
-    params = checkpoints.restore_parameters(jax.eval_shape(lambda: init_params(config.model, config.seed)))
-    checkpoints.close()
-    return Trained(config, params, load_tokenizer(folder / TOKENIZER), step)
+    with contextlib.closing(Checkpoints(folder, say)) as checkpoints:
+        if checkpoints.latest() is None:
+            raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
+        try:
+            shapes = jax.eval_shape(lambda: init_params(config.model, config.seed))
+            state = jax.eval_shape(lambda params: init_state(config.model, params, 1, max_length=1), shapes)
+        except Exception as error:  # whatever JAX says of sizes that it cannot count
+            raise UserError(f"--run-dir {folder}: its config has sizes that no model has; give another one") from error
+        assert_fits(f"the model of --run-dir {folder}", size_of((shapes, state)))
+        step, params = checkpoints.restore_parameters(shapes)
+    tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
+    if tokenizer.vocabulary > config.model.vocabulary:
+        sizes = f"{tokenizer.vocabulary} tokens and its model {config.model.vocabulary}"
+        raise UserError(f"--run-dir {folder}: {TOKENIZER} has {sizes}; put the file back as it was")
+    return Trained(config, params, tokenizer, step)

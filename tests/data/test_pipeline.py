@@ -105,6 +105,14 @@ def test_held_out_text_bytes_do_not_depend_on_the_tokenizer():
     assert sum(batch.weights.sum() for batch in by_pieces) == by_pieces.targets
 
 
+def test_a_nul_in_a_document_is_text_and_no_boundary():
+    heldout = heldout_batches(["a\0b", "\0"], BYTES, window=8, batch_size=1, alignment=1)
+    assert (heldout.targets, heldout.text_bytes) == (6, 4)
+    ((tokens, targets, weights, _),) = rows_of(list(heldout))[0]
+    assert tokens.tolist()[:6] == [0, 97, 255, 98, 0, 255] and targets.tolist()[:6] == [97, 255, 98, 0, 255, 0]
+    assert weights.sum() == 6
+
+
 def test_a_document_goes_on_in_its_row_alike_with_and_without_carry():
     options = {"window": 8, "batch_size": 2, "alignment": 4, "seed": 3}
     carrying = train_batches(TEXTS, BYTES, carry=True, **options)

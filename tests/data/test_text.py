@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import codecs
 import errno
+import gzip
+import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +18,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.data import ngram_entropies, open_documents
-from nested_jax.data import text as text_module
+from nested_jax.data import datasets, local, ngram_entropies, open_documents
 from nested_jax.errors import UserError
 
 
@@ -54,7 +57,7 @@ def test_a_new_file_moves_no_other_between_splits(folder):
 
 
 def test_a_twentieth_is_held_out():
-    assert len(text_module._hold_out([str(i) for i in range(10_000)])) == pytest.approx(500, rel=0.15)
+    assert len(local._hold_out([str(i) for i in range(10_000)])) == pytest.approx(500, rel=0.15)
 
 
 @pytest.mark.parametrize("change", ["content", "name", "new", "gone"])
@@ -98,6 +101,77 @@ def test_a_prepared_dataset_within_the_folder_is_no_part_of_it(folder):
     assert sorted(read(folder, "train") + read(folder, "heldout")) == expected
 
 
+def test_what_was_read_and_what_was_left_out_is_told(folder):
+    said = str(open_documents(folder).summary)
+    assert said == f"30 files, {30 * 61:,} bytes, 30 documents, {len(read(folder, 'heldout'))} of them held out"
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "wide.txt").write_text("wide", "utf-16")
+    (folder / "empty.txt").touch()
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / ".hidden").touch()
+    (folder / "part0" / "again.txt").write_bytes((folder / "part0" / "00.txt").read_bytes())
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe")
+    (folder / "lines.jsonl").write_text('{"title": "no text"}\n')
+    (folder / "damaged.txt.gz").write_bytes(b"no gzip")
+    for split in ("train", "heldout"):
+        summary = open_documents(folder, split).summary
+        assert str(summary).startswith(f"{said}; left out: 2 hidden (.git, ...)")
+        assert summary.left_out == {
+            "hidden": [".git", ".hidden"], "no file": ["dangling", "pipe"], "damaged .gz": ["damaged.txt.gz"],
+            "empty": ["empty.txt"], "without a field 'text'": ["lines.jsonl"], "binary": ["picture.png"],
+            "UTF-16": ["wide.txt"], "repeated": ["part0/again.txt"],
+        }  # fmt: skip
+
+
+def test_the_same_text_packed_or_by_another_path_is_the_same_documents(folder, tmp_path_factory):
+    packed = tmp_path_factory.mktemp("packed")
+    for path in folder.rglob("*.txt"):
+        target = packed / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        target.with_name(f"{target.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    one, other = packed / "one.txt", packed / "other.md.gz"
+    one.write_text("To be, or not to be, that is the question.\n" * 500)
+    other.write_bytes(gzip.compress(one.read_bytes()))
+    for split in ("train", "heldout"):
+        assert read(one, split) == read(other, split)
+    one.unlink(), other.unlink()
+    for split in ("train", "heldout"):
+        assert read(folder, split) == read(packed, split)
+
+
+@pytest.mark.parametrize("name", ["poems.jsonl", "poems.ndjson", "poems.jsonl.gz", "poems:old.jsonl"])
+def test_lines_of_json_are_documents(name, tmp_path):
+    poems = [f"poem {i}\n" + "Tyger Tyger, burning bright,\n" * (i % 7) for i in range(60)]
+    lines = "\n".join(json.dumps({"title": f"title {i}", "text": poem}) for i, poem in enumerate(poems)) + "\n\n"
+    data = codecs.BOM_UTF8 + lines.encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    for source in (path, tmp_path):
+        documents = open_documents(source)
+        assert sorted(read(source, "train") + read(source, "heldout")) == sorted(poem.encode() for poem in poems)
+        assert documents.summary[:3] == (1, sum(map(len, poems)), 60) and documents.summary.heldout == 60 - len(documents)
+        titles = read(f"{source}:title", "train") + read(f"{source}:title", "heldout")
+        assert sorted(titles) == sorted(f"title {i}".encode() for i in range(60))
+    with pytest.raises(UserError, match="is without a field 'body': in line 1, it has title, text; give FILE:FIELD$"):
+        open_documents(f"{path}:body")
+    path.with_suffix("").with_suffix(".jsonl").write_text('{"text": "a"}\n[' + "[" * 100_000)
+    with pytest.raises(UserError, match="is damaged: line 2 is no JSON$"):
+        open_documents(path.with_suffix("").with_suffix(".jsonl"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question.\n" * 99, "utf-8-sig")
+    assert not any(
+        b"\ufeff".decode("unicode-escape").encode() in text for text in read(path, "train") + read(path, "heldout")
+    )
+    path.write_text("To be" * 99, "utf-16")
+    with pytest.raises(UserError, match="text.txt is UTF-16: write it in UTF-8$"):
+        open_documents(path)
+
+
 def test_a_folder_named_stdlib_is_a_folder(folder, monkeypatch):
     folder.rename(folder.with_name("stdlib"))
     monkeypatch.chdir(folder.parent)
@@ -133,7 +207,7 @@ def test_a_file_without_line_ends_is_cut_between_characters(tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("aé☃𝕏 \n"), max_size=300), st.integers(32, 80))
 def test_cutting_loses_nothing(text, size):
-    pieces = text_module._cut(text.encode(), size)
+    pieces = local.cut(text.encode(), size)
     assert b"".join(pieces) == text.encode()
     assert all(len(piece) <= size and piece.decode() is not None for piece in pieces)
 
@@ -158,7 +232,7 @@ def test_a_file_that_is_no_text_is_named_in_one_line(content, line, tmp_path):
 
 def test_a_folder_without_text_is_named_in_one_line(tmp_path):
     (tmp_path / "binary").write_bytes(bytes(100))
-    with pytest.raises(UserError, match=f"^{tmp_path} holds 0 bytes of UTF-8 text: give"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} holds 0 bytes of UTF-8 text \(left out: 1 binary \(binary\)\): give"):
         open_documents(tmp_path)
 
 
@@ -179,13 +253,13 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(folder, monkeypatch):
 
 @pytest.mark.parametrize("source", ["./no/such", "/no/such", "~/no_such_folder", "no/such", "no_such.txt"])
 def test_a_missing_path_is_named_in_one_line(source):
-    with pytest.raises(UserError, match=f'^path {source} does not exist: give "stdlib", the path of .* or a TFDS .*$'):
+    with pytest.raises(UserError, match=f'^path {source} does not exist: .*give "stdlib", the path of .* or a TFDS .*$'):
         open_documents(source)
 
 
 @pytest.mark.parametrize("source", ["no_such_dataset", "no_such:text", "stdlb", ""])
 def test_an_unknown_dataset_is_named_in_one_line(source):
-    with pytest.raises(UserError, match=f"^dataset ({source}|'') is unknown: give \"stdlib\", the path of .*$"):
+    with pytest.raises(UserError, match=f"^dataset ({source}|'') is unknown: .*give \"stdlib\", the path of .*$"):
         open_documents(source)
 
 
@@ -241,8 +315,37 @@ def test_a_prepared_dataset_is_opened_by_its_folder(folder, cache):
     assert read(f"{path}:headline", "heldout") == [row["headline"] for row in rows]
     with pytest.raises(UserError, match=f"^TFDS dataset {path}:nose has no such feature: it has body, headline; give"):
         open_documents(f"{path}:nose")
-    with pytest.raises(UserError, match=f"^TFDS dataset {folder}:text cannot be read: .*"):
+    with pytest.raises(UserError, match=f"^{folder} holds 0 bytes of UTF-8 text .left out: 30 no JSON Lines"):
         open_documents(f"{folder}:text")
+
+
+def test_the_classes_that_a_prepared_dataset_names_are_not_imported(cache, tmp_path, monkeypatch):
+    read("headlines/tested", "train", data_dir=cache)
+    foreign = shutil.copytree(cache / "headlines/tested/1.0.0", tmp_path / "1.0.0")
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = (foreign / "features.json").read_text()
+    for name in ("trap.Text", "os.path"):
+        (foreign / "features.json").write_text(features.replace("tensorflow_datasets.core.features.text_feature.Text", name))
+        with pytest.raises(UserError, match=f"features.json names {name}, which is not of TFDS"):
+            open_documents(foreign)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_an_unknown_dataset_is_told_with_the_nearest(cache):
+    with pytest.raises(UserError, match="^dataset lm1bb is unknown: did you mean lm1b\\? give"):
+        open_documents("lm1bb")
+
+
+def test_a_download_whose_host_does_not_answer_is_refused_at_once(cache, monkeypatch):
+    """TFDS tries ten times, for minutes."""
+    monkeypatch.setattr(datasets.urllib.request, "getproxies", dict)
+    urls = {"http://no-such-host.invalid/text.tar.gz": None}
+    monkeypatch.setattr(Headlines, "url_infos", urls)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="^TFDS dataset headlines/plain cannot be downloaded: no-such-host.invalid does not"):
+        open_documents("headlines/plain", data_dir=cache / "elsewhere")
+    assert time.monotonic() - begun < 30 and not (cache / "elsewhere").exists()
 
 
 def test_tfds_needs_no_tensorflow(cache):
@@ -281,8 +384,12 @@ def test_a_tfds_dataset_that_does_not_fit_is_named_in_one_line(cache):
         open_documents("headlines/wordless", data_dir=cache)
     with pytest.raises(UserError, match=no_feature.format(":nose", "body, headline")):
         open_documents("headlines:nose", data_dir=cache)
-    with pytest.raises(UserError, match="^TFDS dataset headlines/nose cannot be read: .*; install what it needs"):
+    with pytest.raises(
+        UserError, match="^TFDS dataset headlines has no config nose: it has .*single.*; give headlines/CONFIG"
+    ):
         open_documents("headlines/nose", data_dir=cache)
+    with pytest.raises(UserError, match="^TFDS dataset headlines has no config singel: it has single"):
+        open_documents("headlines/singel", data_dir=cache)
     assert not list(cache.glob("headlines/wordless")), "refused before anything is downloaded"
 
 

@@ -11,23 +11,28 @@ from nested_jax.errors import UserError
 
 TEXT = "def f(x):\n    return x + 1  # the one, and only\n\n\tthe end of it\n" * 20
 PIECES = SentencePieceTokenizer.train([TEXT, TEXT.encode()], vocabulary=320)
-TOKENIZERS = [ByteTokenizer(), PIECES]
-tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "pieces"])
+RARE = SentencePieceTokenizer.train(["天地玄黄宇宙洪荒日月盈昃。" * 400 + " 天"], vocabulary=280)  # no piece is a space
+TOKENIZERS = [ByteTokenizer(), PIECES, RARE]
+tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "pieces", "rare-spaces"])
+SCRIPTS = "aß\u0391\u0416\u05d0\u0628\u0915\u0e01\u1100\u3042天玄\U0001d54f\U0001f469\u200d\u0301\ufffe"
+MARKS = " \n\t\r\0\x01\x1b\x7f\x85\u00a0\u2028\u2047\u2580\u2581\u2582\u2585\u3000\ufeff\ufffd<0x1>"
 
 
 @tokenizers
 @settings(deadline=None)
-@given(text=st.text() | st.text(" \n\t\r\u2581\u00a0ad\0<0x1>"))
+@given(text=st.text() | st.text(SCRIPTS + MARKS) | st.text(MARKS))
+@example(text="a b")
 @example(text="\u2581 \u2581\u2581")
+@example(text=" \0 天 \0\0")
 @example(text="<document><unk><0x0A>\0\ufeff\ufffd")
 def test_any_text_decodes_to_itself(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert tokenizer.decode(ids) == text
     np.testing.assert_array_equal(tokenizer.encode(text.encode()), ids)
-    if "\0" not in text:
-        assert tokenizer.boundary not in ids
-        assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+    assert tokenizer.boundary not in ids
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+    np.testing.assert_array_equal([tokenizer.byte_lengths[i] for i in ids if tokenizer.decode([i]) == " "], 1)
 
 
 @tokenizers
@@ -57,6 +62,16 @@ def test_training_gives_the_vocabulary_asked_for_and_shorter_sequences():
     assert PIECES.vocabulary == 320
     assert len(PIECES.encode(TEXT)) < len(TEXT) / 2
     assert PIECES.decode([PIECES.boundary, *PIECES.encode("end")]) == "end"
+
+
+def test_a_rare_space_is_one_byte():
+    assert RARE._pieces.piece_to_id("\u2581") == RARE._pieces.unk_id(), "else these tests are of another tokenizer"
+    assert [len(RARE.encode(text)) for text in ("a b", "  ", "\u2581")] == [3, 2, 3]
+
+
+def test_sentences_with_the_trainers_own_sign_are_learned_from():
+    text = "to be\u2585or not to be, that is the question " * 20
+    assert len(SentencePieceTokenizer.train([text], vocabulary=300).encode(text)) < len(text) / 2
 
 
 def test_training_is_deterministic_and_reads_no_more_than_max_bytes():

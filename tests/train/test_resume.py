@@ -1,21 +1,26 @@
 """A run that was stopped and resumed equals the run that was not; a config of another run is refused."""
 
 import dataclasses
+import gzip
 import itertools
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import chex
 import jax
 import pytest
+from rare import cases
 from tiny_run import rows, small_model
 
 from nested_jax.errors import UserError
+from nested_jax.models.config import Mixer
 from nested_jax.train import evaluation, loop
 from nested_jax.train.checkpoint import Checkpoints
-from nested_jax.train.folder import lock
+from nested_jax.train.folder import lock, write_config
 from nested_jax.train.record import read_rows
 from nested_jax.train.stopping import Interrupted
 
@@ -175,6 +180,8 @@ def test_a_folder_of_other_things_is_left_alone(small, quiet, fresh):
 
 def test_a_folder_in_use_is_left_alone(small, finished, quiet):
     finished(1)
+    for file in Path(small().run_dir, "checkpoints").rglob("*"):
+        file.write_bytes(b"half") if file.is_file() else None  # nothing is read before the lock is taken
     with lock(Path(small().run_dir)):
         for fields in ({"steps": 2}, {"fresh": True}):
             with pytest.raises(UserError, match="another process is training"):
@@ -188,6 +195,45 @@ def test_changed_text_is_another_run(small, quiet, tmp_path):
     path.write_text("In the forests of the night;\n\n" * 200)
     with pytest.raises(UserError, match="text of --data has changed"):
         quiet(small(data=str(path), steps=2, eval_bytes=100))
+
+
+def test_the_same_text_by_another_path_is_the_same_run(small, finished, quiet, text, tmp_path):
+    finished(6)
+    (tmp_path / "moved.md.gz").write_bytes(gzip.compress(Path(text).read_bytes()))
+    (tmp_path / "other.txt").write_text("Tyger Tyger, burning bright,\n\n" * 200)
+    for steps, said in ((6, "run is finished"), (8, "from step 6")):
+        assert said in quiet(small(steps=steps, data=str(tmp_path / "moved.md.gz")))[1]
+        with pytest.raises(UserError, match="text of --data has changed since the run .* or is another"):
+            quiet(small(steps=steps, data=str(tmp_path / "other.txt")))
+
+
+def test_lost_rows_are_noticed_and_given_up_by_a_line(small, finished, quiet):
+    finished(6)
+    metrics = Path(small().run_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"step": 2,' not in line and '"step": 3,' not in line))
+    with pytest.raises(UserError, match="holds 4 of 7 rows before step 6: put it back, or add the line") as caught:
+        quiet(small(steps=8))
+    line = re.search(r"add the line (.*) to go on", str(caught.value))[1]
+    metrics.write_text(metrics.read_text() + line + "\n")
+    assert "from step 6" in quiet(small(steps=8))[1]
+    assert [row["step"] for row in rows(small()) if "loss" in row] == [1, 4, 5, 6, 7, 8]
+
+
+def test_a_step_beyond_those_asked_for_is_told(small, finished, quiet):
+    finished(6)
+    write_config(Path(small().run_dir), small(steps=3), "")
+    with pytest.raises(UserError, match="was trained to step 6, beyond --steps 3: give --steps 6 or more"):
+        quiet(small(steps=3))
+
+
+@pytest.mark.parametrize("mixer", cases(get_args(Mixer), default=["lp"]))
+def test_every_layer_is_saved_and_resumed(small, quiet, mixer):
+    """With --carry: memories of lp and Huber, and Omega's over a window of 1, have arrays of no size."""
+    model = small_model("tiny-hope", mixer=mixer, window=16, omega_window=1, cms=small_model().cms)
+    fields = {"carry": True, "model": model, "checkpoint_every": 1, "eval_every": 0, "eval_bytes": 200}
+    quiet(small(steps=1, **fields))
+    assert "from step 1" in quiet(small(steps=2, **fields))[1]
 
 
 def test_a_damaged_config_is_refused(small, finished, quiet):
