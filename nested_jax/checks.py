@@ -14,7 +14,11 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from nested_jax.errors import UserError
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.errors import UserError, shown
 
 
 class Interval(NamedTuple):
@@ -69,7 +73,21 @@ def check_fields(config: Any, label: str | Callable[[str], str]) -> None:
         value = getattr(config, name)
         if not allows(hint, value):
             field = label(name) if callable(label) else f"{label}{name}"
-            raise UserError(f"{field} {value!r}: give {describe_hint(hint)}")
+            raise UserError(f"{field} {shown(value)}: give {describe_hint(hint)}")
+
+
+def check_key(thing: str, key: Any) -> None:
+    """Raises UserError for what is no random key, naming the thing that asks for one.
+
+    >>> check_key("LinearMemory", 0)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: LinearMemory: key 0: give jax.random.key(0)
+    """
+    dtype, shape = (key.dtype, key.shape) if isinstance(key, jax.Array | np.ndarray) else (None, None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if not typed and not (dtype == np.uint32 and shape == (2,)):
+        remedy = f"jax.random.key({key})" if isinstance(key, int) else "jax.random.key(seed)"
+        raise UserError(f"{thing}: key {shown(key)}: give {remedy}")
 
 
 @functools.cache

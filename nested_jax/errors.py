@@ -5,9 +5,23 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import jax
+import numpy as np
+
 
 class UserError(ValueError):
     """An input that cannot be used. Its message is one line: the thing, its value, the remedy."""
+
+
+def shown(value: Any) -> str:
+    """A value in a line of an error: of an array its type and shape, else the first 60 characters.
+
+    >>> shown("tiny-hope"), shown(range(10**3)), len(shown("x" * 99))
+    ("'tiny-hope'", 'range(0, 1000)', 60)
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    return " ".join(repr(value).split())[:60]
 
 
 def is_whole(value: Any, least: int = 1) -> bool:

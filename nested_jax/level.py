@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.description import Description
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.remat import Checkpoint, scan, stream_length
 from nested_jax.typing import Array, PyTree
 
@@ -68,6 +68,11 @@ class Level:
         for field, value in (("period", self.period), ("tokens", self.tokens)):
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise UserError(f"level {self.name!r}: {field} {value!r}: give a whole number of at least 1")
+        for field, value in (("init", self.init), ("step", self.step)):
+            if not callable(value):
+                raise UserError(f"level {self.name!r}: {field} {shown(value)}: give a function")
+        if not isinstance(self.description, Description):
+            raise UserError(f"level {self.name!r}: description {shown(self.description)}: give a Description")
 
 
 class Nested(NamedTuple):
@@ -103,6 +108,8 @@ def nest(fast: Level, slow: Level, *, reset: bool = False) -> Level:
     >>> float(state.slow), emitted.tolist()
     (8.0, [[0.5, 2.5], [1.5, 3.5]])
     """
+    for name, level in (("fast", fast), ("slow", slow)):
+        _assert_level(f"nest: {name}", level)
     if slow.tokens != fast.tokens:
         raise UserError(
             f"level {slow.name!r} has data points of {slow.tokens} tokens, the faster level {fast.name!r} of {fast.tokens}: "
@@ -175,6 +182,7 @@ def run(
     >>> float(state), whole.tolist(), rest.tolist()
     (4.0, [0.0, 2.0], 4.0)
     """
+    _assert_level("run: level", level)
     if state is None:
         state = level.init(slower)
     length = stream_length(stream)
@@ -183,6 +191,11 @@ def run(
         return state, pieces[0]
     whole = length // level.period > 0
     return state, tuple(pieces[:whole]) + tuple(jax.tree.map(lambda x: x[0], piece) for piece in pieces[whole:])
+
+
+def _assert_level(thing: str, level: Level) -> None:
+    if not isinstance(level, Level):
+        raise UserError(f"{thing} {shown(level)}: give a Level")
 
 
 class _Pieces(list):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
 
 from nested_jax.typing import Array, Float, PyTree
+
+_AXES = attrgetter("manual_axis_type.varying")  # of an array's type: mesh axes over which `jax.shard_map` has it varying
 
 # A product of float32 in full: a TPU's default is bfloat16.
 _exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -21,6 +24,25 @@ def upcast(*trees: PyTree) -> PyTree:
     types = jax.tree.map(partial(jnp.promote_types, jnp.float32), jax.tree.map(jnp.result_type, trees))
     trees = jax.tree.map(jax.lax.convert_element_type, trees, types)
     return trees[0] if len(trees) == 1 else trees
+
+
+def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
+    """A state that varies over the mesh axes over which some inputs vary inside `jax.shard_map`; outside it nothing does.
+
+    A scan's state has to vary as what it reads does, and a gradient by what does not vary is summed over the devices.
+
+    Args:
+        rank: fewest axes of the arrays that vary; those of fewer are counts, which are the same on all devices.
+    """
+    axes = frozenset().union(*map(_AXES, map(jax.typeof, jax.tree.leaves(inputs))))
+    if not axes:
+        return state
+
+    def cast(x):
+        more = axes - _AXES(jax.typeof(x))
+        return jax.lax.pcast(x, tuple(more), to="varying") if more and x.ndim >= rank else x
+
+    return jax.tree.map(cast, state)
 
 
 def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:

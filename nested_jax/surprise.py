@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.jaxpr.product import Product, arrange
 from nested_jax.jaxpr.views import View, inexact, whole
 from nested_jax.jaxpr.walk import Found, evaluate, find
@@ -178,6 +178,8 @@ class _Traced(NamedTuple):
 
 def _trace(loss: Callable, model_or_params: Any, batch: Any, has_aux: bool) -> _Traced:
     params = model_or_params
+    if not callable(loss):
+        raise UserError(f"local_surprise: loss {shown(loss)}: give a function (model or parameters, batch) -> scalar")
     if isinstance(model_or_params, nnx.Module):
         graph, params, rest = nnx.split(model_or_params, nnx.Param, ...)
         of_model, loss = loss, lambda params, batch: of_model(nnx.merge(graph, params, rest, copy=True), batch)

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Count, NonNegative, check_fields
+from nested_jax.checks import Count, NonNegative, check_fields, check_key
 from nested_jax.errors import UserError
 from nested_jax.numerics import rms_norm
 from nested_jax.typing import Array, Float, PyTree
@@ -94,6 +94,7 @@ def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[st
     >>> jax.tree.map(jnp.shape, init_weights(jax.random.key(0), CMSConfig(hidden=(3,)), 2))
     {'level1': {'down': (3, 2), 'norm': (2,), 'up': (2, 3)}}
     """
+    check_key("cms.init_weights", key)
     weights = {}
     for i, (hidden, own) in enumerate(zip(config.hidden, jax.random.split(key, len(config.hidden)), strict=True)):
         shapes = {"up": (width, hidden), "gate": (width, hidden), "down": (hidden, width)}

@@ -20,9 +20,10 @@ import optax
 
 from nested_jax.cms.chain import MATRICES, CMSConfig
 from nested_jax.description import Description
+from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, Nested, nest
 from nested_jax.meta import mixflow_grad
-from nested_jax.numerics import upcast
+from nested_jax.numerics import upcast, vary
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -93,6 +94,8 @@ def inner_rule(config: CMSConfig) -> optax.GradientTransformation:
     >>> print(rule.update(jnp.ones(2), rule.init(jnp.ones(2)))[0])
     [-1. -1.]
     """
+    if not isinstance(config, CMSConfig):
+        raise UserError(f"inner_rule: config {shown(config)}: give a CMSConfig")
     rules = {
         "sgd": optax.identity(),
         "momentum": optax.trace(0.9),
@@ -256,6 +259,15 @@ def segment_state(state: Nested | SegmentState) -> SegmentState:
 def with_segment(state: Nested | SegmentState, segment: SegmentState) -> Nested | SegmentState:
     """The nest's state with another innermost state."""
     return Nested(state.slow, with_segment(state.fast, segment)) if isinstance(state, Nested) else segment
+
+
+def varying(levels: Nested | SegmentState, *inputs: PyTree) -> Nested | SegmentState:
+    """A nest's state, varying as the inputs do, see `vary`, but for its counts."""
+    if not isinstance(levels, Nested):
+        return SegmentState(*(vary(mixers, *inputs, rank=2) for mixers in levels))
+    *fast, elapsed = levels.slow
+    matrices, gradient, rule = vary(fast, *inputs)
+    return Nested(FastWeights(matrices, gradient, rule, elapsed), varying(levels.fast, *inputs))
 
 
 def restart(

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.cms.chain import CMSConfig
-from nested_jax.cms.in_context import Segment, SegmentState, fast_weights, restart, segment_state, with_segment
+from nested_jax.cms.in_context import Segment, SegmentState, fast_weights, restart, segment_state, varying, with_segment
 from nested_jax.level import Level, Nested, run
+from nested_jax.numerics import vary
 from nested_jax.remat import Checkpoint, fit_checkpoint, scan
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -94,11 +95,12 @@ class Reader:
         """
         P, group, length = self.config.periods[-1], self.config.periods[0], x.shape[1]
         known = not isinstance(position, jax.Array)
+        state = InContext(varying(state.levels, x, reset), vary(state.open, x, reset))
         if not known and multiple % P:
             return (self._read_token if length == 1 else self._read_tokens)(state, position, x, tokens, reset)
         offset = int(position) % group if known else 0
         if offset % P == 0:
-            state = self._close_if(position > 0, state, position, tokens[:, 0])
+            state = self._close_if(position != 0, state, position, tokens[:, 0])
         outputs = []
         for piece in self._pieces(offset, length, known or multiple % group == 0):
             cut = slice(piece.start, piece.end)
@@ -160,7 +162,7 @@ class Reader:
         fast = [level.matrices for level in fast_weights(state.levels)]
         aligned = known and P % self.reading == 0 and offset % self.reading == 0
         logits, mixers = self.forward(fast, inner.mixers, position, x, reset, aligned=aligned)
-        starts = jnp.zeros(len(x), bool) if reset is None else reset[:, 0]
+        starts = jnp.zeros(x.shape[0], bool) if reset is None else reset[:, 0]
         at_start = partial(jnp.where, offset == 0)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=1)
         segment = state.open
@@ -174,7 +176,7 @@ class Reader:
     def _read_token(self, state: InContext, position, x, tokens, reset):
         """One token, at a position that is not known while tracing."""
         P = self.config.periods[-1]
-        state = self._close_if((position > 0) & (position % P == 0), state, position, tokens[:, 0])
+        state = self._close_if((position != 0) & (position % P == 0), state, position, tokens[:, 0])
         return self._read_part(state, _Piece(0, 1, position % P, False), position, x, tokens, reset)
 
     def _read_tokens(self, state: InContext, position, x, tokens, reset):

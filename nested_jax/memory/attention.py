@@ -3,7 +3,7 @@
     y_t = sum_i softmax_i(q_t . k_i / sqrt(K)) v_i        over i <= t of the same document (and i > t - window)
 
 They solve their objective anew for every query, so their update frequency is infinite and their state is the tokens
-themselves: keys, values and where each row's document began. Positions are rotary.
+themselves: keys, values and how long each row's document is so far. Positions are rotary and count from its first token.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.checks import Count, check_fields
+from nested_jax.checks import Count, check_fields, check_key
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
-from nested_jax.memory.stream import check_call
-from nested_jax.numerics import upcast
+from nested_jax.memory.stream import bounded, check_call, check_tokens
+from nested_jax.numerics import upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
+TURN = 2**30  # tokens after which every rotary angle is the same again
 
 
 class AttentionState(NamedTuple):
-    """The last S tokens, a ring: token i lies in slot i mod S.
+    """The last S tokens, a ring: the next one is put into the slot after the newest one's.
 
     limit: S, where the cache is bounded and the oldest token is overwritten; None where each call makes room for its
     tokens, so that none is ever lost.
@@ -36,7 +37,8 @@ class AttentionState(NamedTuple):
 
     keys: Float[Array, "B S H K"]
     values: Float[Array, "B S H K"]
-    document: Int[Array, " B"]  # position of the first token of each row's document
+    document: Int[Array, " B"]  # tokens of each row's document so far, from 1.5 * 2^30 on less by 2^30
+    newest: Int[Array, ""] | np.int32  # slot of the last token; -1 before the first one
     limit: Int[Array, ""] | np.int32 | None
 
 
@@ -71,6 +73,7 @@ class Attention:
 
     def init_weights(self, key: Array) -> dict[str, Array]:
         """Learned parameters, float32."""
+        check_key("Attention", key)
         project, out = jax.random.split(key)
         D = self.width
         return {
@@ -84,7 +87,7 @@ class Attention:
         size = min(bounds, default=0)
         empty = jnp.zeros((batch_size, size, self.heads, self.width // self.heads), weights["out"].dtype)
         limit = np.int32(size) if bounds else None
-        return AttentionState(empty, empty, jnp.zeros(batch_size, jnp.int32), limit)
+        return AttentionState(empty, empty, jnp.zeros(batch_size, jnp.int32), np.int32(-1), limit)
 
     def levels(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> tuple[Level, ...]:
         """What learns in it: a level that solves its objective anew for every query; its state counts the tokens."""
@@ -117,51 +120,58 @@ class Attention:
     ) -> tuple[AttentionState, Float[Array, "B T D"]]:
         """Reads T more tokens, see `SequenceLayer`; any position is on its grid."""
         del aligned
-        check_call("Attention", (len(state.keys), self.width), x, reset)
+        check_call("Attention", (AttentionState, object), weights, state, position)
+        check_tokens("Attention", (state.keys.shape[0], self.width), x, reset)
         B, T, D = x.shape
         fresh = not isinstance(position, jax.Array) and position == 0
         state = state if state.limit is not None else reserve(state, T)._replace(limit=None)
+        state = vary(state, x, weights, reset, rank=1)
         size = state.keys.shape[1]
 
         project = (x @ weights["project"].astype(x.dtype)).reshape(B, T, 3 * self.heads, -1)
         q, k, v = jnp.split(project, 3, axis=2)
-        at = position + jnp.arange(T, dtype=jnp.int32)
-        q, k = rotate(q, at), rotate(k, at)
-        document = jnp.broadcast_to(state.document[:, None], (B, T))
+        step = jnp.arange(T, dtype=jnp.int32)
+        at = jnp.asarray(bounded(state.document, TURN))[:, None] + step[None]  # tokens of the document before each token
         if reset is not None:
-            document = jnp.maximum(document, jax.lax.cummax(jnp.where(reset, at[None], 0), axis=1))
+            start = jax.lax.cummax(jnp.where(reset, step[None], -1), axis=1)
+            at = jnp.where(start < 0, at, step[None] - start)
+        q, k = rotate(q, at), rotate(k, at)
 
         last = min(T, size)  # what the ring keeps of the new tokens
-        slots = (position + jnp.arange(T - last, T)) % size
+        slots = (state.newest + 1 + jnp.arange(T - last, T, dtype=jnp.int32)) % size
         put = lambda cache, new: cache.at[:, slots].set(new[:, T - last :].astype(cache.dtype), unique_indices=True)
-        after = AttentionState(put(state.keys, k), put(state.values, v), document[:, -1], state.limit)
+        after = AttentionState(put(state.keys, k), put(state.values, v), at[:, -1] + 1, slots[-1], state.limit)
+        age = jnp.arange(size, dtype=jnp.int32)
         if T == 1:
-            keys, values, where = after.keys, after.values, position - (position - jnp.arange(size)) % size
+            keys, values, where = after.keys, after.values, -((slots[-1] - age) % size)
         elif fresh:
-            keys, values, where = k, v, at
+            keys, values, where = k, v, step
         else:  # the ring in the order of time, then the new tokens
-            in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -(position % size), 1).astype(x.dtype), new], 1)
-            keys, values, where = in_order(state.keys, k), in_order(state.values, v), position - size + jnp.arange(size + T)
+            in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -1 - state.newest, 1).astype(x.dtype), new], 1)
+            keys, values, where = in_order(state.keys, k), in_order(state.values, v), jnp.concatenate([age - size, step])
         causal = fresh and reset is None and min(size, 2 * BLOCK) >= T
-        y = self._attend(q, keys.astype(x.dtype), values.astype(x.dtype), at, where, document, size, causal)
+        y = self._attend(q, keys.astype(x.dtype), values.astype(x.dtype), at, where, size, causal)
         return after, y.reshape(B, T, D) @ weights["out"].astype(x.dtype)
 
-    def _attend(self, q, keys, values, at, where, document, size, causal):
-        """Reads of queries (B, T, H, K) at positions `at` from keys at positions `where`, the last of them T's own."""
-        T = q.shape[1]
+    def _attend(self, q, keys, values, at, where, size, causal):
+        """Reads of queries (B, T, H, K), tokens 0 to T - 1 of the call and `at` (B, T) of their documents.
 
-        def read(seen, q, at, document):
+        The keys are of tokens `where` of the call, negative before it, the last T of them the queries' own.
+        """
+        B, T, *_ = q.shape
+        step = jnp.arange(T, dtype=jnp.int32)
+
+        def read(seen, q, step, at):
             mask = None
             if not causal:
-                past = where[seen][None]
-                mask = (past <= at[:, None]) & (past > at[:, None] - size) & (past >= 0)
-                mask = (mask[None] & (past[None] >= document[..., None]))[:, None]
+                age = step[:, None] - where[seen][None]
+                mask = (((age >= 0) & (age < size))[None] & (age[None] <= at[..., None]))[:, None]
             return jax.nn.dot_product_attention(
                 q, keys[:, seen], values[:, seen], mask=mask, is_causal=causal, implementation=self.implementation
             )
 
         if T <= 2 * BLOCK:
-            return read(slice(None), q, at, document)
+            return read(slice(None), q, step, at)
         # An eighth of the queries shares a range of keys; of these queries, a block at a time has its scores in memory.
         group, before = max(1, T // (8 * BLOCK)) * BLOCK, keys.shape[1] - T
         outputs = []
@@ -171,11 +181,11 @@ class Attention:
             some = jax.checkpoint(lambda block, seen=seen: read(seen, *block))
             whole = start + (end - start) // BLOCK * BLOCK
             if whole > start:
-                blocks = lambda x, cut=slice(start, whole): x[:, cut].reshape(len(x), -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-                y = jax.lax.map(some, (blocks(q), blocks(at[None])[:, 0], blocks(document)))
+                blocks = lambda x, cut=slice(start, whole): x[:, cut].reshape(B, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+                y = jax.lax.map(some, (blocks(q), step[start:whole].reshape(-1, BLOCK), blocks(at)))
                 outputs.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:]))
             if end > whole:
-                outputs.append(some((q[:, whole:end], at[whole:end], document[:, whole:end])))
+                outputs.append(some((q[:, whole:end], step[whole:end], at[:, whole:end])))
         return jnp.concatenate(outputs, axis=1)
 
 
@@ -186,12 +196,18 @@ def reserve(state: AttentionState, tokens: int) -> AttentionState:
     return state._replace(keys=keys, values=values, limit=np.int32(keys.shape[1]))
 
 
-def rotate(x: Float[Array, "B T H K"], at: Int[Array, " T"]) -> Float[Array, "B T H K"]:
-    """Rotary position embedding, base 10,000: pairs (x_i, x_{i + K/2}) turned by an angle of position x 10000^(-2i/K)."""
+def rotate(x: Float[Array, "B T H K"], at: Int[Array, "#B T"]) -> Float[Array, "B T H K"]:
+    """Rotary position embedding, base 10,000: pairs (x_i, x_{i + K/2}) turned by an angle of position x 10000^(-2i/K).
+
+    The frequencies are rounded to whole numbers of 2^-30 turns a token. So an integer product that overflows is the angle
+    modulo a turn, exact at any position before it becomes a float, and positions 2^30 apart have equal angles.
+    """
     half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-jnp.arange(half) / half)
-    angle = (at[:, None] * frequency[None])[None, :, None]
+    frequency = 10_000.0 ** (-np.arange(half) / half)
+    frequency = (np.rint(frequency / (2 * np.pi) * TURN) * (2**32 // TURN)).astype(np.int32)  # in 2^-32 turns
     first, second, rest = jnp.split(upcast(x), [half, 2 * half], axis=-1)
+    turn = at.astype(jnp.int32)[:, :, None, None] * frequency[None, None, None]
+    angle = turn.astype(first.dtype) * (2 * np.pi / 2**32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
     return turned.astype(x.dtype)

@@ -45,6 +45,7 @@ class LinearMemory(MemoryLayer):
     """
 
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
+    memory_state = MemoryState
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
@@ -80,6 +81,6 @@ class LinearMemory(MemoryLayer):
             knowledge="direct parametric conditioning: slow weights make keys, values and gates",
             updates=self.chunk,
         )
-        init = lambda slower: MemoryState(jnp.repeat(weights["start"][None], batch_size, axis=0))
+        init = lambda slower: MemoryState(jnp.broadcast_to(weights["start"], (batch_size, *weights["start"].shape)))
         due = lambda memory: jnp.asarray(True)
         return Level(init, step, 1, f"{self.rule} memory", due, description=description, tokens=self.chunk)

@@ -81,6 +81,7 @@ class OmegaMemory(MemoryLayer):
     threshold: Positive = 1.0
     max_rate: Positive | None = None
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+    memory_state = OmegaState
     snapshots = Snapshots(
         drop=lambda state: state._replace(snapshot=None), take=lambda state: state._replace(snapshot=state.weights)
     )
@@ -115,7 +116,7 @@ class OmegaMemory(MemoryLayer):
         """The memories of all heads, state `OmegaState`."""
 
         def init(slower):
-            start = jnp.repeat(weights["start"][None], batch_size, axis=0)
+            start = jnp.broadcast_to(weights["start"], (batch_size, *weights["start"].shape))
             B, H, V, K = start.shape
             empty = lambda *shape: jnp.zeros((B, H, self.window - 1, *shape), start.dtype)
             return OmegaState(start, start, Window(empty(K), empty(V), empty()), jnp.zeros((), jnp.int32))

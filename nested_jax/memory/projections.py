@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from nested_jax.checks import check_key
 from nested_jax.memory.stream import CONVOLUTION
 from nested_jax.numerics import l2norm, upcast
 from nested_jax.typing import Array, Float, PyTree
@@ -15,6 +16,7 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
 
     The gates are, in this order, rate (started near 0.27), retention (near 1) and momentum (0.5).
     """
+    check_key("init_weights", key)
     D, H = width, heads
     keys = jax.random.split(key, 3)
     biases = [jnp.full(H, -1.0, jnp.float32), retention_bias(H), jnp.zeros(H)]

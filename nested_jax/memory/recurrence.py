@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_jax.errors import UserError, shown
 from nested_jax.numerics import scale, solve_unit_lower
 from nested_jax.typing import Array, Bool, Float, PyTree
 
@@ -60,7 +61,7 @@ def tokenwise(
         (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
 
     Raises:
-        ValueError: a momentum without its decay, or a decay without its momentum; lengths C that differ, or are 0.
+        UserError: a momentum without its decay, or a decay without its momentum; sizes or lengths C that differ, or are 0.
 
     Source: NL Eq. 64-65, 88, 93.
 
@@ -124,7 +125,7 @@ def chunked(
         (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
 
     Raises:
-        ValueError: a momentum without its decay, or a decay without its momentum.
+        UserError: sizes that do not fit; a momentum without its decay, or a decay without its momentum.
 
     Exactly zero gates are allowed, in gradients too.
 
@@ -231,7 +232,7 @@ def write(
         `Written`: the state after the chunk, and the factors of the states inside it.
 
     Raises:
-        ValueError: a momentum without its decay, or a decay without its momentum; lengths C that differ, or are 0.
+        UserError: a momentum without its decay, or a decay without its momentum; sizes or lengths C that differ, or are 0.
 
     Source: NL Eq. 64-65, 88, 93.
 
@@ -345,14 +346,20 @@ def _uniform(*trees: PyTree) -> PyTree:
 
 
 def _assert_fits(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> None:
+    if not isinstance(state, MemoryState) or not isinstance(gates, Gates):
+        raise UserError(f"state {shown(state)} and gates {shown(gates)}: give a MemoryState and Gates")
+    V, K = state.weights.shape[-2:]
+    for name, array, size in (("inputs", inputs, K), ("errors", errors, V)):
+        if jnp.ndim(array) < 2 or array.shape[-1] != size:
+            raise UserError(f"{name} {shown(array)} and weights {shown(state.weights)} (..., V, K): give (..., C, {size})")
     lengths = {"inputs": inputs.shape[-2], "errors": errors.shape[-2]}
     lengths |= {f"gates.{name}": gate.shape[-1] for name, gate in zip(gates._fields, gates, strict=True) if gate is not None}
     if len(set(lengths.values())) > 1 or not inputs.shape[-2]:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"inputs, errors and gates have one length C of at least 1, not {found}")
+        raise UserError(f"inputs, errors and gates have one length C of at least 1, not {found}: give the same")
     if (state.momentum is None) != (gates.momentum is None):
         missing = "state.momentum" if state.momentum is None else "gates.momentum"
-        raise ValueError(f"{missing} is None: a memory has both a momentum and its decay, or neither")
+        raise UserError(f"{missing} is None: a memory has both a momentum and its decay, or neither: give both or none")
 
 
 def _empty_slots(gates: Gates, mask: Array | None) -> tuple[Gates, Array]:

@@ -153,7 +153,8 @@ def attention(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Floa
     """`Attention` of one document, query by query."""
     T, D = x.shape
     q, k, v = jnp.split((x @ weights["project"]).reshape(1, T, 3 * layer.heads, -1), 3, axis=2)
-    q, k, v = rotate(q, jnp.arange(T))[0], rotate(k, jnp.arange(T))[0], v[0]
+    at = jnp.arange(T)[None]
+    q, k, v = rotate(q, at)[0], rotate(k, at)[0], v[0]
     rows = []
     for t in range(T):
         seen = slice(max(0, t + 1 - (layer.window or T)), t + 1)

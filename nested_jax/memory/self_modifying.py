@@ -23,13 +23,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Count, Positive
+from nested_jax.checks import Count, Positive, check_key
 from nested_jax.errors import UserError
-from nested_jax.level import Level, nest
+from nested_jax.level import Level, Nested, nest
 from nested_jax.memory.deep import (
     SNAPSHOTS,
     Activations,
     Deep,
+    LevelState,
     Rule,
     Strengths,
     boundary_weights,
@@ -98,6 +99,7 @@ class SelfModifyingTitans(MemoryLayer):
     adaptive_query: bool = False
     rule: Rule = Rule()
     snapshots = SNAPSHOTS
+    memory_state = (LevelState, Nested)
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,6 +121,7 @@ class SelfModifyingTitans(MemoryLayer):
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start holds the memories' initial states."""
+        check_key("SelfModifyingTitans", key)
         D, H = self.width, self.heads
         K = D // H
         keys = jax.random.split(key, 5)
@@ -188,7 +191,7 @@ class SelfModifyingTitans(MemoryLayer):
             return running, y, count_tokens(chunk)
 
         description = self._describe("they make their own keys, values, rates, retention", "tokens")
-        init = lambda slower: init_level_state(starts, len(start.first), self.momentum)
+        init = lambda slower: init_level_state(starts, start.first.shape[0], self.momentum)
         return memory_level(init, act, 1, self.chunk, "self-modifying memories", description)
 
     def _describe(self, knowledge: str, context: str):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -20,10 +21,10 @@ import numpy as np
 from jax.core import Tracer
 
 from nested_jax.checks import Count, check_fields
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
-from nested_jax.numerics import rms_norm
+from nested_jax.numerics import rms_norm, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Position, PyTree
 
@@ -68,6 +69,7 @@ class MemoryLayer(abc.ABC):
     chunk: Count = field(default=64, kw_only=True)
     checkpoint: Checkpoint = field(default="full", kw_only=True)
     snapshots: ClassVar[Snapshots] = NO_SNAPSHOTS
+    memory_state: ClassVar[type | tuple[type, ...]] = object  # of the level, for errors
 
     def __post_init__(self):
         check_fields(self, f"{type(self).__name__}: ")
@@ -104,8 +106,10 @@ class MemoryLayer(abc.ABC):
     ) -> tuple[LayerState, Float[Array, "B T D"]]:
         """Reads T more tokens, see `SequenceLayer`."""
         name = type(self).__name__
-        check_call(name, (len(state.recent), self.width), x, reset)
-        level = self.level(weights, len(x))
+        check_call(name, (LayerState, self.memory_state), weights, state, position)
+        check_tokens(name, (state.recent.shape[0], self.width), x, reset)
+        state = vary(state, x, weights, reset, rank=1)
+        level = self.level(weights, x.shape[0])
         check_documents(name, level.period * level.tokens, position, reset)
         recent, x = convolve(weights["taps"], state.recent, x, reset)
         tokens = self.project(weights, x)
@@ -120,8 +124,41 @@ class MemoryLayer(abc.ABC):
         return (self.level(weights, batch_size),)
 
 
-def check_call(name: str, size: tuple[int, int], x: Array, reset: Array | None) -> None:
+def bounded(position: Position, period: int) -> Position:
+    """A position that does not run out: from 1.5 * 2^30 on it is less by a multiple of the period, and never 0 again.
+
+    Args:
+        position: tokens read so far, up to the largest int32.
+        period: up to 2^30; only the place in a period counts, and whether anything was read.
+
+    >>> bounded(5, 12), bounded(2**31 - 5, 12) < 2**30, (2**31 - 5 - bounded(2**31 - 5, 12)) % 12
+    (5, True, 0)
+    """
+    far, less = 3 * 2**29, 2**30 // period * period
+    if isinstance(position, jax.Array):
+        return jnp.where(position < far, position, position - less)
+    return position if position < far else position - less
+
+
+def check_call(name: str, states: tuple, weights: PyTree, state: PyTree, position: Position) -> None:
+    """Raises UserError for weights, a state or a position that are none of a layer's.
+
+    Args:
+        states: the classes of the state and of its memory.
+    """
+    if not isinstance(weights, Mapping) or "out" not in weights:
+        raise UserError(f"{name}: weights {shown(weights)}: give those of its init_weights")
+    if not isinstance(state, states[0]) or not isinstance(getattr(state, "memory", None), states[1]):
+        what = type(getattr(state, "memory", state)).__name__
+        raise UserError(f"{name}: the state is a {what}: give this layer's init_state(...), or the state of the call before")
+    if not isinstance(position, jax.Array) and not (isinstance(position, numbers.Integral) and position >= 0):
+        raise UserError(f"{name}: position {shown(position)}: give the tokens that the state has read, from 0")
+
+
+def check_tokens(name: str, size: tuple[int, int], x: Array, reset: Array | None) -> None:
     """Raises UserError for tokens, or starts of documents, that a layer of this size (B, D) cannot read."""
+    if not hasattr(x, "dtype"):
+        raise UserError(f"{name}: x {shown(x)}: give an array of floats (B, T, {size[1]})")
     (rows, width), shape = size, list(x.shape)
     if x.ndim != 3 or x.shape[2] != width or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{name}: x is {x.dtype}{shape}: give floats (B, T, {width}), at least one token")
@@ -132,6 +169,8 @@ def check_rows(name: str, rows: int, shape: tuple[int, ...], reset: Array | np.n
     """Raises UserError for tokens of a shape (B, T), or starts of documents, that do not fit a state's rows."""
     if shape[0] != rows:
         raise UserError(f"{name}: {shape[0]} rows of tokens, {rows} of the state: give init_state batch_size={shape[0]}")
+    if reset is not None and not hasattr(reset, "dtype"):
+        raise UserError(f"{name}: reset {shown(reset)}: give an array of bools {list(shape)}")
     if reset is not None and (reset.shape != shape or reset.dtype != bool):
         raise UserError(f"{name}: reset is {reset.dtype}{list(reset.shape)}: give bools {list(shape)}")
 
@@ -212,12 +251,12 @@ def _read_off_grid(level, state, tokens, position, reset, checkpoint):
 
 
 def _to_chunks(x: Float[Array, "B T H ..."], size: int) -> Float[Array, "chunks B H C ..."]:
-    return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1).swapaxes(2, 3)
 
 
 def _from_chunks(y: Float[Array, "... B H C V"]) -> Float[Array, "B T H V"]:
     y = y.reshape(-1, *y.shape[-4:]).swapaxes(2, 3).swapaxes(0, 1)
-    return y.reshape(len(y), -1, *y.shape[3:])
+    return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
 def _restarting(level: Level, reset: Array | None, form: Callable = lambda state: state) -> Level:

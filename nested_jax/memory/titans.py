@@ -7,11 +7,12 @@ from operator import itemgetter
 
 import jax
 
-from nested_jax.checks import Count, Positive
+from nested_jax.checks import Count, Positive, check_key
 from nested_jax.level import Level
 from nested_jax.memory.deep import (
     SNAPSHOTS,
     Deep,
+    LevelState,
     Rule,
     Strengths,
     broadcast_start,
@@ -59,6 +60,7 @@ class Titans(MemoryLayer):
     max_rate: Positive | None = None
     rule: Rule = Rule(erase="none")
     snapshots = SNAPSHOTS
+    memory_state = LevelState
 
     @property
     def largest_rate(self) -> float:
@@ -67,6 +69,7 @@ class Titans(MemoryLayer):
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state."""
+        check_key("Titans", key)
         project, start = jax.random.split(key)
         K = self.width // self.heads
         weights = init_projections(project, self.width, self.heads, gates=3 if self.momentum else 2)

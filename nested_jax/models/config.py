@@ -105,7 +105,13 @@ class ModelConfig:
         if self.width % self.heads:
             raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}: change one")
         if self.projection_chunk is not None and self.projection_chunk % self.chunk:
-            raise UserError(f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}")
+            sizes = f"model.projection_chunk {self.projection_chunk} is not a multiple of model.chunk {self.chunk}"
+            raise UserError(f"{sizes}: change one")
+        if self.alignment > 2**30:
+            raise UserError(
+                f"model.chunk and model.cms.periods have {self.alignment} as least common multiple: give periods for which "
+                f"it is at most 2^30 tokens"
+            )
         if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
 

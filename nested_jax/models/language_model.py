@@ -18,17 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 from nested_jax import cms
-from nested_jax.cms.in_context import segment_state, with_segment
+from nested_jax.checks import check_key
+from nested_jax.cms.in_context import fast_weights, segment_state, with_segment
 from nested_jax.cms.reader import InContext, Reader
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.memory.attention import AttentionState, reserve
-from nested_jax.memory.stream import check_documents, check_rows
+from nested_jax.memory.stream import bounded, check_documents, check_rows
 from nested_jax.models.block import init_block, sequence_layer
-from nested_jax.models.config import ModelConfig
-from nested_jax.numerics import rms_norm, upcast
+from nested_jax.models.config import PRESETS, ModelConfig
+from nested_jax.numerics import rms_norm, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 Rules = Sequence[optax.GradientTransformation]
@@ -37,7 +39,8 @@ Rules = Sequence[optax.GradientTransformation]
 class ModelState(NamedTuple):
     """Fast state of a model: everything it has learned while reading.
 
-    position: tokens read, one number for the whole batch; mixers: of the sequence layers that read a call as a whole,
+    position: tokens read, one number for the whole batch; from 1.5 * 2^30 tokens on less by a multiple of the config's
+    alignment, so that it never ends; mixers: of the sequence layers that read a call as a whole,
     leaves (L, ...): all but those between two CMS that learn; learning: of the CMS that learn in context, None if none do.
     """
 
@@ -53,6 +56,8 @@ def init_weights(config: ModelConfig, key: Array) -> dict[str, Any]:
     >>> sorted(jax.eval_shape(lambda: init_weights(preset("tiny-hope"), jax.random.key(0))))
     ['blocks', 'embedding', 'head', 'norm']
     """
+    check_config(config)
+    check_key("init_weights", key)
     V, D = config.vocabulary, config.width
     embedding, blocks, out = jax.random.split(key, 3)
     weights = {
@@ -88,6 +93,8 @@ def init_state(
     >>> int(state.position)
     0
     """
+    check_config(config)
+    rules = as_rules(config, rules)
     _check_count("batch_size", batch_size)
     if max_length is not None:
         _check_count("max_length", max_length)
@@ -138,15 +145,18 @@ def apply(
     >>> logits.shape, int(state.position)
     ((2, 8, 256), 8)
     """
+    check_config(config)
+    rules = as_rules(config, rules)
     _check_count("multiple", multiple)
     _check_weights(config, weights)
-    _check_state(config, state)
+    _check_state(config, state, rules)
     ids = _check_tokens(config, tokens)
     position = state.position if isinstance(state.position, Tracer) else np.int32(state.position)
+    position = bounded(position, config.alignment)
     starts = _check_starts(config, ids.shape, reset, state, position)
     known = not isinstance(position, jax.Array)
     aligned = (int(position) if known else multiple) % config.reading == 0
-    x = embed(config, weights, ids)
+    x = vary(embed(config, weights, ids), weights, state.mixers, starts)
     if starts is not None:
         misplaced = starts & ((position + jnp.arange(x.shape[1])) % config.alignment != 0)[None]
         x = jnp.where(misplaced.any(axis=1)[:, None, None], jnp.nan, x)
@@ -165,7 +175,7 @@ def apply(
         last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
         last = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], last)
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
-        reader = cms_reader(config, weights, len(x), rules)
+        reader = cms_reader(config, weights, x.shape[0], rules)
         learning, grown = _reserve(learning, x.shape[1])
         logits, learning = reader.read(learning, position, x, ids, starts, multiple)
         learning = _unbounded(learning) if grown else learning
@@ -263,36 +273,92 @@ def _unbounded(learning: InContext) -> InContext:
     return learning._replace(levels=with_segment(learning.levels, inner))
 
 
+def check_config(config: ModelConfig) -> None:
+    """Raises UserError for what is no ModelConfig."""
+    if not isinstance(config, ModelConfig):
+        made = f"preset({config!r})" if config in PRESETS else "preset('tiny-hope')"
+        raise UserError(f"config {shown(config)}: give a ModelConfig, such as {made}")
+
+
+def as_rules(config: ModelConfig, rules: optax.GradientTransformation | Rules | None) -> Rules | None:
+    """One inner rule a level, from one for all or one for each; None for the config's own."""
+    if rules is None:
+        return None
+    levels = len(config.cms.periods)
+    each = (rules,) * levels if isinstance(rules, optax.GradientTransformation) else rules
+    if not isinstance(each, Sequence) or not all(isinstance(rule, optax.GradientTransformation) for rule in each):
+        raise UserError(f"rule {shown(rules)}: give an optax transformation, optax.sgd(1.0), or a tuple of one a level")
+    if len(each) != levels:
+        raise UserError(f"{len(each)} inner rules for the {levels} levels with a period: give one rule, or one a level")
+    return tuple(each)
+
+
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise UserError(f"{name} {value!r}: give a whole number of at least 1")
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    if not whole and not is_symbolic_dim(value):
+        raise UserError(f"{name} {shown(value)}: give a whole number of at least 1")
 
 
 def _check_weights(config: ModelConfig, weights: PyTree) -> None:
-    if (layers := weights["blocks"]["norm"].shape[0]) != config.layers:
-        raise UserError(f"weights have {layers} layers, the config {config.layers}: give those of its init_weights")
-
-
-def _check_state(config: ModelConfig, state: ModelState) -> None:
-    fits = isinstance(state, ModelState) and (state.learning is None) != bool(config.adapting)
-    if not fits or _shapes(state.mixers) != expected_shapes(config):
-        raise UserError("the state is of another config: give init_state(config, ...), or the state of the call before")
-
-
-def _shapes(mixers: PyTree) -> tuple:
-    """The type of the state of sequence layers, and the shapes of its matrices without the axes of batch and tokens."""
-    return type(mixers), [x.shape[:1] + x.shape[3:] for x in jax.tree.leaves(mixers) if x.ndim > 2]
+    wanted, remedy = expected_weights(config), "give those of its init_weights"
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = np.shape(leaf)
+    if found == wanted:
+        return
+    layers = found.get("blocks/norm", (config.layers,))[0]
+    if layers != config.layers:
+        raise UserError(f"weights have {layers} layers, the config {config.layers}: {remedy}")
+    wrong = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    given, asked = (f"shape {list(each[wrong])}" if wrong in each else "none" for each in (found, wanted))
+    raise UserError(f"weights: {wrong or type(weights).__name__} has {given}, the config asks for {asked}: {remedy}")
 
 
 @functools.cache
-def expected_shapes(config: ModelConfig) -> tuple:
-    """Those of the state that `init_state` makes."""
-    state = jax.eval_shape(lambda: init_state(config, init_weights(config, jax.random.key(0)), 1, max_length=1))
-    return _shapes(state.mixers)
+def expected_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that `init_weights` makes, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_weights(config, jax.random.key(0))))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def _check_state(config: ModelConfig, state: ModelState, rules: Rules | None) -> None:
+    wanted = expected_shapes(config) if rules is None else expected_shapes(config, tuple(rules))
+    found, fits = jax.tree_util.tree_leaves_with_path(state), isinstance(state, ModelState)
+    grows = config.attends and len(found) < len(wanted)  # a cache that grows has no limit
+    wanted = [(path, shape) for path, shape in wanted if not (grows and path.endswith("limit"))]
+    fits = fits and len(found) == len(wanted)
+    for (path, leaf), (name, shape) in zip(found, wanted, strict=False):
+        own = np.shape(leaf)
+        fits = fits and jax.tree_util.keystr(path) == name and len(own) == len(shape) and not isinstance(leaf, str | float)
+        for n, size in zip(own, shape, strict=False):
+            fits = fits and size in (n, None)
+    if fits and state.learning is not None:
+        for level, period in zip(fast_weights(state.learning.levels), config.cms.periods, strict=True):
+            elapsed = level.elapsed
+            fits = fits and (isinstance(elapsed, Tracer) or int(elapsed) < period // config.cms.periods[-1])
+    if fits and not isinstance(state.position, Tracer) and int(state.position) < 0:
+        raise UserError(f"state.position {state.position}: give the tokens that the state has read, from 0")
+    if not fits:
+        raise UserError("the state is of another config: give init_state(config, ...), or the state of the call before")
+
+
+@functools.cache
+def expected_shapes(config: ModelConfig, rules: Rules | None = None) -> list[tuple[str, tuple[int | None, ...]]]:
+    """Paths and shapes of the state that `init_state` makes, with None for axes of the batch and of an attention cache."""
+    shapes, weights = [], lambda: init_weights(config, jax.random.key(0))
+    for size in (1, 2):  # what differs is one of these axes
+        made = lambda size=size: init_state(config, weights(), size, max_length=size, rules=rules)
+        shapes.append(jax.tree_util.tree_leaves_with_path(jax.eval_shape(made)))
+    axes = lambda *pair: tuple(n if n == m else None for n, m in zip(*pair, strict=True))
+    return [(jax.tree_util.keystr(path), axes(a.shape, b.shape)) for (path, a), (_, b) in zip(*shapes, strict=True)]
 
 
 def _check_tokens(config: ModelConfig, tokens) -> Int[Array, "B T"]:
-    tokens = tokens if hasattr(tokens, "shape") else np.asarray(tokens)
+    if not hasattr(tokens, "shape"):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:  # rows of unequal lengths
+            raise UserError(f"tokens {shown(tokens)}: give integers of shape (B, T), rows of one length") from None
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"tokens {tokens.dtype}{list(tokens.shape)}: give integers of shape (B, T), at least one")
     if not isinstance(tokens, Tracer):
@@ -308,7 +374,7 @@ def _check_starts(
     config: ModelConfig, shape: tuple[int, ...], reset, state: ModelState, position: Position
 ) -> Bool[Array, "B T"] | None:
     """The starts of documents; None where it is known that there are none."""
-    starts = reset if reset is None or hasattr(reset, "dtype") else np.asarray(reset)
+    starts = np.asarray(reset) if isinstance(reset, list | tuple | bool | int) else reset
     check_rows("model", jax.tree.leaves(state.mixers)[0].shape[1], shape, starts)
     check_documents("model", config.alignment, position, starts)
     if starts is None or isinstance(starts, Tracer):

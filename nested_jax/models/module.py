@@ -11,11 +11,20 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, is_whole, shown
 from nested_jax.level import Level
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.config import ModelConfig
-from nested_jax.models.language_model import ModelState, Rules, apply, cms_reader, init_state, init_weights
+from nested_jax.models.language_model import (
+    ModelState,
+    Rules,
+    apply,
+    as_rules,
+    check_config,
+    cms_reader,
+    init_state,
+    init_weights,
+)
 from nested_jax.typing import Array, Float
 
 
@@ -27,11 +36,11 @@ class LanguageModel(nnx.Module):
 
     Args:
         config: see `ModelConfig`.
-        rngs: source of the initial weights.
+        rngs: source of the initial weights, such as `nnx.Rngs(0)`.
         rule: inner rule of the CMS, any optax transformation at learning rate 1, or one for each level, slow to fast;
             the default is the config's.
 
-    Raises UserError (a ValueError) for a number of rules that is not that of the levels.
+    Raises UserError (a ValueError) for another config or source, and for rules that are not one for each level.
 
     >>> import jax.numpy as jnp
     >>> from nested_jax import LanguageModel, preset
@@ -41,9 +50,19 @@ class LanguageModel(nnx.Module):
     ((2, 8, 256), 8)
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rule: optax.GradientTransformation | Rules | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        rule: optax.GradientTransformation | Rules | None = None,
+    ):
+        check_config(config)
+        if not isinstance(rngs, nnx.Rngs):
+            remedy = f"nnx.Rngs({rngs})" if is_whole(rngs, least=0) else "nnx.Rngs(seed or key)"
+            raise UserError(f"LanguageModel: rngs {shown(rngs)}: give {remedy}")
         self.config = config
-        self.rules = nnx.static(_rules(config, rule))
+        self.rules = nnx.static(as_rules(config, rule))
         weights = init_weights(config, rngs.params())
         self.blocks = nnx.data(jax.tree.map(nnx.Param, weights.pop("blocks")))
         for name, weight in weights.items():
@@ -98,12 +117,3 @@ class LanguageModel(nnx.Module):
                 return f"starts of CMS {level}" + f", in {frozen} of {config.layers} blocks frozen in context" * (frozen > 0)
             case _:
                 return "embedding, norms, head"
-
-
-def _rules(config: ModelConfig, rule: optax.GradientTransformation | Rules | None) -> Rules | None:
-    levels = len(config.cms.periods)
-    if rule is None or isinstance(rule, optax.GradientTransformation):
-        return None if rule is None else (rule,) * levels
-    if len(rule) != levels:
-        raise UserError(f"{len(rule)} inner rules for the {levels} levels with a period: give one rule, or one a level")
-    return tuple(rule)

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from nested_jax.description import Description
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, Nested
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.module import LanguageModel
@@ -83,10 +83,14 @@ def describe(system: Any, *, tokens_per_step: float | None = None, extra: Extra 
 
     Source: NL, Definitions 1-4 and section 3.3.
     """
+    if extra is not None and not callable(extra):
+        raise UserError(f"describe: extra {shown(extra)}: give a function of the parameters, or None")
     if tokens_per_step is not None and not (isinstance(tokens_per_step, numbers.Real) and 0 < tokens_per_step < math.inf):
         raise UserError(f"describe: tokens_per_step {tokens_per_step!r} is no positive number: give one, or None")
     given = list(system) if type(system) in (tuple, list) else [system]
     given = [one.gradient_transformation() if isinstance(one, optax.MultiSteps) else one for one in given]
+    if not given:
+        raise UserError("describe: () is empty: give a level, layer, model, optimizer or tree of parameters")
     optimizers = [one for one in given if isinstance(one, optax.GradientTransformation)]
     if len(optimizers) > 1:
         raise UserError(f"describe: {len(optimizers)} optimizers: give one, such as their optax.chain or optax.partition")
