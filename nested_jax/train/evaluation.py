@@ -1,4 +1,4 @@
-"""Held-out text: a model's bits per byte, and the entropies of the same text's bytes and pairs of bytes."""
+"""Held-out text: a model's bits per byte, and what counting tokens and pairs of tokens gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 
 import jax
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_entropies
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_bits
+from nested_jax.data.ngrams import LIMIT
 from nested_jax.models.language_model import init_state
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
@@ -19,7 +20,8 @@ from nested_jax.typing import PyTree
 class HeldOut:
     """The first `limit` bytes of some documents, cut into batches.
 
-    `entropies` are the text's unigram and bigram entropies, `text_bytes` its length.
+    `text_bytes` is the text's length, `ngrams` the bits per byte of n-grams counted in other documents of the same kind, in
+    as many tokens as the run trains on, up to `data.ngrams.LIMIT`.
     """
 
     def __init__(
@@ -29,9 +31,11 @@ class HeldOut:
         documents: Sequence[bytes],
         *,
         limit: int,
+        counted: Sequence[bytes],
     ):
         texts = list(first_bytes(documents, limit))
-        self.entropies = ngram_entropies(texts)
+        seen = config.steps * config.batch_size * config.window
+        self.ngrams = ngram_bits(counted, texts, tokenizer, limit=min(seen, LIMIT))
         self._batches = heldout_batches(
             texts,
             tokenizer,

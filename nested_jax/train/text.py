@@ -25,6 +25,7 @@ class Text(NamedTuple):
     batches: grain.DatasetIterator
     """Of `Batch`es, without end."""
     heldout: HeldOut
+    heldout_documents: Sequence[bytes]
     fingerprint: str
     """A digest of the documents."""
 
@@ -54,8 +55,8 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
         carry=config.carry,
     )
     heldout_documents = open_documents(config.data, "heldout")
-    heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes)
-    return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents))
+    heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes, counted=documents)
+    return Text(tokenizer, batches, heldout, heldout_documents, fingerprint(documents, heldout_documents))
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:
@@ -75,16 +76,18 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
     vocabulary = config.model.vocabulary
     if folder and (folder / TOKENIZER).exists():
         tokenizer = load_tokenizer(folder / TOKENIZER)
-    elif config.tokenizer == "byte":
+    elif config.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":
         if vocabulary <= 2**8:
-            raise UserError(f"--model.vocabulary {vocabulary} is too small for --tokenizer sentencepiece: give 4096")
+            raise UserError(
+                f"--model.vocabulary {vocabulary} is too small for sentencepiece: give 1024, or --tokenizer bytes"
+            )
         tokenizer = SentencePieceTokenizer.train(documents, vocabulary)
     elif Path(config.tokenizer).is_file():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
-        raise UserError(f"--tokenizer {config.tokenizer} is no file: give byte, sentencepiece or a saved tokenizer")
+        raise UserError(f"--tokenizer {config.tokenizer} is no file: give sentencepiece, bytes or a saved tokenizer")
     if tokenizer.vocabulary > vocabulary:
         raise UserError(
             f"--model.vocabulary {vocabulary} is too small for --tokenizer {config.tokenizer}, "

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tiny_run import rows, small_model
 
-from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer
+from nested_jax.data import ByteTokenizer, NgramBits, SentencePieceTokenizer
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report
 from nested_jax.train import state as states
@@ -34,7 +34,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch_size=4, carry=carry)
     params = states.init_params(model, 0)
     params["head"] = jnp.zeros_like(params["head"])
-    heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6)
+    heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6, counted=TEXTS)
     targets = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     expected = math.log2(size) * targets / sum(map(len, TEXTS))
     assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
@@ -54,19 +54,21 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
     whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
     carried, apart = (
-        HeldOut(TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
-            params
-        )
+        HeldOut(
+            TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts, limit=10**6, counted=texts
+        ).bits_per_byte(params)
         for carry in (True, False)
     )
     assert carried == pytest.approx(float(whole) / math.log(2) / sum(map(len, texts)), rel=1e-5)
     assert abs(apart - carried) > 1e-3
 
 
-@pytest.mark.parametrize(("bits", "verdict"), [(3.3, ", below the bigram"), (3.4, ", not below the bigram")])
-def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_path, bits, verdict):
+@pytest.mark.parametrize(
+    ("bits", "verdict"), [(3.3, ", below what counting pairs"), (3.4, ", not below what counting pairs")]
+)
+def test_the_report_says_on_which_side_of_the_bigrams_a_run_ended(tmp_path, bits, verdict):
     numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="")
-    report.write(tmp_path, TrainConfig(), bits_per_byte=bits, entropies=NgramEntropies(4.5, 3.35), **numbers)
+    report.write(tmp_path, TrainConfig(), bits_per_byte=bits, ngrams=NgramBits(4.5, 3.35), **numbers)
     assert verdict in (tmp_path / report.REPORT).read_text()
 
 

@@ -1,0 +1,140 @@
+"""What a model learns while it reads: its bits per byte of held-out documents against the position in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nested_jax.models.config import ModelConfig
+from nested_jax.models.language_model import apply, init_state
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.sample import Tokenizer
+from nested_jax.typing import Array, Float, Int, PyTree
+
+FIGURE = "reading.png"
+SHORTEST, LONGEST = 128, 2048  # tokens read of each document
+COLUMNS = {"learning": "learning", "frozen": "CMS frozen"}
+
+
+class Reading(NamedTuple):
+    """Bits per byte of N documents between positions, which are powers of two.
+
+    positions: P + 1 numbers of tokens, the first one 0. learning: as the model reads. frozen: the same weights with a CMS
+    that does not learn in context; None where none does.
+    """
+
+    positions: list[int]
+    learning: Float[np.ndarray, "N P"]
+    frozen: Float[np.ndarray, "N P"] | None
+
+    def curves(self) -> dict[str, Float[np.ndarray, "N P"]]:
+        """Those that there are, by name."""
+        return {name: curve for name in COLUMNS if (curve := getattr(self, name)) is not None}
+
+
+def read(config: TrainConfig, params: PyTree, tokenizer: Tokenizer, documents: Sequence[bytes]) -> Reading | None:
+    """Reads the starts of held-out documents, from position 0, the fast state carried from token to token.
+
+    Args:
+        config: of the run; attention sees `window` tokens, as in training.
+        params: of its model.
+        tokenizer: of the run.
+        documents: of which the first `reading_documents` are read that have 2048 tokens; if there are fewer than three,
+            1024, and so on.
+
+    Returns:
+        What was read; None if no three documents have 128 tokens.
+    """
+    if not config.reading_documents:
+        return None
+    encoded, length = [tokenizer.encode(text) for text in documents], LONGEST
+    while length >= SHORTEST:
+        rows = [ids[:length] for ids in encoded if len(ids) >= length][: config.reading_documents]
+        if len(rows) >= min(3, config.reading_documents):
+            break
+        length //= 2
+    else:
+        return None
+    targets = np.stack(rows).astype(np.int32)
+    tokens = np.concatenate([np.full((len(rows), 1), tokenizer.boundary, np.int32), targets[:, :-1]], axis=1)
+    positions = [0, *(2**n for n in range(6, length.bit_length()))]
+    text_bytes = np.add.reduceat(tokenizer.byte_lengths[targets], positions[:-1], axis=1)
+
+    def bits(model: ModelConfig) -> Float[np.ndarray, "N P"]:
+        nats = jax.jit(partial(_nats, model, config.window))(params, tokens, targets)
+        return np.add.reduceat(np.asarray(nats), positions[:-1], axis=1) / math.log(2) / text_bytes
+
+    still = dataclasses.replace(config.model, cms=dataclasses.replace(config.model.cms, periods=(), blocks=None))
+    return Reading(positions, bits(config.model), bits(still) if config.model.adapting else None)
+
+
+def _nats(
+    model: ModelConfig, window: int, params: PyTree, tokens: Int[Array, "N T"], targets: Int[Array, "N T"]
+) -> Float[Array, "N T"]:
+    logits, _ = apply(model, params, tokens, init_state(model, params, len(tokens), max_length=window))
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def mean_and_error(curve: Float[np.ndarray, "N P"]) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Mean over documents, and its standard error."""
+    return curve.mean(axis=0), curve.std(axis=0, ddof=1) / math.sqrt(len(curve)) if len(curve) > 1 else curve[0] * 0
+
+
+def gain(reading: Reading) -> tuple[float, float]:
+    """Bits per byte that learning saves in the second half of the text, and its standard error over documents."""
+    assert reading.frozen is not None
+    saved = (reading.frozen - reading.learning)[:, -1:]
+    mean, error = mean_and_error(saved)
+    return float(mean[0]), float(error[0])
+
+
+def plot(curves: dict[str, Float[np.ndarray, "N P"]], positions: Sequence[int], path: Path) -> None:
+    """Draws bits per byte over the position, a line a curve, a band of one standard error over documents."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="tokens of the document read before", ylabel="bits per byte")
+    middle = [math.sqrt(max(a, 16) * b) for a, b in zip(positions, positions[1:], strict=False)]
+    for name, curve in curves.items():
+        mean, error = mean_and_error(curve)
+        axes.plot(middle, mean, "o-", label=name)
+        axes.fill_between(middle, mean - error, mean + error, alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def section(reading: Reading) -> str:
+    """Markdown: the table, and what learning saved."""
+    names = [COLUMNS[name] for name in reading.curves()]
+    lines = [
+        f"Bits per byte of {len(reading.learning)} held-out documents, by how much of the document was read before:",
+        "",
+        "| tokens | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    cells = [mean_and_error(curve) for curve in reading.curves().values()]
+    for i, (start, end) in enumerate(zip(reading.positions, reading.positions[1:], strict=False)):
+        numbers = " | ".join(f"{mean[i]:.3f} ± {error[i]:.3f}" for mean, error in cells)
+        lines.append(f"| {start:,} to {end:,} | {numbers} |")
+    lines += ["", f"![bits per byte over the position in the document]({FIGURE})", ""]
+    lines.append("± is the standard error over documents.")
+    if reading.frozen is not None:
+        saved, error = gain(reading)
+        verdict = "Learning in the CMS saves" if saved > 2 * error else "Learning in the CMS does not show: it saves"
+        lines.append(
+            f"{verdict} {saved:.3f} ± {error:.3f} bits per byte in the last row, by documents, of the same weights frozen."
+        )
+    return "\n".join(lines)
