@@ -89,14 +89,6 @@ def mean_and_error(curve: Float[np.ndarray, "N P"]) -> tuple[Float[np.ndarray, "
     return curve.mean(axis=0), curve.std(axis=0, ddof=1) / math.sqrt(len(curve)) if len(curve) > 1 else curve[0] * 0
 
 
-def gain(reading: Reading) -> tuple[float, float]:
-    """Bits per byte that learning saves in the second half of the text, and its standard error over documents."""
-    assert reading.frozen is not None
-    saved = (reading.frozen - reading.learning)[:, -1:]
-    mean, error = mean_and_error(saved)
-    return float(mean[0]), float(error[0])
-
-
 def plot(curves: dict[str, Float[np.ndarray, "N P"]], positions: Sequence[int], path: Path) -> None:
     """Draws bits per byte over the position, a line a curve, a band of one standard error over documents."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -117,24 +109,24 @@ def plot(curves: dict[str, Float[np.ndarray, "N P"]], positions: Sequence[int], 
 
 
 def section(reading: Reading) -> str:
-    """Markdown: the table, and what learning saved."""
-    names = [COLUMNS[name] for name in reading.curves()]
+    """Markdown: the table, and whether learning in the CMS saves bits of the same documents."""
+    names, cells = [COLUMNS[name] for name in reading.curves()], list(reading.curves().values())
+    if reading.frozen is not None:
+        names, cells = [*names, "saved"], [*cells, reading.frozen - reading.learning]
+    cells = [mean_and_error(curve) for curve in cells]
     lines = [
         f"Bits per byte of {len(reading.learning)} held-out documents, by how much of the document was read before:",
         "",
         "| tokens | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]
-    cells = [mean_and_error(curve) for curve in reading.curves().values()]
     for i, (start, end) in enumerate(zip(reading.positions, reading.positions[1:], strict=False)):
         numbers = " | ".join(f"{mean[i]:.3f} ± {error[i]:.3f}" for mean, error in cells)
         lines.append(f"| {start:,} to {end:,} | {numbers} |")
     lines += ["", f"![bits per byte over the position in the document]({FIGURE})", ""]
     lines.append("± is the standard error over documents.")
     if reading.frozen is not None:
-        saved, error = gain(reading)
-        verdict = "Learning in the CMS saves" if saved > 2 * error else "Learning in the CMS does not show: it saves"
-        lines.append(
-            f"{verdict} {saved:.3f} ± {error:.3f} bits per byte in the last row, by documents, of the same weights frozen."
-        )
+        saved, error = (float(number[-1]) for number in cells[-1])
+        does = "saves" if saved > 2 * error else "does not show: it saves"
+        lines[-1] += f" Learning in the CMS {does} {saved:.3f} ± {error:.3f} bits per byte in the last row."
     return "\n".join(lines)
