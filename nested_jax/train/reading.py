@@ -69,12 +69,23 @@ def read(config: TrainConfig, params: PyTree, tokenizer: Tokenizer, documents: S
     positions = [0, *(2**n for n in range(6, length.bit_length()))]
     text_bytes = np.add.reduceat(tokenizer.byte_lengths[targets], positions[:-1], axis=1)
 
-    def bits(model: ModelConfig) -> Float[np.ndarray, "N P"]:
+    def bits(model: ModelConfig, params: PyTree) -> Float[np.ndarray, "N P"]:
         nats = jax.jit(partial(_nats, model, config.window))(params, tokens, targets)
         return np.add.reduceat(np.asarray(nats), positions[:-1], axis=1) / math.log(2) / text_bytes
 
-    still = dataclasses.replace(config.model, cms=dataclasses.replace(config.model.cms, periods=(), blocks=None))
-    return Reading(positions, bits(config.model), bits(still) if config.model.adapting else None)
+    return Reading(
+        positions, bits(config.model, params), bits(*_freeze(config.model, params)) if config.model.adapting else None
+    )
+
+
+def _freeze(model: ModelConfig, params: PyTree) -> tuple[ModelConfig, PyTree]:
+    """The same weights in a model whose CMS has no periods, and so no inner learning rates."""
+    still = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(), blocks=None))
+    chain = {
+        name: {key: leaf for key, leaf in level.items() if key != "rate"} if isinstance(level, dict) else level
+        for name, level in params["blocks"]["cms"].items()
+    }
+    return still, params | {"blocks": params["blocks"] | {"cms": chain}}
 
 
 def _nats(
@@ -90,21 +101,28 @@ def mean_and_error(curve: Float[np.ndarray, "N P"]) -> tuple[Float[np.ndarray, "
 
 
 def plot(curves: dict[str, Float[np.ndarray, "N P"]], positions: Sequence[int], path: Path) -> None:
-    """Draws bits per byte over the position, a line a curve, a band of one standard error over documents."""
+    """Draws curves of the same documents, and what the first one saves of each other one, with one standard error."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    (first, learning), *others = curves.items()
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="tokens of the document read before", ylabel="bits per byte")
+    panels = [figure.add_subplot(1, 2, n + 1, xlabel="tokens of the document read before") for n in range(2)]
     middle = [math.sqrt(max(a, 16) * b) for a, b in zip(positions, positions[1:], strict=False)]
-    for name, curve in curves.items():
-        mean, error = mean_and_error(curve)
-        axes.plot(middle, mean, "o-", label=name)
-        axes.fill_between(middle, mean - error, mean + error, alpha=0.2)
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    axes.grid(alpha=0.3)
+    saved = [(name, f"C{i + 1}", curve - learning) for i, (name, curve) in enumerate(others)]
+    absolute = [(name, f"C{i}", curve) for i, (name, curve) in enumerate(curves.items())]
+    for axes, lines in zip(panels, (absolute, saved), strict=True):
+        for name, color, curve in lines:
+            mean, error = mean_and_error(curve)
+            axes.plot(middle, mean, "o-", color=color, label=name)
+            axes.fill_between(middle, mean - error, mean + error, color=color, alpha=0.15)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("bits per byte")
+    panels[0].legend()
+    panels[1].set_ylabel(f"bits per byte saved by {first}")
+    panels[1].axhline(0, color="gray", linewidth=0.8)
     figure.savefig(path, dpi=120)
 
 

@@ -32,9 +32,13 @@ def test_positions_are_those_of_each_document(read):
     config, params, documents, found = read
     assert found.positions == [0, 64, 128]
     for learning, curve in ((True, found.learning), (False, found.frozen)):
-        model = config.model
-        if not learning:
-            model = dataclasses.replace(model, cms=dataclasses.replace(model.cms, periods=(), blocks=None))
+        model, weights = config.model, params
+        if not learning:  # at inner rates of zero
+            cms = {
+                level: {name: leaf * (name != "rate") for name, leaf in parts.items()}
+                for level, parts in params["blocks"]["cms"].items()
+            }
+            weights = params | {"blocks": params["blocks"] | {"cms": cms}}
         for row, text in zip(curve, (documents[0], documents[2], documents[3]), strict=True):
             ids = jnp.array([[0, *text[:128]]])
             logits, _ = jax.jit(lambda w, ids, model=model: apply(model, w, ids, init_state(model, w, 1)))(
