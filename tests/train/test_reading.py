@@ -42,7 +42,7 @@ def test_positions_are_those_of_each_document(read):
         for row, text in zip(curve, (documents[0], documents[2], documents[3]), strict=True):
             ids = jnp.array([[0, *text[:128]]])
             logits, _ = jax.jit(lambda w, ids, model=model: apply(model, w, ids, init_state(model, w, 1)))(
-                params, ids[:, :-1]
+                weights, ids[:, :-1]
             )
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])[0]
             expected = [nats[:64].mean() / math.log(2), nats[64:].mean() / math.log(2)]
