@@ -25,7 +25,7 @@ from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measure a trained model on held-out text, next to the entropies of its bytes and of its pairs of bytes."""
+    """Measure a trained model on held-out text, with --data next to what counting tokens gives."""
 
     run_dir: str = TrainConfig.run_dir
     """Folder of the run."""
@@ -80,7 +80,7 @@ class Depiction:
 
 def train(argv: Sequence[str]) -> None:
     """Train a language model on text; the same command again resumes."""
-    config = _parse(TrainConfig.from_preset(_preset(argv)), "train", argv)
+    config = _parse(_defaults(argv), "train", argv)
     with Interruption() as interruption:  # an exception in the middle of an import can end in a crash
         from nested_jax.train import loop
     if interruption.signal is not None:
@@ -93,20 +93,22 @@ def evaluate(argv: Sequence[str]) -> None:
     flags = _parse(Evaluation(), "eval", argv)
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
-    from nested_jax.train.text import read_heldout
+    from nested_jax.train.text import count_ngrams, read_heldout
 
     config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
-    limit = flags.eval_bytes or config.eval_bytes
+    limit, ngrams = flags.eval_bytes or config.eval_bytes, None
     if flags.data is None:  # the run's own text, as its folder keeps it: what the folder only names is not opened
         data, documents = config.data, read_heldout(Path(flags.run_dir), config, limit)
     else:
-        data, documents = flags.data, open_documents(flags.data, "heldout")
+        data, documents = flags.data, list(evaluation.first_bytes(open_documents(flags.data, "heldout"), limit))
+        ngrams = count_ngrams(config, tokenizer, open_documents(flags.data, "train"), documents)
     heldout = evaluation.HeldOut(config, tokenizer, documents, limit=limit)
     bits = heldout.bits_per_byte(params)
     print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
-    print(f"  unigram entropy  {heldout.entropies.unigram:.3f}")
-    print(f"  bigram entropy   {heldout.entropies.bigram:.3f}")
-    print(f"  this model       {bits:.3f}")
+    if ngrams is not None:
+        print(f"  counts of tokens  {ngrams.unigram:.3f}")
+        print(f"  counts of pairs   {ngrams.bigram:.3f}")
+    print(f"  this model        {bits:.3f}")
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -124,8 +126,8 @@ def generate(argv: Sequence[str]) -> None:
 
 def depict(argv: Sequence[str]) -> None:
     """Show what learns in a model and its optimizer, and how often."""
-    name = _preset(argv)
-    flags = _parse(Depiction(preset=name, model=preset(name)), "describe", argv)
+    default = _defaults(argv)
+    flags = _parse(Depiction(preset=default.preset, model=default.model), "describe", argv)
     import optax
     from rich.console import Console
 
@@ -216,11 +218,14 @@ def _help() -> str:
     return f"usage: nested-jax COMMAND [flags]\n\n{commands}\n\nnested-jax COMMAND --help lists the command's flags."
 
 
-def _preset(argv: Sequence[str]) -> str:
-    """The last --preset given, whose fields are the other flags' defaults."""
+def _defaults(argv: Sequence[str]) -> TrainConfig:
+    """What the flags' defaults are: those of the last --preset and --tokenizer given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", nargs="?", default=TrainConfig.preset, const=TrainConfig.preset)
-    return parser.parse_known_args(argv)[0].preset
+    for name in ("preset", "tokenizer"):
+        default = getattr(TrainConfig, name)
+        parser.add_argument(flag(name), nargs="?", default=default, const=default)
+    given = parser.parse_known_args(argv)[0]
+    return TrainConfig.from_preset(given.preset, tokenizer=given.tokenizer)
 
 
 Flags = TypeVar("Flags")

@@ -28,7 +28,8 @@ from nested_jax.train.config import TrainConfig, flag, flatten
 # As small_config of tests/train. Few different numbers of steps: each is a program of its own to compile.
 SMALL = (
     "--preset tiny-transformer --window 32 --batch-size 4 --warmup 2 --eval-bytes 2000 --log-every 1 --checkpoint-every 2 "
-    "--eval-every 0 --sample-tokens 0 --model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16 "
+    "--eval-every 0 --sample-tokens 0 --reading-documents 0 --tokenizer bytes "
+    "--model.width 16 --model.layers 1 --model.heads 2 --model.chunk 16 "
     "--model.memory-hidden 8 --model.cms.hidden 16"
 )
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())[:100_000]
@@ -131,7 +132,7 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --memory-policy sqr", "--model.memory-policy: .*sqr"),
         ("train --memory-policy 0", "model.memory_policy 0: give one of"),
         ("train --optimizer adam", "--optimizer.*'adamw', 'momentum'"),
-        ("train --model.vocabulary 100 --data text.txt", "--model.vocabulary 100 is too small.* give 256"),
+        ("train --model.vocabulary 100 --data text.txt", "--model.vocabulary 100 is too small.* give"),
         ("train --data nowhere/text.txt", "path nowhere/text.txt does not exist"),
         ("train --data no_such_dataset", "dataset no_such_dataset is unknown"),
         ("train --data empty.txt", "empty.txt holds 0 bytes"),
@@ -139,7 +140,7 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --data picture.png", "picture.png is binary"),
         ("train --data text.txt --tokenizer words", "--tokenizer words is no file"),
         ("train --data text.txt --tokenizer text.txt", "tokenizer text.txt is damaged or of another kind"),
-        ("train --data text.txt --tokenizer sentencepiece", "--model.vocabulary 256 is too small"),
+        ("train --data text.txt --model.vocabulary 256", "--model.vocabulary 256 is too small"),
         ("train --data text.txt --run-dir text.txt", "--run-dir text.txt"),
         ("train --data text.txt --run-dir text.txt/run", "--run-dir text.txt/run"),
         ("eval", "--run-dir runs/tiny-hope holds no run"),
@@ -184,7 +185,7 @@ def test_no_command_is_help(capsys):
 
 
 def test_a_preset_sets_the_other_defaults():
-    read = lambda *words: cli._parse(TrainConfig.from_preset(cli._preset(words)), "train", words)
+    read = lambda *words: cli._parse(cli._defaults(words), "train", words)
     assert read() == TrainConfig()
     assert read("--preset", "tiny-transformer", "--steps", "3") == TrainConfig.from_preset("tiny-transformer", steps=3)
     config = read("--model.width", "64", "--preset=tiny-transformer")
@@ -206,10 +207,12 @@ def test_train_resume_evaluate_generate(place, say):
 
     code, out, err = say("eval --run-dir a")
     assert (code, err) == (0, []) and "step 9" in out[0]
-    told = {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in out[1:]}
-    assert set(told) == {"unigram entropy", "bigram entropy", "this model"}
-    assert f"**{told['this model']:.3f} bits per byte**" in Path("a/report.md").read_text()
-    assert say("eval --run-dir a --data text.txt --eval-bytes 2000")[1][1:] == out[1:]
+    (line,) = out[1:]
+    assert f"**{line.removeprefix('  this model').strip()} bits per byte**" in Path("a/report.md").read_text()
+    *counts, last = say("eval --run-dir a --data text.txt --eval-bytes 2000")[1][1:]
+    assert last == line and [words.split()[2] for words in counts] == ["tokens", "pairs"]
+    report = Path("a/report.md").read_text()
+    assert all(f"| {words.split()[-1]} |" in report for words in counts), "the run's own"
     assert "on 900 held-out bytes of text.txt" in say("eval --run-dir a --eval-bytes 900")[1][0]
     Path("b.txt").write_text("Tyger Tyger, burning bright,\n\n" * 100)
     assert say("eval --run-dir a --data b.txt")[1][1:] != out[1:]

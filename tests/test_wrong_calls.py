@@ -322,7 +322,7 @@ LEVELS = [
 DATA = [
     (lambda: data.open_documents("stdlib", "test"), "split 'test' is unknown: give \"train\" or \"heldout\""),
     (lambda: data.open_documents("no/such/path/at/all.txt"), "path no/such/path/at/all.txt does not exist"),
-    (lambda: data.ngram_entropies([]), "entropies of no text: give documents"),
+    (lambda: data.ngram_bits([], ["a"], data.ByteTokenizer()), "n-grams of no text: give documents"),
     (lambda: BYTES.decode([256]), "token id 256 is out of range: this tokenizer's ids are 0 to 255"),
     (lambda: data.load_tokenizer("no/such/file"), "tokenizer no/such/file: No such file or directory; "),
     (lambda: data.train_batches([], BYTES, window=4, batch_size=1, alignment=1, seed=0), "no documents.*: give at least one"),

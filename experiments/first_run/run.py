@@ -1,4 +1,4 @@
-"""Result of the first command: `python experiments/first_run/run.py` writes results/first_run.*."""
+"""Result of the first command: `python experiments/first_run/run.py` writes results/first_run.* and results/reading.png."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 
 import config as settings
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
+from nested_jax.data import open_documents
+from nested_jax.train.reading import COLUMNS, mean_and_error, plot, read
 from nested_jax.train.record import read_rows
+from nested_jax.train.trained import load_run
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
@@ -24,7 +28,11 @@ def train(preset: str, seed: int, folder: Path) -> dict:
     """One run of the command line."""
     choices = ["--preset", preset, "--seed", str(seed)]
     subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *choices, "--run-dir", str(folder)], check=True)
+    config, params, tokenizer, _ = load_run(folder)
+    found = read(config, params, tokenizer, open_documents(config.data, "heldout"))
     return {
+        "reading": {name: curve.tolist() for name, curve in found.curves().items()},
+        "positions": found.positions,
         "command": " ".join(["nested-jax train --fresh", *choices]),
         "preset": preset,
         "seed": seed,
@@ -41,15 +49,36 @@ def table(results: dict) -> str:
     runs, cells = results["runs"], []
     for run in runs:
         last = heldout(run)[-1]
-        entropies = f"{last['unigram']:.3f}, {last['bigram']:.3f}"
-        cells.append([run["preset"], str(run["seed"]), f"{last['heldout_bits_per_byte']:.3f}", entropies])
-    lines = [*markdown(("preset", "seed", "held-out bits per byte", "unigram, bigram entropy"), cells), ""]
+        ngrams = f"{last['unigram']:.3f}, {last['bigram']:.3f}"
+        cells.append([run["preset"], str(run["seed"]), f"{last['heldout_bits_per_byte']:.3f}", ngrams])
+    lines = [*markdown(("preset", "seed", "held-out bits per byte", "counts of tokens, of pairs"), cells), ""]
     for preset in dict.fromkeys(run["preset"] for run in runs):
         ends = [heldout(run)[-1]["heldout_bits_per_byte"] for run in runs if run["preset"] == preset]
         lines.append(
             f"`{preset}`: {spread(ends)} (standard deviation), {len(ends)} seeds, {min(ends):.3f} to {max(ends):.3f}."
         )
+    curves, positions = readings(runs), runs[0]["positions"]
+    first, *others = curves
+    saved = {f"{first}, against {name}": curves[name] - curves[first] for name in others}
+    rows = [
+        [f"{start:,} to {end:,}"]
+        + ["{:.3f} ± {:.3f}".format(*(x[i] for x in mean_and_error(c))) for c in [*curves.values(), *saved.values()]]
+        for i, (start, end) in enumerate(zip(positions, positions[1:], strict=False))
+    ]
+    lines += ["", "Bits per byte by position in the document, mean over seeds ± standard error over documents:", ""]
+    lines += markdown(("tokens read before", *curves, *(f"saved by {name}" for name in saved)), rows)
     return "\n".join(lines) + "\n"
+
+
+def readings(runs: list[dict]) -> dict[str, np.ndarray]:
+    """Curves (N, P) of the same documents: of each preset, learning or frozen, the mean over seeds."""
+    found: dict[str, list] = {}
+    for run in runs:
+        for name, curve in run["reading"].items():
+            found.setdefault(f"{run['preset']}, {COLUMNS[name]}" if len(run["reading"]) > 1 else run["preset"], []).append(
+                curve
+            )
+    return {name: np.mean(curves, axis=0) for name, curves in found.items()}
 
 
 def figure(results: dict) -> Figure:
@@ -62,7 +91,7 @@ def figure(results: dict) -> Figure:
         first = run is next(other for other in runs if other["preset"] == run["preset"])
         axes.plot(*zip(*points, strict=True), "o-", color=colors[run["preset"]], label=run["preset"] if first else None)
     for name, dashes in (("unigram", ":"), ("bigram", "--")):
-        axes.axhline(heldout(runs[0])[-1][name], color="gray", linestyle=dashes, label=f"{name} entropy")
+        axes.axhline(heldout(runs[0])[-1][name], color="gray", linestyle=dashes, label=f"counts, {name}")
     axes.set(xlabel="step", ylabel="held-out bits per byte")
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
     return fig
@@ -74,6 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [train(p, s, Path(folder, f"{p}-{s}")) for p in config.presets for s in config.seeds]
     results["runs"] = runs
+    plot(readings(runs), runs[0]["positions"], RESULTS / "reading.png")
     finish(RESULTS / "first_run", results, table(results), figure(results))
 
 

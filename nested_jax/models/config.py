@@ -118,7 +118,7 @@ class ModelConfig:
 
 # Hidden widths of the CMS make the families of one size equal in parameters.
 _SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocabulary=256, width=128, layers=4, heads=4, memory_hidden=16),
+    "tiny": dict(vocabulary=1_024, width=128, layers=4, heads=4, memory_hidden=16),
     "140m": dict(vocabulary=32_000, width=768, layers=12, heads=12, memory_hidden=64),
     "340m": dict(vocabulary=32_000, width=1024, layers=24, heads=16, memory_hidden=64),
     "760m": dict(vocabulary=32_000, width=1536, layers=24, heads=16, memory_hidden=96),
@@ -143,10 +143,10 @@ PRESETS = tuple(f"{size}-{family}" for size in _SIZES for family in _MIXERS)
 def preset(name: str) -> ModelConfig:
     """The configuration of a preset SIZE-FAMILY.
 
-    Sizes: tiny (bytes, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention, titans,
-    transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another in
-    parameters. The last block of `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and 64
-    tokens.
+    Sizes: tiny (1,024 pieces, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention,
+    titans, transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another
+    in parameters. The last block of `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and
+    64 tokens.
 
     Args:
         name: SIZE-FAMILY.

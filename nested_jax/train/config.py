@@ -22,6 +22,7 @@ _SAME_RUN = (  # fields that may differ when a run is resumed
     "eval_bytes",
     "checkpoint_every",
     "sample_tokens",
+    "reading_documents",
     "show_surprise",
     "model.memory_policy",
 )
@@ -51,8 +52,8 @@ class TrainConfig:
     """Folder that the run is written to and resumed from."""
     fresh: bool = False
     """Start over. A run already in the folder is kept: its folder is renamed, with a number at the end."""
-    tokenizer: str = "byte"
-    """byte, sentencepiece (learned from the text, with --model.vocabulary pieces), or the path of a saved tokenizer."""
+    tokenizer: str = "sentencepiece"
+    """sentencepiece (learned from the text, with --model.vocabulary pieces), bytes, or the path of a saved tokenizer."""
     window: Count = 512
     """Tokens T of one training window."""
     batch_size: Count = 2
@@ -89,6 +90,8 @@ class TrainConfig:
     """Updates between two rows of metrics.jsonl."""
     sample_tokens: Whole = 400
     """Tokens of the sample in the report."""
+    reading_documents: Whole = 16
+    """Most held-out documents that the report reads to show what is learned while reading; 0 for none."""
     model: ModelConfig = field(default_factory=lambda: preset("tiny-hope"))
     """The language model; the preset's where no flag changes it."""
 
@@ -109,7 +112,7 @@ class TrainConfig:
 
         Args:
             name: SIZE-FAMILY.
-            **fields: other values of these.
+            **fields: other values of these; with the tokenizer "bytes" the preset's model has the 256 tokens of bytes.
 
         Raises:
             UserError: the name or a field is unknown, or a value cannot be used.
@@ -120,9 +123,9 @@ class TrainConfig:
         if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise UserError(f"TrainConfig has no field {min(unknown)!r}: give some of its fields")
         model = preset(name)
+        if fields.get("tokenizer") == "bytes":
+            model = dataclasses.replace(model, vocabulary=2**8)
         own: dict[str, Any] = {"preset": name, "model": model, "run_dir": f"runs/{name}"}
-        if model.vocabulary > 2**8:
-            own["tokenizer"] = "sentencepiece"
         if not name.startswith("tiny-"):
             own |= {"window": 2048, "batch_size": 8, "steps": 20_000}
             own |= {"warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
@@ -173,8 +176,8 @@ def command(config: TrainConfig) -> str:
     >>> command(TrainConfig.from_preset("tiny-transformer", steps=10))
     'nested-jax train --preset tiny-transformer --steps 10'
     """
-    words, default = ["nested-jax", "train"], dict(flatten(TrainConfig.from_preset(config.preset)))
-    default["preset"] = TrainConfig.preset
+    default = dict(flatten(TrainConfig.from_preset(config.preset, tokenizer=config.tokenizer)))
+    words, default = ["nested-jax", "train"], default | {"preset": TrainConfig.preset, "tokenizer": TrainConfig.tokenizer}
     for name, value in flatten(config):
         if value == default[name] or name == "fresh":
             continue

@@ -1,4 +1,4 @@
-"""Held-out text: a model's bits per byte, and the entropies of the same text's bytes and pairs of bytes."""
+"""Held-out text: a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, ngram_entropies
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches
 from nested_jax.models.language_model import init_state
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
@@ -20,7 +20,7 @@ from nested_jax.typing import PyTree
 class HeldOut:
     """The first `limit` bytes of some documents, cut into batches.
 
-    `entropies` are the text's unigram and bigram entropies, `text_bytes` its length.
+    `text_bytes` is the text's length.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class HeldOut:
         activations = 4 * slots * (model.vocabulary + model.layers * model.width)
         assert_fits(f"a batch of {config.batch_size} windows of {config.window}", activations)
         texts = list(first_bytes(documents, limit))
-        self.entropies = ngram_entropies(texts)
         self._batches = heldout_batches(
             texts,
             tokenizer,

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from nested_jax.data import NgramEntropies
+from nested_jax.data import NgramBits
 from nested_jax.errors import UserError
 from nested_jax.train import folder as folders
-from nested_jax.train import layers, report
+from nested_jax.train import layers, reading, report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate, optimizer
@@ -128,7 +128,7 @@ class _Run:
             self.console, f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes"
         )
         print_line(self.console, f"{config.data}: {self.text.summary}")
-        print_line(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_entropies(heldout.entropies)}")
+        print_line(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_ngrams(self.text.ngrams)}")
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
@@ -179,23 +179,34 @@ class _Run:
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
         ids = sample(self.config.model, self.state.params, self.text.tokenizer, **options)
         folder = Path(config.run_dir)
-        report.draw(folder, self.record.rows, heldout.entropies)
+        report.draw(folder, self.record.rows, self.text.ngrams)
         report.write(
             folder,
             config,
             bits_per_byte=bits,
-            entropies=heldout.entropies,
+            ngrams=self.text.ngrams,
             text_bytes=heldout.text_bytes,
             parameters=self.size,
             tokens=self.tokens,
             seconds=self.seconds,
             sample="".join(characters(self.text.tokenizer, ids)),
+            reading=self._read(),
             layers=layers.section(row) if config.show_surprise else "",
         )
-        print_line(self.console, f"held-out {bits:.3f} bits per byte, {_entropies(heldout.entropies)}")
+        print_line(self.console, f"held-out {bits:.3f} bits per byte, {_ngrams(self.text.ngrams)}")
         print_line(
             self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text"
         )
+
+    def _read(self) -> str:
+        """Draws reading.png and returns its section of the report; "" where no document is long enough."""
+        config, documents = self.config, self.text.documents
+        found = reading.read(config, self.state.params, self.text.tokenizer, documents)
+        if found is None:
+            return ""
+        curves = {reading.COLUMNS[name]: curve for name, curve in found.curves().items()}
+        reading.plot(curves, found.positions, Path(config.run_dir, reading.FIGURE))
+        return reading.section(found)
 
     def _evaluate(self, interruption: Interruption, display: Display) -> None:
         """Evaluates, if this step is one of those to evaluate at and not evaluated yet."""
@@ -206,9 +217,9 @@ class _Run:
         bits = heldout.bits_per_byte(self.state.params, stop=lambda: interruption.signal is not None)
         if bits is not None:
             surprise = heldout.layer_surprise(self.state.params) if self.config.show_surprise else {}
-            self.record.add(self.step, heldout_bits_per_byte=bits, **heldout.entropies._asdict(), **surprise)
+            self.record.add(self.step, heldout_bits_per_byte=bits, **self.text.ngrams._asdict(), **surprise)
             step = f"step {self.step}/{self.config.steps}"
-            display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_entropies(heldout.entropies)}")
+            display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_ngrams(self.text.ngrams)}")
             if surprise:
                 display.print_table(layers.table(surprise))
 
@@ -242,5 +253,5 @@ def assert_resumable(
         assert_rows(folder, int(state.step), progress["rows"])
 
 
-def _entropies(entropies: NgramEntropies) -> str:
-    return f"entropies unigram {entropies.unigram:.3f}, bigram {entropies.bigram:.3f}"
+def _ngrams(ngrams: NgramBits) -> str:
+    return f"counting tokens {ngrams.unigram:.3f}, pairs {ngrams.bigram:.3f}"

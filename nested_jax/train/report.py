@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nested_jax.data import NgramEntropies
+from nested_jax.data import NgramBits
 from nested_jax.train.config import TrainConfig, command
 
 FIGURE, REPORT = "loss.png", "report.md"
 TEMPERATURE = 0.8  # of the sample
 
 
-def draw(folder: Path, rows: list[dict[str, Any]], entropies: NgramEntropies) -> None:
+def draw(folder: Path, rows: list[dict[str, Any]], ngrams: NgramBits) -> None:
     """Writes loss.png: bits per byte over steps, of the training windows and of the held-out text.
 
     Args:
         folder: the run folder.
         rows: of metrics.jsonl.
-        entropies: of the held-out text.
+        ngrams: of the held-out text.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,8 +29,8 @@ def draw(folder: Path, rows: list[dict[str, Any]], entropies: NgramEntropies) ->
     for key, style, label in (("bits_per_byte", "-", "training"), ("heldout_bits_per_byte", "o-", "held-out")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*points, strict=True), style, label=label) if points else None
-    for name, value, dashes in (("unigram", entropies.unigram, ":"), ("bigram", entropies.bigram, "--")):
-        axes.axhline(value, color="gray", linestyle=dashes, label=f"{name} entropy {value:.2f}")
+    for name, value, dashes in (("unigram", ngrams.unigram, ":"), ("bigram", ngrams.bigram, "--")):
+        axes.axhline(value, color="gray", linestyle=dashes, label=f"{name} counts {value:.2f}")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / FIGURE, dpi=120)
@@ -41,12 +41,13 @@ def write(
     config: TrainConfig,
     *,
     bits_per_byte: float,
-    entropies: NgramEntropies,
+    ngrams: NgramBits,
     text_bytes: int,
     parameters: int,
     tokens: int,
     seconds: float,
     sample: str,
+    reading: str = "",
     layers: str = "",
 ) -> None:
     """Writes report.md, which shows loss.png.
@@ -55,26 +56,27 @@ def write(
         folder: the run folder.
         config: of the run.
         bits_per_byte: of the held-out text.
-        entropies: of the held-out text.
+        ngrams: of the held-out text.
         text_bytes: bytes of the held-out text.
         parameters: number of parameters.
         tokens: targets seen in training.
         seconds: wall time.
         sample: text drawn from the model.
-        layers: a Markdown section on linear layers; empty for none.
+        reading: a Markdown section on what is learned while reading; empty for none.
+        layers: the same on linear layers.
     """
-    verdict = "below" if bits_per_byte < entropies.bigram else "not below"
-    section = f"{layers}\n\n" if layers else ""
+    verdict = "below" if bits_per_byte < ngrams.bigram else "not below"
+    sections = "".join(f"{section}\n\n" for section in (reading, layers) if section)
     fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
     lines = f"""\
 # {config.preset} on {config.data}
 
-Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} the bigram entropy.
+Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} what counting pairs of tokens gives.
 
 | held-out text, {text_bytes:,} bytes | bits per byte |
 |---|---|
-| unigram entropy | {entropies.unigram:.3f} |
-| bigram entropy | {entropies.bigram:.3f} |
+| counts of tokens | {ngrams.unigram:.3f} |
+| counts of pairs of tokens | {ngrams.bigram:.3f} |
 | this model | {bits_per_byte:.3f} |
 
 ![bits per byte over steps]({FIGURE})
@@ -87,7 +89,7 @@ Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} the bigram entro
 | wall time | {seconds / 60:.1f} minutes |
 | tokens per second | {tokens / max(seconds, 1e-9):,.0f} |
 
-{section}Made by
+{sections}Made by
 
 ```
 {command(config)}

@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import grain
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_documents, train_batches
+from nested_jax.data import (
+    ByteTokenizer,
+    NgramBits,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    ngram_bits,
+    open_documents,
+    train_batches,
+)
+from nested_jax.data.ngrams import LIMIT
 from nested_jax.data.text import Summary
 from nested_jax.errors import UserError
 from nested_jax.files import read_file, write_file
@@ -31,6 +40,10 @@ class Text(NamedTuple):
     heldout: HeldOut
     heldout_documents: list[bytes]
     """What `heldout` is made of."""
+    documents: Sequence[bytes]
+    """All held-out documents."""
+    ngrams: NgramBits
+    """Of what `heldout` is made of."""
     fingerprint: str
     """A digest of the documents."""
     summary: Summary
@@ -74,8 +87,27 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     heldout_documents = open_documents(config.data, "heldout")
     first = list(first_bytes(heldout_documents, config.eval_bytes))
     heldout = HeldOut(config, tokenizer, first, limit=config.eval_bytes)
+    ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)
-    return Text(tokenizer, batches, heldout, first, digest, documents.summary)
+    return Text(tokenizer, batches, heldout, first, heldout_documents, ngrams, digest, documents.summary)
+
+
+def count_ngrams(
+    config: TrainConfig, tokenizer: Tokenizer, documents: Sequence[bytes], heldout: Sequence[bytes]
+) -> NgramBits:
+    """Bits per byte of n-grams counted in as many tokens of training text as the run reads, up to `data.ngrams.LIMIT`.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run.
+        documents: training text.
+        heldout: text to predict.
+
+    Returns:
+        Those of the held-out text.
+    """
+    seen = config.steps * config.batch_size * config.window
+    return ngram_bits(documents, heldout, tokenizer, limit=min(seen, LIMIT))
 
 
 def read_heldout(folder: Path, config: TrainConfig, limit: int) -> list[bytes]:
@@ -128,12 +160,14 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":
         if vocabulary <= 2**8:
-            raise UserError(f"--model.vocabulary {vocabulary} is too small for --tokenizer sentencepiece: give 4096")
+            raise UserError(
+                f"--model.vocabulary {vocabulary} is too small for sentencepiece: give 1024, or --tokenizer bytes"
+            )
         tokenizer = SentencePieceTokenizer.train(documents, vocabulary)
     elif Path(config.tokenizer).is_file():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
-        raise UserError(f"--tokenizer {config.tokenizer} is no file: give byte, sentencepiece or a saved tokenizer")
+        raise UserError(f"--tokenizer {config.tokenizer} is no file: give sentencepiece, bytes or a saved tokenizer")
     if tokenizer.vocabulary > vocabulary:
         raise UserError(
             f"--model.vocabulary {vocabulary} is too small for --tokenizer {config.tokenizer}, "

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_jax.data import datasets, local, ngram_entropies, open_documents
+from nested_jax.data import datasets, local, open_documents
 from nested_jax.errors import UserError
 
 
@@ -403,16 +403,3 @@ def test_the_standard_library():
     assert any(text.startswith(b'The "assert" statement') for text in everything), "prose"
     assert any(b"class ThreadPoolExecutor" in text for text in everything), "modules"
     assert not any(b"class TestCase(unittest.TestCase)" in text for text in everything), "no tests"
-    entropies = ngram_entropies(heldout)
-    assert 4.2 < entropies.unigram < 5.0 and 3.1 < entropies.bigram < 3.8
-
-
-def test_entropies_of_known_sources():
-    assert ngram_entropies(["ab" * 500]) == pytest.approx((1.0, 0.0))
-    assert ngram_entropies([bytes(range(256))] * 3).unigram == pytest.approx(8.0)
-    assert ngram_entropies(["aa", "bb"]) == pytest.approx((1.0, 0.0)), "pairs stay within a document"
-    assert ngram_entropies(["ab", "ac"]).bigram == pytest.approx(1.0), "of a byte given the one before it"
-    assert ngram_entropies(["aabb" * 10**4]).bigram == pytest.approx(1.0, abs=1e-3)
-    assert ngram_entropies(["a"]) == (0.0, 0.0)
-    with pytest.raises(UserError, match="^entropies of no text"):
-        ngram_entropies(["", b""])

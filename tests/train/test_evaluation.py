@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tiny_run import rows, small_model
 
-from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer
+from nested_jax.data import ByteTokenizer, NgramBits, SentencePieceTokenizer
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report
 from nested_jax.train import state as states
@@ -63,10 +63,12 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     assert abs(apart - carried) > 1e-3
 
 
-@pytest.mark.parametrize(("bits", "verdict"), [(3.3, ", below the bigram"), (3.4, ", not below the bigram")])
-def test_the_report_says_on_which_side_of_the_bigram_entropy_a_run_ended(tmp_path, bits, verdict):
+@pytest.mark.parametrize(
+    ("bits", "verdict"), [(3.3, ", below what counting pairs"), (3.4, ", not below what counting pairs")]
+)
+def test_the_report_says_on_which_side_of_the_bigrams_a_run_ended(tmp_path, bits, verdict):
     numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="")
-    report.write(tmp_path, TrainConfig(), bits_per_byte=bits, entropies=NgramEntropies(4.5, 3.35), **numbers)
+    report.write(tmp_path, TrainConfig(), bits_per_byte=bits, ngrams=NgramBits(4.5, 3.35), **numbers)
     assert verdict in (tmp_path / report.REPORT).read_text()
 
 

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny_run import rows, small_model
 
-from nested_jax.data import ByteTokenizer, NgramEntropies, SentencePieceTokenizer, load_tokenizer
+from nested_jax.data import ByteTokenizer, NgramBits, SentencePieceTokenizer, load_tokenizer
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
@@ -62,8 +62,8 @@ def test_a_run_folder_is_complete(small, quiet):
     tokens = updates[-1]["tokens"]
     for part in (
         f"**{heldout[-1]['heldout_bits_per_byte']:.3f} bits per byte**",
-        f"| unigram entropy | {heldout[-1]['unigram']:.3f} |",
-        f"| bigram entropy | {heldout[-1]['bigram']:.3f} |",
+        f"| counts of tokens | {heldout[-1]['unigram']:.3f} |",
+        f"| counts of pairs of tokens | {heldout[-1]['bigram']:.3f} |",
         "(loss.png)",
         f"| parameters | {parameters:,} |",
         f"| tokens seen | {tokens:,} |",
@@ -76,7 +76,7 @@ def test_a_run_folder_is_complete(small, quiet):
 
 
 def test_a_sample_cannot_break_the_page(tmp_path):
-    write = {"bits_per_byte": 3.0, "entropies": NgramEntropies(4.5, 3.4), "text_bytes": 10, "parameters": 1}
+    write = {"bits_per_byte": 3.0, "ngrams": NgramBits(4.5, 3.4), "text_bytes": 10, "parameters": 1}
     report.write(tmp_path, TrainConfig(), **write, tokens=1, seconds=1.0, sample="a ``` b ````\n# c")
     assert (tmp_path / "report.md").read_text().count("`````") == 2
 
