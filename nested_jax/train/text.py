@@ -156,7 +156,7 @@ def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Pa
     vocabulary = config.model.vocabulary
     if folder and (folder / TOKENIZER).exists():
         tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
-    elif config.tokenizer == "byte":
+    elif config.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     elif config.tokenizer == "sentencepiece":
         if vocabulary <= 2**8:
