@@ -8,6 +8,7 @@ A `Level` moves once every `period` ticks of its context flow. `nest` puts a fas
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -169,7 +170,8 @@ def run(
 
     Returns:
         (state, emitted): what each step emitted, stacked. Where T is not a multiple of the period, emitted is a tuple of
-        pieces in the order of time: the whole periods', stacked, if there are any, then the remainder's.
+        pieces in the order of time: the whole periods', stacked, if there are any, then the remainder's. A level without
+        `due` does not learn from a remainder of its period: a warning says how many data points are lost to it.
 
     Raises:
         UserError: an empty stream, leaves of different lengths, more segments than steps, a step that changes the state's
@@ -186,6 +188,13 @@ def run(
     if state is None:
         state = level.init(slower)
     length = stream_length(stream)
+    for part in _without_due(level):
+        if lost := length % part.period:
+            warnings.warn(
+                f"run: level {part.name!r} of period {part.period} has no `due` and does not learn from the last {lost} of "
+                f"{length} data points, which are lost if the stream goes on: give a multiple of {part.period}, or a `due`",
+                stacklevel=2,
+            )
     state, pieces = _advance(level, state, stream, slower, checkpoint)
     if length % level.period == 0:
         return state, pieces[0]
@@ -196,6 +205,13 @@ def run(
 def _assert_level(thing: str, level: Level) -> None:
     if not isinstance(level, Level):
         raise UserError(f"{thing} {shown(level)}: give a Level")
+
+
+def _without_due(level: Level) -> list[Level]:
+    """The levels of a nest that a context cut short leaves as they were, fastest first."""
+    if level.parts:
+        return _without_due(level.parts[0]) + _without_due(level.parts[1])
+    return [] if level.due else [level]
 
 
 class _Pieces(list):

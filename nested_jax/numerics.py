@@ -99,14 +99,44 @@ def _safe_divide_jvp(primals, tangents):
     return ratio, safe_divide(dx - ratio * dby, by)
 
 
-def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
-    """Euclidean norm over some axes, which are kept."""
-    return safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
+def bounded(x: Array, *of: Array) -> Array:
+    """x, computed from finite numbers `of`; where it overflowed, the largest number of its sign.
+
+    >>> terms = jnp.array([3e38, 3e38, jnp.inf]), jnp.array([1e38, 1.0, 1.0])
+    >>> print(bounded(sum(terms), *terms))
+    [3.4028235e+38 3.0000000e+38           inf]
+    """
+    overflows = jnp.isinf(x)
+    for term in of:
+        overflows &= jnp.isfinite(term)
+    return jnp.where(overflows, jnp.sign(x) * jnp.finfo(x.dtype).max, x)
+
+
+def split_scale(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Array, Array]:
+    """(x / s, s), s a power of two over some axes, which are kept: sums of squares of x / s neither overflow nor vanish.
+
+    s is 1 but for very large or small x. It is a constant: what does not depend on it has right derivatives.
+    """
+    power = jnp.finfo(x.dtype).maxexp * 25 // 32  # 100 in float32
+    large, largest = 2.0 ** (power // 2), jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0))
+    small = (largest < 1 / large) & (largest > 0)
+    s = jnp.where(largest > large, 2.0**power, jnp.where(small, 2.0**-power, 1)).astype(x.dtype)
+    return x / s, s
 
 
 def unit_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
-    """x over its norm; zeros stay zeros."""
+    """x over its Euclidean norm over some axes, for any size of x; zeros stay zeros.
+
+    >>> print(*[unit_norm(size * jnp.array([3.0, 4.0]), None).round(3) for size in (1e30, 1e-30)])
+    [0.6 0.8] [0.6 0.8]
+    """
+    x, _ = split_scale(x, axis)
     return safe_divide(x, safe_norm(x, axis))
+
+
+def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """Euclidean norm over some axes, which are kept; its derivative zero at zero."""
+    return safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
 
 
 def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:

@@ -51,6 +51,8 @@ def matrices(*patterns: str) -> Callable[[PyTree], PyTree]:
         return MuonDimensionNumbers(-2, -1) if any(e.search(path_name(path)) for e in expressions.values()) else None
 
     def dimension_numbers(params):
+        if isinstance(params, jax.Array) and params.ndim == 0 and jnp.issubdtype(params.dtype, jnp.integer):
+            raise UserError("matrices: called with a number: in optax.inject_hyperparams name the argument in static_args")
         is_masked = lambda x: isinstance(x, optax.MaskedNode)
         leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
         if leaves and not any(is_masked(leaf) for _, leaf in leaves):
@@ -146,6 +148,11 @@ def resolve_dimension_numbers(dimension_numbers: DimensionNumbers, tree: PyTree)
         if prefix is None:
             raise UserError(f"dimension_numbers lack parameter {path_name(path)}: give its axes, or None for no matrix")
         numbers = entries[prefix]
+        if not is_entry(numbers):
+            raise UserError(
+                f"dimension_numbers of parameter {path_name(path)} are {numbers!r}: give optax.contrib.MuonDimensionNumbers "
+                f"or None, and in optax.inject_hyperparams name the argument in static_args"
+            )
         if numbers is not None:
             _check_axes(path_name(path), leaf, numbers)
         resolved.append(numbers)
@@ -244,7 +251,7 @@ def map_matrices(
     """`jax.tree.map` over matrices (..., in, out), with another function for other leaves.
 
     Args:
-        function: of one matrix from every tree; it returns one of the same shape.
+        function: of one matrix from every tree; it returns one of the same shape. A leaf of no size stays as it is.
         dimension_numbers: as of `resolve_dimension_numbers`, of the first tree.
         trees: trees of one structure and of equal shapes.
         vectors: function of a leaf that is no matrix, from every tree; None where there must be none.
@@ -268,7 +275,9 @@ def map_matrices(
     columns = [jax.tree.leaves(tree) for tree in trees]
     results = []
     for numbers, *leaves in zip(resolve_dimension_numbers(dimension_numbers, trees[0]), *columns, strict=True):
-        if numbers is not None:
+        if numbers is not None and leaves[0].size == 0:
+            results.append(leaves[0])
+        elif numbers is not None:
             result = function(*[as_matrices(leaf, numbers) for leaf in leaves])
             results.append(from_matrices(result, numbers, leaves[0].shape))
         elif vectors is not None:

@@ -1,5 +1,7 @@
 """Levels, nests of them, and how they read a stream, against plain Python loops over tokens."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,24 @@ def test_counting_levels_read_a_token_at_a_time(x64, resets):
     w, y = loop((2, 4, 8), tokens(23), resets)
     np.testing.assert_allclose(weights(state), w, rtol=1e-12)
     np.testing.assert_allclose(np.concatenate(ys), y, rtol=1e-10)
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_run_says_which_data_points_a_level_would_lose(due):
+    """Of 23, a level of period 2 that does not count misses one, one of period 8 seven; counting levels miss none."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        jax.eval_shape(lambda: run(make_nest((2, 4, 8), due), None, jnp.zeros(23)))
+        jax.eval_shape(lambda: run(make_nest((2, 4, 8), due), None, jnp.zeros(24)))
+    messages = [str(warning.message) for warning in said if "run: level" in str(warning.message)]
+    if due:
+        assert not messages
+    else:
+        assert [message.split(" has no")[0] for message in messages] == [
+            f"run: level 'level {i}' of period {period}" for i, period in enumerate((2, 4, 8), 1)
+        ]
+        assert "does not learn from the last 7 of 23 data points" in messages[2]
+        assert messages[2].endswith("give a multiple of 8, or a `due`")
 
 
 def test_a_level_that_does_not_count_keeps_its_state_on_a_context_cut_short(x64):

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.errors import assert_choice
-from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
+from nested_jax.numerics import bounded, safe_divide, safe_sqrt, split_scale, vary, zeros
 from nested_jax.optim._hyperparameters import NON_NEGATIVE, check
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import DimensionNumbers, as_matrices, resolve_dimension_numbers
 from nested_jax.typing import Array, Float, PyTree
 
@@ -37,7 +38,7 @@ def scale_by_adagrad_memory(
 
     In the full form g is a vector, the last axis of a leaf, or a matrix (in, out); then H is (in, in), one for all columns.
     Its eigendecomposition costs in^3 operations a step. Directions in which all gradients were zero, up to rounding, stay
-    zero.
+    zero. Where squares overflow it emits zero, as AdaGrad.
 
     Args:
         form: squares element by element, or outer products.
@@ -63,28 +64,36 @@ def scale_by_adagrad_memory(
 
     columns = lambda tree: _columns(dimension_numbers, tree)
 
+    def element(h, g):
+        root = safe_sqrt(h)
+        return safe_divide(g, jnp.where(h > 0, root + safe_divide(penalty, root), 0))
+
+    def matrix(h, g):
+        return _root_over(h, penalty) @ g if g.size else g
+
     def init(params):
         memory = zeros(params)
         return AdagradMemoryState(memory if form == "diagonal" else jax.tree.map(_outer, columns(memory)))
 
     def update(updates, state, params=None):
         del params
-        gradients = upcast(updates)
         if form == "diagonal":
-            squares = jax.tree.map(lambda h, g: h + jnp.square(g), state.squares, gradients)
-            emitted = jax.tree.map(lambda h, g: safe_divide(safe_sqrt(h) * g, h + penalty), squares, gradients)
+            squares = jax.tree.map(lambda h, g: h + jnp.square(g), state.squares, updates)
+            emitted = jax.tree.map(element, squares, updates)
         else:
-            matrices, transpose = jax.vjp(columns, gradients)  # a permutation of entries: its transpose is its inverse
-            squares = jax.tree.map(lambda h, g: h + _outer(g), state.squares, matrices)
-            (emitted,) = transpose(jax.tree.map(lambda h, g: _root_over(h, penalty) @ g, squares, matrices))
-        squares = optax.tree.cast_like(squares, state.squares)
-        return optax.tree.cast_like(emitted, updates), AdagradMemoryState(squares)
+            updates = vary(updates, state.squares)
+            matrices, transpose = jax.vjp(columns, updates)  # a permutation of entries: its transpose is its inverse
+            squares = jax.tree.map(lambda h, x: bounded(h + x, h, x), state.squares, jax.tree.map(_outer, matrices))
+            (emitted,) = transpose(jax.tree.map(matrix, squares, matrices))
+        return emitted, AdagradMemoryState(optax.tree.cast_like(squares, state.squares))
 
-    return optax.GradientTransformation(init, update)
+    return in_float32(optax.GradientTransformation(init, update))
 
 
 def _outer(g: Float[Array, "*batch N M"]) -> Float[Array, "*batch N N"]:
-    return g @ jnp.swapaxes(g, -2, -1)
+    g, scale = split_scale(g, (-2, -1))  # so that no infinities of both signs are added
+    products = g @ jnp.swapaxes(g, -2, -1)
+    return bounded(products * scale * scale, products)
 
 
 def _columns(dimension_numbers: DimensionNumbers, tree: PyTree) -> PyTree:
@@ -94,38 +103,65 @@ def _columns(dimension_numbers: DimensionNumbers, tree: PyTree) -> PyTree:
     return structure.unflatten(map(column, leaves, resolve_dimension_numbers(dimension_numbers, tree)))
 
 
-@jax.custom_jvp
 def _root_over(H: Float[Array, "*batch N N"], penalty: ArrayLike) -> Float[Array, "*batch N N"]:
-    """H^{1/2} (H + penalty I)^{-1} of a positive semi-definite H, zero on its null space."""
-    values, vectors = _eigen(H)
-    return _reconstruct(vectors, safe_divide(jnp.sqrt(values), values + penalty)[..., None, :])
+    """H^{1/2} (H + penalty I)^{-1} of a positive semi-definite H, zero on its null space, and where its trace overflows."""
+    trace = jnp.trace(H, axis1=-2, axis2=-1)[..., None, None]
+    fits = ~jnp.isinf(2 * trace)
+    H, largest = jnp.where(fits, H, 0), jax.lax.stop_gradient(jnp.maximum(jnp.where(fits, trace, 0), penalty))
+    unit = jnp.where(largest > 0, largest, 1)  # of size 1, products of its powers stay in range
+    return _shrunk_inverse(H / unit, penalty / unit) * jax.lax.rsqrt(unit)
 
 
-@_root_over.defjvp
-def _root_over_jvp(primals, tangents):
-    """By divided differences of f(x) = sqrt(x) / (x + penalty), which need no gap between eigenvalues."""
+@jax.custom_jvp
+def _shrunk_inverse(H, penalty):
+    """f = R (H + penalty I)^{-1} with R = H^{1/2}, zero on the null space of H."""
+    return _of_eigenvalues(H, lambda root: safe_divide(root, jnp.square(root) + penalty))
+
+
+@_shrunk_inverse.defjvp
+def _shrunk_inverse_jvp(primals, tangents):
+    """f is the pseudo-inverse of R + penalty P, where P, of penalty 0, is that of R. Derivatives of all orders follow."""
     (H, penalty), (dH, dpenalty) = primals, tangents
+    f, P = _shrunk_inverse(H, penalty), _shrunk_inverse(H, jnp.zeros_like(penalty))
+    dR = _root_derivative(H, dH)
+    null = jnp.broadcast_to(jnp.eye(H.shape[-1], dtype=H.dtype), H.shape) - _root(H) @ P
+
+    def change(inverse, by):
+        across = inverse @ (inverse @ by) @ null
+        return across + jnp.swapaxes(across, -2, -1) - inverse @ by @ inverse
+
+    return f, change(f, dR + penalty * change(P, dR) + dpenalty * P)
+
+
+@jax.custom_jvp
+def _root(H):
+    return _of_eigenvalues(H, lambda root: root)
+
+
+@_root.defjvp
+def _root_jvp(primals, tangents):
+    return _root(*primals), _root_derivative(*primals, *tangents)
+
+
+def _root_derivative(H, dH):
+    """X of R X + X R = dH; zero between null vectors of H."""
+    values, vectors = _eigen(jax.lax.stop_gradient(H))
+    roots, transposed, R = jnp.sqrt(values), jnp.swapaxes(vectors, -2, -1), _root(H)
+    sums = roots[..., :, None] + roots[..., None, :]
+    solve = lambda _, right: vectors @ safe_divide(transposed @ right @ vectors, sums) @ transposed
+    return jax.lax.custom_linear_solve(lambda X: R @ X + X @ R, dH, solve, symmetric=True)
+
+
+def _of_eigenvalues(H, function):
+    """The matrix with the eigenvectors of H and a function of the square roots of its eigenvalues."""
     values, vectors = _eigen(H)
-    roots, f = jnp.sqrt(values), safe_divide(jnp.sqrt(values), values + penalty)
-    a, b, x, y = roots[..., :, None], roots[..., None, :], values[..., :, None], values[..., None, :]
-    rotated = jnp.swapaxes(vectors, -2, -1) @ dH @ vectors
-    # one quotient after the other: in float32 the product of the denominators underflows
-    both = safe_divide(safe_divide(rotated, x + penalty) * safe_divide(penalty - a * b, a + b), y + penalty)
-    one = safe_divide(rotated, jnp.maximum(x, y)) * (f[..., :, None] + f[..., None, :])
-    rotated = jnp.where((x > 0) & (y > 0), both, one)
-    by_penalty = -safe_divide(roots, jnp.square(values + penalty)) * dpenalty
-    value = _reconstruct(vectors, f[..., None, :])
-    return value, vectors @ rotated @ jnp.swapaxes(vectors, -2, -1) + _reconstruct(vectors, by_penalty[..., None, :])
+    return (vectors * function(jnp.sqrt(values)[..., None, :])) @ jnp.swapaxes(vectors, -2, -1)
 
 
 def _eigen(H):
     values, vectors = jnp.linalg.eigh(H)
     floor = H.shape[-1] * jnp.finfo(H.dtype).eps * jnp.max(values, axis=-1, keepdims=True)
     return jnp.where(values > floor, values, 0), vectors
-
-
-def _reconstruct(vectors, middle):
-    return (vectors * middle) @ jnp.swapaxes(vectors, -2, -1)
 
 
 def adagrad_memory(
@@ -159,4 +195,4 @@ def adagrad_memory(
     """
     check("adagrad_memory", learning_rate=learning_rate)
     rule = scale_by_adagrad_memory(form, penalty=penalty, dimension_numbers=dimension_numbers)
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(rule, learning_rate)

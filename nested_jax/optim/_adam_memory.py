@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
+from nested_jax.numerics import bounded, safe_divide, safe_sqrt, zeros
 from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check, next_count
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.typing import Array, PyTree
 
 
@@ -38,7 +39,7 @@ def scale_by_adam_memory(
         average:  both sums are averages with decays b1 and b2 and bias correction; with penalty 0 it is Adam
         sum:      b1 sum_s g_s and b2 sum_s g_s^2, as in the paper
 
-    Where all gradients were exactly zero it emits zero, with zero derivatives.
+    Where all gradients were exactly zero it emits zero, with zero derivatives; where squares overflow, zero as Adam.
 
     Args:
         b1: decay of the average of gradients, in [0, 1); of a sum, the weight of each gradient, at least 0.
@@ -68,22 +69,26 @@ def scale_by_adam_memory(
 
     def update(updates, state, params=None):
         del params
-        gradients = upcast(updates)
         count = next_count(state.count)
-        first = accumulate(state.first, gradients, b1, average)
-        second = accumulate(state.second, jax.tree.map(jnp.square, gradients), b2, average)
+        first = accumulate(state.first, updates, b1, average)
+        second = accumulate(state.second, jax.tree.map(jnp.square, updates), b2, average)
         correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m
-        best = lambda m, v: safe_divide(m * safe_sqrt(v), v + penalty + eps * safe_sqrt(v))
-        emitted = jax.tree.map(best, correct(first, b1), correct(second, b2))
-        return optax.tree.cast_like(emitted, updates), AdamMemoryState(count, first, second)
 
-    return optax.GradientTransformation(init, update)
+        def best(m, v):
+            P = safe_sqrt(v)
+            return safe_divide(m, jnp.where(v > 0, P + safe_divide(penalty, P) + eps, 0))
+
+        mean = jax.tree.map(bounded, correct(first, b1), first)
+        return jax.tree.map(best, mean, correct(second, b2)), AdamMemoryState(count, first, second)
+
+    return in_float32(optax.GradientTransformation(init, update))
 
 
 def accumulate(memory: PyTree, terms: PyTree, weight: ArrayLike, average: bool) -> PyTree:
     """weight m + (1 - weight) x for an average, m + weight x for a sum."""
     add = (lambda m, x: weight * m + (1 - weight) * x) if average else (lambda m, x: m + weight * x)
-    return optax.tree.cast_like(jax.tree.map(add, memory, terms), memory)
+    sums = jax.tree.map(lambda m, x: bounded(add(m, x), m, x), memory, terms)
+    return optax.tree.cast_like(sums, memory)
 
 
 def adam_memory(
@@ -116,5 +121,4 @@ def adam_memory(
     [-0.1  0.1]
     """
     check("adam_memory", learning_rate=learning_rate)
-    rule = scale_by_adam_memory(b1, b2, penalty=penalty, eps=eps, average=average)
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(scale_by_adam_memory(b1, b2, penalty=penalty, eps=eps, average=average), learning_rate)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from nested_jax.numerics import upcast
+from nested_jax.numerics import safe_sqrt, upcast
 from nested_jax.optim._hyperparameters import POSITIVE, check
 
 
@@ -29,6 +28,7 @@ def clip_by_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
     Source: Pascanu et al., arXiv 1211.5063; `optax.clip_by_global_norm`.
 
+    >>> import jax
     >>> clip = clip_by_norm(1.0)
     >>> [jax.grad(lambda g: clip.update(g, clip.init(g))[0])(g).item() for g in (0.0, 0.5, 2.0)]
     [1.0, 1.0, 0.0]
@@ -37,9 +37,9 @@ def clip_by_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        squares = optax.tree.norm(upcast(updates), squared=True)
-        over = squares > max_norm**2
-        scale = jnp.where(over, max_norm * jax.lax.rsqrt(jnp.where(over, squares, 1.0)), 1.0)
+        norm = safe_sqrt(jnp.asarray(optax.tree.norm(upcast(updates), squared=True)))
+        over = norm > max_norm
+        scale = jnp.where(over, max_norm / jnp.where(over, norm, 1.0), 1.0)
         return optax.tree.cast_like(optax.tree.scale(scale, updates), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

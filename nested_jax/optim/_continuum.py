@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.numerics import upcast, zeros
+from nested_jax.numerics import bounded, zeros
+from nested_jax.optim._accumulation import accumulating
 from nested_jax.optim._hyperparameters import check, check_count, next_count
+from nested_jax.optim._precision import at_rate, finite_adam, in_float32
 from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
@@ -30,7 +32,8 @@ def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> 
         w <- w + inner(sum of the last `period` gradients)        where period divides the step, else unchanged
 
     As `optax.MultiSteps(inner, period, use_grad_mean=False)`, with sums in float32. Between its updates the inner optimizer
-    costs nothing. Extra arguments of `update` reach the inner optimizer at the steps on which it updates.
+    costs nothing. Extra arguments of `update` reach the inner optimizer at the steps on which it updates; a rule that needs
+    those of every step, such as `delta_gradient_descent`, is refused.
 
     Args:
         inner: any optax transformation. A schedule inside it counts its own updates.
@@ -61,20 +64,21 @@ def scale_by_continuum(inner: optax.GradientTransformation, period: int = 8) -> 
         return ContinuumState(jnp.zeros((), jnp.int32), zeros(params), inner.init(params))
 
     def update(updates, state, params=None, **extra):
-        pending = jax.tree.map(jnp.add, state.pending, upcast(updates))
+        pending = jax.tree.map(lambda s, g: bounded(s + g, s, g), state.pending, updates)
 
         def step(pending, memory):
-            emitted, memory = inner.update(optax.tree.cast_like(pending, updates), memory, params, **extra)
-            return optax.tree.cast_like(emitted, updates), memory, optax.tree.zeros_like(pending)
+            emitted, memory = inner.update(pending, memory, params, **extra)
+            return emitted, memory, optax.tree.zeros_like(pending)
 
         def skip(pending, memory):
-            return optax.tree.zeros_like(updates), memory, pending
+            return optax.tree.zeros_like(pending), memory, pending
 
         count = next_count(state.count)
-        emitted, memory, pending = jax.lax.cond(count % period == 0, step, skip, pending, state.inner)
+        with accumulating(f"continuum with period {period}", period):
+            emitted, memory, pending = jax.lax.cond(count % period == 0, step, skip, pending, state.inner)
         return emitted, ContinuumState(count, pending, memory)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def continuum(
@@ -129,7 +133,7 @@ def continuum(
             name = "inner" if groups is None else "groups"
             raise UserError(f"continuum: {name} by group with the one period {periods}: give periods {{group: steps}}")
         rule = scale_by_continuum(_rule(inner), periods)
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(rule, learning_rate)
 
 
 def _partition(rules: Mapping[Any, optax.GradientTransformation], groups: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -145,4 +149,4 @@ def _partition(rules: Mapping[Any, optax.GradientTransformation], groups: PyTree
 
 
 def _rule(inner: optax.GradientTransformation | None) -> optax.GradientTransformation:
-    return optax.scale_by_adam(eps_root=1e-30) if inner is None else inner
+    return finite_adam(optax.scale_by_adam(eps_root=1e-30)) if inner is None else inner

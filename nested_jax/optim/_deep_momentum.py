@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,8 +14,9 @@ from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.numerics import safe_divide, safe_norm, upcast, zeros
-from nested_jax.optim._hyperparameters import NON_NEGATIVE, UP_TO_ONE, check, check_count
+from nested_jax.numerics import bounded, safe_divide, safe_norm, split_scale, vary, zeros
+from nested_jax.optim._hyperparameters import NON_NEGATIVE, UP_TO_ONE, as_size, check, check_count, check_functions
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import (
     DimensionNumbers,
     as_matrices,
@@ -59,17 +61,17 @@ class DeepMomentumState(NamedTuple):
 
 
 def deep_momentum_start(
-    params: PyTree, hidden: int = 32, *, seed: int = 0, dimension_numbers: DimensionNumbers = None
+    params: PyTree, hidden: int | None = None, *, seed: int = 0, dimension_numbers: DimensionNumbers = None
 ) -> PyTree:
     """Starts of `deep_momentum`'s memories: a `DeepMemory` for every matrix, None for other leaves.
 
         up ~ N(0, 1)        down = 0        so that m(z) = z
 
-    The result can be meta-learned.
+    A leaf's start depends on its path, its shape and the seed alone. The result can be meta-learned.
 
     Args:
         params: parameters, or their shapes.
-        hidden: width F of the memories, at least 1.
+        hidden: width F of the memories, at least 1. None: 32.
         seed: of the random input layers.
         dimension_numbers: as of `scale_by_deep_momentum`.
 
@@ -85,16 +87,17 @@ def deep_momentum_start(
     >>> start["kernel"].up.shape, start["kernel"].down.shape, start["bias"]
     ((4, 8), (8, 4), None)
     """
-    check_count("deep_momentum", hidden=hidden)
-    leaves, structure = jax.tree.flatten(params)
+    hidden = 32 if hidden is None else as_size("deep_momentum", "hidden", hidden)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     starts = []
-    for i, (leaf, numbers) in enumerate(zip(leaves, resolve_dimension_numbers(dimension_numbers, params), strict=True)):
+    for (path, leaf), numbers in zip(leaves, resolve_dimension_numbers(dimension_numbers, params), strict=True):
         if numbers is None:
             starts.append(None)
             continue
         shape = jax.eval_shape(lambda x, n=numbers: as_matrices(x, n), leaf).shape
         width, dtype = shape[-2], jnp.promote_types(leaf.dtype, jnp.float32)
-        up = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (*shape[:-2], width, hidden), dtype)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_name(path).encode()))
+        up = jax.random.normal(key, (*shape[:-2], width, hidden), dtype)
         starts.append(DeepMemory(up, jnp.zeros((*shape[:-2], hidden, width), dtype)))
     return structure.unflatten(starts)
 
@@ -106,7 +109,7 @@ def scale_by_deep_momentum(
     objective: Literal["dot", "l2"] = "dot",
     target: Callable[[Array], Array] | None = None,
     scale: Literal["gradient", "rms"] = "gradient",
-    hidden: int = 32,
+    hidden: int | None = None,
     seed: int = 0,
     start: PyTree | None = None,
     dimension_numbers: DimensionNumbers = None,
@@ -129,7 +132,7 @@ def scale_by_deep_momentum(
         objective: dot product or squared error.
         target: P, of normalised gradients (..., in, out), such as `newton_schulz`. None: P(u) = u.
         scale: size of the update: the gradient's norm, or a root mean square of 1.
-        hidden: width F of the default start.
+        hidden: width F of the default start. None: that of `deep_momentum_start`.
         seed: of the default start.
         start: `DeepMemory` of every matrix and None of other leaves, as of `deep_momentum_start`; may be meta-learned.
             Under `optax.masked` or `optax.partition`, give it for all parameters: masked ones are ignored.
@@ -152,7 +155,8 @@ def scale_by_deep_momentum(
     """
     check("deep_momentum", UP_TO_ONE, decay=decay)
     check("deep_momentum", NON_NEGATIVE, rate=rate)
-    check_count("deep_momentum", hidden=hidden)
+    check_count("deep_momentum", hidden=1 if hidden is None else hidden)
+    check_functions("deep_momentum", target=target)
     assert_choice("deep_momentum: objective", objective, ("dot", "l2"))
     assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
 
@@ -172,9 +176,12 @@ def scale_by_deep_momentum(
         return DeepMomentumState(structure.unflatten(memories), starts)
 
     def matrix(memory, first, g):
+        g, scaled = split_scale(g, (-2, -1))
         size, count = safe_norm(g, (-2, -1)), g.shape[-1]
         u = safe_divide(g, size)
         keys, targets = (jnp.swapaxes(x, -2, -1) * count**0.5 for x in (u, u if target is None else target(u)))
+
+        memory = vary(memory, keys)
 
         def loss(memory):
             out = forward(memory, keys)
@@ -185,7 +192,7 @@ def scale_by_deep_momentum(
         memory = jax.tree.map(step, memory, first, jax.grad(loss)(memory))
         out = jnp.swapaxes(forward(memory, keys), -2, -1) * count**-0.5
         rms = safe_norm(out, (-2, -1)) * (out.shape[-2] * out.shape[-1]) ** -0.5
-        return memory, out * size if scale == "gradient" else safe_divide(out, rms)
+        return memory, bounded(out * size * scaled, out, size) if scale == "gradient" else safe_divide(out, rms)
 
     def update(updates, state, params=None):
         del params
@@ -194,19 +201,21 @@ def scale_by_deep_momentum(
         numbered = resolve_dimension_numbers(dimension_numbers, updates)
         learned, emitted = [], []
         for g, numbers, memory, first in zip(leaves, numbered, memories, starts, strict=True):
-            if numbers is None:
-                after = out = decay * memory + (1 - decay) * upcast(g)
+            if g.size == 0:
+                after, out = memory, g
+            elif numbers is None:
+                after = out = bounded(decay * memory + (1 - decay) * g, memory, g)
             else:
-                after, out = matrix(memory, first, as_matrices(upcast(g), numbers))
+                after, out = matrix(memory, first, as_matrices(g, numbers))
                 out = from_matrices(out, numbers, g.shape)
             learned.append(optax.tree.cast_like(after, memory))
-            emitted.append(out.astype(g.dtype))
+            emitted.append(out)
         return structure.unflatten(emitted), DeepMomentumState(structure.unflatten(learned), state.start)
 
-    return optax.GradientTransformation(init, update)
+    return in_float32(optax.GradientTransformation(init, update))
 
 
-def _hidden_width(start: PyTree, hidden: int) -> int:
+def _hidden_width(start: PyTree, hidden: int | None) -> int | None:
     widths = [x.up.shape[-1] for x in jax.tree.leaves(start, is_leaf=lambda x: isinstance(x, DeepMemory))]
     return widths[0] if widths else hidden
 
@@ -247,7 +256,7 @@ def deep_momentum(
     objective: Literal["dot", "l2"] = "dot",
     target: Callable[[Array], Array] | None = None,
     scale: Literal["gradient", "rms"] = "gradient",
-    hidden: int = 32,
+    hidden: int | None = None,
     seed: int = 0,
     start: PyTree | None = None,
     dimension_numbers: DimensionNumbers = None,
@@ -281,4 +290,4 @@ def deep_momentum(
         decay, rate, objective=objective, target=target, scale=scale, hidden=hidden, seed=seed, start=start,
         dimension_numbers=dimension_numbers,
     )  # fmt: skip
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(rule, learning_rate)

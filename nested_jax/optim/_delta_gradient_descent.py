@@ -11,8 +11,10 @@ import optax
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError
-from nested_jax.numerics import upcast
+from nested_jax.numerics import bounded, split_scale, upcast
+from nested_jax.optim._accumulation import refuse_sums
 from nested_jax.optim._hyperparameters import NON_NEGATIVE, check, learning_rate_at, next_count
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import DimensionNumbers, as_matrices, from_matrices, is_masked, path_name, resolve_dimension_numbers
 from nested_jax.typing import Array, Float
 
@@ -48,11 +50,13 @@ def scale_by_delta_gradient_descent(
     Returns:
         A transformation whose `update(gradients, state, params, inputs=...)` takes the inputs of linear layers: a mapping
         from their kernel's path, such as "dense/kernel", to inputs (..., in), or (L, ..., in) of a stack (L, in, out).
-        `nested_jax.local_surprise` computes them. All their leading axes count as examples. Under `optax.masked` or
-        `optax.partition`, inputs of masked kernels are ignored. Its state is `DeltaGradientDescentState`.
+        `nested_jax.local_surprise` computes them. All their leading axes count as examples: those of all the examples whose
+        mean the gradients are, so it cannot be inside `optax.MultiSteps`. Under `optax.masked` or `optax.partition`, inputs
+        of masked kernels are ignored. Its state is `DeltaGradientDescentState`.
 
     Raises:
-        UserError: the learning rate is not finite or below 0; inputs or params are missing, or inputs fit no kernel.
+        UserError: the learning rate is not finite or below 0; inputs or params are missing, inputs fit no kernel, or
+            gradients of several steps are summed.
 
     Source: NL Eq. 56-57.
 
@@ -70,6 +74,7 @@ def scale_by_delta_gradient_descent(
 
     def update(updates, state, params=None, *, inputs: Mapping[str, Array] | None = None, **extra):
         del extra
+        refuse_sums("delta_gradient_descent", "inputs")
         if params is None:
             raise UserError("delta_gradient_descent: params are missing: call update(gradients, state, params, inputs=...)")
         if inputs is None:
@@ -84,21 +89,20 @@ def scale_by_delta_gradient_descent(
         for (key_path, g), numbers, kernel in leaves:
             path = path_name(key_path)
             x = inputs.get(path)
-            if x is None:
+            unused.discard(path)
+            if x is None or g.size == 0:
                 emitted.append(g)
                 continue
-            unused.discard(path)
             if numbers is None:
                 raise UserError(f"delta_gradient_descent: there are inputs of parameter {path}, which is no matrix")
-            gradient, kernel = (as_matrices(upcast(part), numbers) for part in (g, kernel))
-            direction = _direction(path, rate, gradient, kernel, upcast(x))
-            emitted.append(from_matrices(direction, numbers, g.shape).astype(g.dtype))
+            gradient, kernel = (as_matrices(part, numbers) for part in (g, kernel))
+            emitted.append(from_matrices(_direction(path, rate, gradient, kernel, upcast(x)), numbers, g.shape))
         unknown = sorted(path for path in unused if not is_masked(updates, path))
         if unknown:
             raise UserError(f"delta_gradient_descent: there are inputs for {unknown[0]}, which is no parameter")
         return structure.unflatten(emitted), DeltaGradientDescentState(next_count(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _direction(
@@ -118,13 +122,15 @@ def _direction(
     x = x.reshape(*stacked, -1, width).astype(gradient.dtype)
     C = jnp.swapaxes(x, -2, -1) @ x / x.shape[-2]
     identity = jnp.expand_dims(jnp.eye(width, dtype=x.dtype), tuple(range(len(stacked))))
-    sides = (identity + rate.astype(x.dtype) * C, gradient + C @ kernel)
+    scale = jnp.maximum(split_scale(gradient, (-2, -1))[1], 1)  # the sums of a solve may overflow
+    sides = (identity + rate.astype(x.dtype) * C, gradient / scale + C @ (kernel / scale))
     solve = lambda sides: jax.scipy.linalg.solve(*sides, assume_a="pos")
     if not stacked:
-        return solve(sides)
-    # One layer after the other: several batched LAPACK calls in one program deadlock in XLA on two CPU cores.
-    solutions = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
-    return solutions.reshape(gradient.shape)
+        solutions = solve(sides)
+    else:  # One layer after the other: several batched LAPACK calls in one program deadlock in XLA on two CPU cores.
+        solutions = jax.lax.map(solve, jax.tree.map(lambda side: side.reshape(-1, *side.shape[-2:]), sides))
+    solutions = solutions.reshape(gradient.shape)
+    return bounded(solutions * scale, solutions)
 
 
 def delta_gradient_descent(
@@ -143,7 +149,8 @@ def delta_gradient_descent(
         `scale_by_delta_gradient_descent` does.
 
     Raises:
-        UserError: the learning rate is not finite or below 0; inputs or params are missing, or inputs fit no kernel.
+        UserError: the learning rate is not finite or below 0; inputs or params are missing, inputs fit no kernel, or
+            gradients of several steps are summed.
 
     Source: NL Eq. 56-57.
 
@@ -156,7 +163,5 @@ def delta_gradient_descent(
     >>> (x @ optax.apply_updates(params, updates)["kernel"]).round(3).tolist()
     [[1.0]]
     """
-    return optax.chain(
-        scale_by_delta_gradient_descent(learning_rate, dimension_numbers=dimension_numbers),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rule = scale_by_delta_gradient_descent(learning_rate, dimension_numbers=dimension_numbers)
+    return at_rate(rule, learning_rate)

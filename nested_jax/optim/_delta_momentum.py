@@ -9,8 +9,9 @@ import optax
 from jax.typing import ArrayLike
 
 from nested_jax.description import Description
-from nested_jax.numerics import unit_norm, upcast, zeros
+from nested_jax.numerics import bounded, split_scale, unit_norm, zeros
 from nested_jax.optim._hyperparameters import UP_TO_ONE, check
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import DimensionNumbers, map_matrices
 from nested_jax.typing import PyTree
 
@@ -67,22 +68,25 @@ def scale_by_delta_momentum(
     def init(params):
         return DeltaMomentumState(zeros(params), values.init(params))
 
+    def step(m, g, value, axis, project):
+        u, size = (unit_norm(g, axis), 1) if normalize else split_scale(g, axis)
+        part, scale = split_scale(m, axis)  # sums of products overflow only as they are scaled back, last
+        erased = erase * project(u, part) * scale * size * size
+        return bounded(decay * m - erased + value, m, value)
+
     def matrix(m, g, value):
-        u = unit_norm(g, (-2, -1)) if normalize else g
-        return decay * m - erase * (u @ (jnp.swapaxes(u, -2, -1) @ m)) + value
+        return step(m, g, value, (-2, -1), lambda u, m: u @ (jnp.swapaxes(u, -2, -1) @ m))
 
     def vector(m, g, value):
-        u = unit_norm(g, -1 if g.ndim else None) if normalize else g
-        return (decay - erase * jnp.square(u)) * m + value
+        return step(m, g, value, -1 if g.ndim else None, lambda u, m: jnp.square(u) * m)
 
     def update(updates, state, params=None, **extra):
         written, inner = values.update(updates, state.preconditioner, params, **extra)
-        trees = state.momentum, upcast(updates), upcast(written)
-        momentum = map_matrices(matrix, dimension_numbers, *trees, vectors=vector)
+        momentum = map_matrices(matrix, dimension_numbers, state.momentum, updates, written, vectors=vector)
         momentum = optax.tree.cast_like(momentum, state.momentum)
-        return optax.tree.cast_like(momentum, updates), DeltaMomentumState(momentum, inner)
+        return momentum, DeltaMomentumState(momentum, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def delta_momentum(
@@ -124,4 +128,4 @@ def delta_momentum(
     rule = scale_by_delta_momentum(
         decay, erase, normalize=normalize, preconditioner=preconditioner, dimension_numbers=dimension_numbers
     )
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(rule, learning_rate)

@@ -14,13 +14,23 @@ from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError
-from nested_jax.numerics import upcast
-from nested_jax.optim._hyperparameters import POSITIVE, check, check_count, learning_rate_at, next_count
+from nested_jax.numerics import split_scale, vary
+from nested_jax.optim._accumulation import refuse_sums
+from nested_jax.optim._hyperparameters import (
+    POSITIVE,
+    as_size,
+    check,
+    check_count,
+    check_functions,
+    learning_rate_at,
+    next_count,
+)
+from nested_jax.optim._precision import in_float32
 from nested_jax.typing import Array, Float, PyTree
 
 
 class GeneralizedGradientDescentState(NamedTuple):
-    """Steps taken, int32; the window - 1 weights before the present ones, newest first: leaves (window - 1, ...)."""
+    """Steps taken, int32; the weights before the present ones, newest first: leaves (window - 1, ...); None for window 1."""
 
     count: Array
     past: PyTree
@@ -72,10 +82,10 @@ def proximal(weights: PyTree, recent: PyTree, learning_rate: ArrayLike) -> Float
 
 def scale_by_generalized_gradient_descent(
     learning_rate: optax.ScalarOrSchedule,
-    objective: Callable[..., Array] = linearised,
-    retention: Callable[[PyTree, PyTree, Array], Array] = proximal,
+    objective: Callable[..., Array] | None = None,
+    retention: Callable[[PyTree, PyTree, Array], Array] | None = None,
     *,
-    window: int = 1,
+    window: int | None = None,
     steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """The next weights minimise an objective plus a retention.
@@ -87,16 +97,19 @@ def scale_by_generalized_gradient_descent(
 
     Args:
         learning_rate: eta, a number above 0 or a schedule, for the retention.
-        objective: (weights, gradients, **extra arguments of `update`) -> a scalar, twice differentiable.
+        objective: (weights, gradients, **extra arguments of `update`) -> a scalar, twice differentiable. None: `linearised`.
         retention: (weights, recent weights with leaves (window, ...), newest first, eta) -> a scalar, twice differentiable.
+            None: `proximal`.
         window: number of last weights the retention receives, at least 1. Until there are as many, the first ones repeat.
+            None: 1.
         steps: Newton steps from W_t, at least 1.
 
     Returns:
         A transformation of gradients of any shapes, with state `GeneralizedGradientDescentState`. Its `update` needs params.
 
     Raises:
-        UserError: the learning rate is not finite and above 0, window or steps are below 1, or params are missing.
+        UserError: the learning rate is not finite and above 0, window or steps are below 1, params are missing, or
+            gradients of several steps are summed for an objective of extra arguments.
 
     Source: NL Definition 5.
 
@@ -106,41 +119,57 @@ def scale_by_generalized_gradient_descent(
     [2.]
     """
     check("generalized_gradient_descent", POSITIVE, learning_rate=learning_rate)
-    check_count("generalized_gradient_descent", window=window, steps=steps)
+    check_count("generalized_gradient_descent", window=1 if window is None else window, steps=steps)
+    check_functions("generalized_gradient_descent", objective=objective, retention=retention)
+    minimised, retained = objective or linearised, retention or proximal
 
     def init(params):
-        past = jax.tree.map(lambda w: jnp.repeat(w[None], window - 1, axis=0), upcast(params))
+        before = 0 if window is None else as_size("generalized_gradient_descent", "window", window) - 1
+        past = jax.tree.map(lambda w: jnp.repeat(w[None], before, axis=0), params) if before else None
         return GeneralizedGradientDescentState(jnp.zeros((), jnp.int32), past)
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise UserError("generalized_gradient_descent: params are missing: call update(gradients, state, params)")
-        now, gradients = upcast(params), upcast(updates)
-        recent = jax.tree.map(lambda w, past: jnp.concatenate([w[None], past]), now, state.past)
-        start, unravel = ravel_pytree(now)
+        if objective is not None and extra:
+            refuse_sums("generalized_gradient_descent", f"the objective's {', '.join(extra)}")
+        parts = params, updates, state.past
+        arrays = [x for x in jax.tree.leaves(extra) if isinstance(x, jax.Array)]
+        params, updates, past = vary(parts, *parts, arrays)
+        recent = jax.tree.map(lambda w: w[None], params)
+        if past is not None:
+            recent = jax.tree.map(lambda w, before: jnp.concatenate([w, before]), recent, past)
+        start, unravel = ravel_pytree(params)
 
         def problem(flat):
             weights = unravel(flat)
             rate = learning_rate_at(learning_rate, state.count)
-            return objective(weights, gradients, **extra) + retention(weights, recent, rate)
+            return minimised(weights, updates, **extra) + retained(weights, recent, rate)
+
+        def newton(_, step):
+            flat = start - step
+            slope, scale = split_scale(jax.grad(problem)(flat), None)  # conjugate gradients square it
+            curvature = lambda v: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
+            return step + cg(curvature, slope)[0] * scale
 
         step = jnp.zeros_like(start)  # W_t - W_{t+1}: small steps would be rounded if they were added to weights
-        for _ in range(steps):
-            curvature = lambda v, flat=start - step: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
-            step = step + cg(curvature, jax.grad(problem)(start - step))[0]
-        emitted = optax.tree.cast_like(unravel(step), updates)
-        past = jax.tree.map(lambda w: w[:-1], recent)
-        return emitted, GeneralizedGradientDescentState(next_count(state.count), past)
+        if isinstance(steps, int):
+            for i in range(steps):
+                step = newton(i, step)
+        else:
+            step = jax.lax.fori_loop(0, steps, newton, step)
+        past = None if past is None else jax.tree.map(lambda w: w[:-1], recent)
+        return unravel(step), GeneralizedGradientDescentState(next_count(state.count), past)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_float32(optax.GradientTransformationExtraArgs(init, update))
 
 
 def generalized_gradient_descent(
     learning_rate: optax.ScalarOrSchedule,
-    objective: Callable[..., Array] = linearised,
-    retention: Callable[[PyTree, PyTree, Array], Array] = proximal,
+    objective: Callable[..., Array] | None = None,
+    retention: Callable[[PyTree, PyTree, Array], Array] | None = None,
     *,
-    window: int = 1,
+    window: int | None = None,
     steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Generalized gradient descent: `scale_by_generalized_gradient_descent`, whose solution becomes the weights.
@@ -168,4 +197,4 @@ def generalized_gradient_descent(
     [2.0]
     """
     rule = scale_by_generalized_gradient_descent(learning_rate, objective, retention, window=window, steps=steps)
-    return optax.chain(rule, optax.scale(-1.0))
+    return in_float32(optax.chain(rule, optax.scale(-1.0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,14 +35,43 @@ def check(rule: str, interval: Interval = ANY, **values: Any) -> None:
         if not np.all(np.isfinite(numbers)):
             raise UserError(f"{rule}: {name} {value} is not finite: give a finite number")
         if not all(float(number) in interval for number in numbers.flat):
-            raise UserError(f"{rule}: {name} {value} is out of range: give a number {interval}")
+            low = (
+                ""
+                if numbers.dtype.itemsize > 2
+                else f" (optax.inject_hyperparams made it {numbers.dtype}: hyperparam_dtype)"
+            )
+            raise UserError(f"{rule}: {name} {value} is out of range: give a number {interval}{low}")
 
 
 def check_count(rule: str, **values: Any) -> None:
-    """Raises UserError for the first value that is not a whole number of at least 1."""
+    """Raises UserError for the first value that is not a whole number of at least 1. Traced ones pass."""
     for name, value in values.items():
-        if not is_whole(value):
+        if isinstance(value, jax.Array | np.ndarray) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
+            whole = isinstance(value, Tracer) or int(value) >= 1
+        else:
+            whole = is_whole(value)
+        if not whole:
             raise UserError(f"{rule}: {name} {value!r} is out of range: give a whole number of at least 1")
+
+
+def as_size(rule: str, name: str, value: Any) -> int:
+    """A whole number of at least 1 that is the size of an array, and so cannot be traced."""
+    if isinstance(value, Tracer):
+        raise UserError(
+            f"{rule}: {name} {value} is traced, and is the size of an array: leave it out, or name it in static_args of "
+            f"optax.inject_hyperparams"
+        )
+    check_count(rule, **{name: value})
+    return int(value)
+
+
+def check_functions(rule: str, **values: Any) -> None:
+    """Raises UserError for the first value that is neither a function nor None."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise UserError(
+                f"{rule}: {name} {value!r} is no function: give one, to optax.inject_hyperparams with static_args={name!r}"
+            )
 
 
 def next_count(count: Array) -> Array:

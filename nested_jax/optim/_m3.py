@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from nested_jax.numerics import safe_divide, safe_sqrt, upcast, zeros
+from nested_jax.numerics import bounded, safe_divide, safe_sqrt, zeros
 from nested_jax.optim._adam_memory import accumulate
 from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, check, check_count, next_count
 from nested_jax.optim._newton_schulz import newton_schulz
 from nested_jax.optim._nonlinear_momentum import NonlinearMomentumState, as_muon, update_momentum
+from nested_jax.optim._precision import in_float32
 from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices
 from nested_jax.typing import Array, PyTree
 
@@ -98,14 +99,13 @@ def scale_by_m3(
 
     def update(updates, state, params=None):
         del params
-        gradients = upcast(updates)
         count = next_count(state.count)
         if average:
             momentum = NonlinearMomentumState(state.count, state.fast)
-            corrected, (_, fast) = update_momentum(gradients, momentum, b1, True, nesterov)
+            corrected, (_, fast) = update_momentum(updates, momentum, b1, True, nesterov)
         else:
-            corrected = fast = accumulate(state.fast, gradients, b1, average=False)
-        pending = jax.tree.map(jnp.add, state.pending, gradients)
+            corrected = fast = accumulate(state.fast, updates, b1, average=False)
+        pending = jax.tree.map(lambda s, g: bounded(s + g, s, g), state.pending, updates)
         skip = lambda *unchanged: unchanged
         pending, slow, orthogonal = jax.lax.cond(
             count % slow_period == 0, update_slow, skip, pending, state.slow, state.orthogonal
@@ -113,14 +113,14 @@ def scale_by_m3(
         emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonalise(corrected), orthogonal)
         second = state.second
         if second_moment:
-            second = accumulate(second, jax.tree.map(jnp.square, gradients), b2, average)
+            second = accumulate(second, jax.tree.map(jnp.square, updates), b2, average)
             mean = optax.tree.bias_correction(second, b2, count) if average else second
             # zero second moment gives zero update
             over = lambda a, v: safe_divide(a, jnp.where(v > 0, safe_sqrt(v) + eps, 0))
             emitted = jax.tree.map(over, emitted, mean)
-        return optax.tree.cast_like(emitted, updates), M3State(count, fast, second, pending, slow, orthogonal)
+        return emitted, M3State(count, fast, second, pending, slow, orthogonal)
 
-    return optax.GradientTransformation(init, update)
+    return in_float32(optax.GradientTransformation(init, update))
 
 
 def m3(

@@ -12,8 +12,9 @@ import optax
 from jax.typing import ArrayLike
 
 from nested_jax.errors import UserError
-from nested_jax.numerics import upcast, zeros
-from nested_jax.optim._hyperparameters import UP_TO_ONE, check
+from nested_jax.numerics import bounded, zeros
+from nested_jax.optim._hyperparameters import UP_TO_ONE, check, check_functions
+from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import path_name
 from nested_jax.typing import Array, PyTree
 
@@ -56,13 +57,12 @@ def scale_by_momentum(decay: ArrayLike = 0.9, *, nesterov: bool = False) -> opta
 
     def update(updates, state, params=None):
         del params
-        gradients = upcast(updates)
-        add = lambda m, g: decay * m + g
-        momentum = jax.tree.map(add, state.momentum, gradients)
-        emitted = jax.tree.map(add, momentum, gradients) if nesterov else momentum
-        return optax.tree.cast_like(emitted, updates), MomentumState(optax.tree.cast_like(momentum, state.momentum))
+        add = lambda m, g: bounded(decay * m + g, m, g)
+        momentum = jax.tree.map(add, state.momentum, updates)
+        emitted = jax.tree.map(add, momentum, updates) if nesterov else momentum
+        return emitted, MomentumState(optax.tree.cast_like(momentum, state.momentum))
 
-    return optax.GradientTransformation(init, update)
+    return in_float32(optax.GradientTransformation(init, update))
 
 
 def momentum(
@@ -94,7 +94,7 @@ def momentum(
     [-0.4]
     """
     check("momentum", learning_rate=learning_rate)
-    return optax.chain(scale_by_momentum(decay, nesterov=nesterov), optax.scale_by_learning_rate(learning_rate))
+    return at_rate(scale_by_momentum(decay, nesterov=nesterov), learning_rate)
 
 
 def scale_by_preconditioned_momentum(
@@ -125,7 +125,7 @@ def scale_by_preconditioned_momentum(
     """
     check("preconditioned_momentum", UP_TO_ONE, decay=decay)
     preconditioner = optax.scale_by_rms() if preconditioner is None else preconditioner
-    return optax.chain(preconditioner, scale_by_momentum(decay, nesterov=nesterov))
+    return in_float32(optax.chain(preconditioner, scale_by_momentum(decay, nesterov=nesterov)))
 
 
 def preconditioned_momentum(
@@ -156,12 +156,11 @@ def preconditioned_momentum(
     [-1. -1.]
     """
     check("preconditioned_momentum", learning_rate=learning_rate)
-    rule = scale_by_preconditioned_momentum(preconditioner, decay, nesterov=nesterov)
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    return at_rate(scale_by_preconditioned_momentum(preconditioner, decay, nesterov=nesterov), learning_rate)
 
 
 def scale_by_feature_momentum(
-    feature_map: Callable[[Array], Array] = jnp.arcsinh,
+    feature_map: Callable[[Array], Array] | None = None,
     decay: ArrayLike = 0.9,
     *,
     preconditioner: Callable[[Array], Array] | None = None,
@@ -172,8 +171,8 @@ def scale_by_feature_momentum(
         emits m
 
     Args:
-        feature_map: phi, from one parameter's gradient to an array of its shape. Odd functions descend. The default grows
-            with the logarithm of large entries, so a few outliers do not dominate the memory.
+        feature_map: phi, from one parameter's gradient to an array of its shape. Odd functions descend. None: `jnp.arcsinh`,
+            which grows with the logarithm of large entries, so a few outliers do not dominate the memory.
         decay: share of the memory kept each step, in [0, 1].
         preconditioner: P, the values of the keys, from one parameter's gradient to an array of its shape. None: P = 1.
 
@@ -191,10 +190,12 @@ def scale_by_feature_momentum(
     [-0.5]
     """
     check("feature_momentum", UP_TO_ONE, decay=decay)
+    check_functions("feature_momentum", feature_map=feature_map, preconditioner=preconditioner)
     memory = scale_by_momentum(decay)
+    phi = jnp.arcsinh if feature_map is None else feature_map
 
     def features(path, g):
-        factors = {"feature_map": feature_map(g)} | ({} if preconditioner is None else {"preconditioner": preconditioner(g)})
+        factors = {"feature_map": phi(g)} | ({} if preconditioner is None else {"preconditioner": preconditioner(g)})
         for name, x in factors.items():
             if jnp.shape(x) != g.shape:
                 raise UserError(
@@ -204,16 +205,14 @@ def scale_by_feature_momentum(
         return math.prod(factors.values())
 
     def update(updates, state, params=None):
-        keys = jax.tree_util.tree_map_with_path(features, upcast(updates))
-        emitted, state = memory.update(keys, state, params)
-        return optax.tree.cast_like(emitted, updates), state
+        return memory.update(jax.tree_util.tree_map_with_path(features, updates), state, params)
 
-    return optax.GradientTransformation(memory.init, update)
+    return in_float32(optax.GradientTransformation(memory.init, update))
 
 
 def feature_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    feature_map: Callable[[Array], Array] = jnp.arcsinh,
+    feature_map: Callable[[Array], Array] | None = None,
     decay: ArrayLike = 0.9,
     *,
     preconditioner: Callable[[Array], Array] | None = None,
@@ -243,7 +242,4 @@ def feature_momentum(
     [-0.15 -0.05]
     """
     check("feature_momentum", learning_rate=learning_rate)
-    return optax.chain(
-        scale_by_feature_momentum(feature_map, decay, preconditioner=preconditioner),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return at_rate(scale_by_feature_momentum(feature_map, decay, preconditioner=preconditioner), learning_rate)

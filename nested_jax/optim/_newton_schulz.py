@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.numerics import upcast
+from nested_jax.numerics import unit_norm, upcast
 from nested_jax.optim._hyperparameters import POSITIVE, check, check_count
 from nested_jax.typing import Array, Float
 
@@ -31,7 +31,8 @@ def newton_schulz(
 
     The quintic form is Muon's, as in optax: five steps bring singular values above |x|_F / 50 to between 0.65 and 1.15,
     and smaller ones closer to 1. The gradient form is gradient descent on |O^T O - I|^2 / 4; with a step size of 1/2 it is
-    the cubic Newton-Schulz iteration. Zeros stay zeros, with zero derivatives.
+    the cubic Newton-Schulz iteration. Zeros stay zeros, with zero derivatives; in the quintic form float32 or float64 whose
+    squares overflow become zeros, as in optax.
 
     Args:
         x: matrices (..., M, N) in either orientation: the iteration commutes with transposition.
@@ -53,6 +54,10 @@ def newton_schulz(
     >>> newton_schulz(x, 20, form="gradient").round(3).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    if x.ndim == 0:
+        raise UserError(
+            f"newton_schulz takes matrices, not the number {x}: in optax.inject_hyperparams name its argument in static_args"
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"newton_schulz takes floats, not {x.dtype}: give x.astype(float)")
     if x.ndim < 2:
@@ -60,22 +65,26 @@ def newton_schulz(
     check_count("newton_schulz", steps=steps)
     assert_choice("newton_schulz form", form, ("quintic", "gradient"))
     check("newton_schulz", POSITIVE, step_size=step_size)
-    o = x.astype(dtype or x.dtype)
-    nonzero = jnp.sum(jnp.square(upcast(o)), (-2, -1), keepdims=True) > 0
-    o = jnp.where(nonzero, o, 1)  # a norm has no derivative at zero
+    if x.size == 0:
+        return x
+    o, dtype = upcast(x), dtype or x.dtype
+    if dtype != o.dtype:  # squares of float16 overflow above 255
+        o = unit_norm(o, (-2, -1)).astype(dtype)
     o = _quintic(o, steps) if form == "quintic" else _gradient(o, steps, step_size)
-    return jnp.where(nonzero, o, 0).astype(x.dtype)
+    return o.astype(x.dtype)
 
 
 def _quintic(x, steps):
     """optax's iteration: its Muon with a momentum of decay 0."""
+    nonzero = jnp.sum(jnp.square(upcast(x)), (-2, -1), keepdims=True) > 0
+    x = jnp.where(nonzero, x, 1)  # a norm has no derivative at zero
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=axes)
-    return jnp.asarray(muon.update(x, muon.init(x))[0])
+    return jnp.where(nonzero, jnp.asarray(muon.update(x, muon.init(x))[0]), 0)
 
 
 def _gradient(x, steps, step_size):
-    o = x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    o = unit_norm(x, (-2, -1))
     wide = o.shape[-2] < o.shape[-1]
 
     def step(_, o):

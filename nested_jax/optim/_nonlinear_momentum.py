@@ -11,9 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.numerics import upcast, zeros
-from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, UP_TO_ONE, check, next_count
+from nested_jax.numerics import bounded, zeros
+from nested_jax.optim._hyperparameters import BELOW_ONE, NON_NEGATIVE, UP_TO_ONE, check, check_functions, next_count
 from nested_jax.optim._newton_schulz import newton_schulz
+from nested_jax.optim._precision import at_rate, finite_adam, in_float32
 from nested_jax.paths import DimensionNumbers, assert_matrices, map_matrices, resolve_dimension_numbers
 from nested_jax.typing import Array, PyTree
 
@@ -26,7 +27,7 @@ class NonlinearMomentumState(NamedTuple):
 
 
 def scale_by_nonlinear_momentum(
-    nonlinearity: Callable[[Array], Array] = newton_schulz,
+    nonlinearity: Callable[[Array], Array] | None = None,
     decay: ArrayLike = 0.95,
     *,
     average: bool = True,
@@ -42,7 +43,7 @@ def scale_by_nonlinear_momentum(
     In an average, m and g have the bias corrections of Muon.
 
     Args:
-        nonlinearity: sigma, from an array to one of its shape. With the default, Newton-Schulz, the rule is
+        nonlinearity: sigma, from an array to one of its shape. None: `newton_schulz`, with which the rule is
             `optax.contrib.scale_by_muon`.
         decay: share of the memory kept each step, in [0, 1]; below 1 for an average.
         average: an average of gradients, as in Muon, or their sum, as in the paper.
@@ -67,7 +68,9 @@ def scale_by_nonlinear_momentum(
     """
     check("nonlinear_momentum", BELOW_ONE if average else UP_TO_ONE, decay=decay)
     assert_choice("nonlinear_momentum: on", on, ("matrices", "leaves"))
+    check_functions("nonlinear_momentum", nonlinearity=nonlinearity)
     _check_on(on, dimension_numbers=dimension_numbers)
+    sigma = newton_schulz if nonlinearity is None else nonlinearity
 
     def init(params):
         if on == "matrices":
@@ -76,14 +79,12 @@ def scale_by_nonlinear_momentum(
 
     def update(updates, state, params=None):
         del params
-        memory, state = update_momentum(upcast(updates), state, decay, average, nesterov)
+        memory, state = update_momentum(updates, state, decay, average, nesterov)
         if on == "leaves":
-            emitted = jax.tree.map(nonlinearity, memory)
-        else:
-            emitted = map_matrices(nonlinearity, dimension_numbers, memory, rule="nonlinear_momentum")
-        return optax.tree.cast_like(emitted, updates), state
+            return jax.tree.map(sigma, memory), state
+        return map_matrices(sigma, dimension_numbers, memory, rule="nonlinear_momentum"), state
 
-    return optax.GradientTransformation(init, update)
+    return in_float32(optax.GradientTransformation(init, update))
 
 
 def _check_on(on: str, **options: Any) -> None:
@@ -101,19 +102,20 @@ def update_momentum(
     """(the argument of sigma, state) after one more gradient."""
     count = next_count(state.count)
     weight = 1 - decay if average else 1
-    add = lambda m, g: decay * m + weight * g
-    momentum = optax.tree.cast_like(jax.tree.map(add, state.momentum, gradients), state.momentum)
-    correct = lambda tree, n: optax.tree.bias_correction(tree, decay, n) if average else tree
-    if nesterov:
-        memory = jax.tree.map(add, correct(momentum, next_count(count)), correct(gradients, count))
+    correction = lambda n: 1 - decay**n if average else 1
+    add = lambda a, b: lambda m, g: bounded(a * m + b * g, m, g)
+    momentum = optax.tree.cast_like(jax.tree.map(add(decay, weight), state.momentum, gradients), state.momentum)
+    if nesterov:  # the factors first: a gradient over its correction may overflow
+        step = add(decay / correction(next_count(count)), weight / correction(count))
+        memory = jax.tree.map(step, momentum, gradients)
     else:
-        memory = correct(momentum, count)
+        memory = jax.tree.map(lambda m: bounded(m / correction(count), m), momentum)
     return memory, NonlinearMomentumState(count, momentum)
 
 
 def nonlinear_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    nonlinearity: Callable[[Array], Array] = newton_schulz,
+    nonlinearity: Callable[[Array], Array] | None = None,
     decay: ArrayLike = 0.95,
     *,
     average: bool = True,
@@ -162,7 +164,7 @@ def nonlinear_momentum(
     )
     decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     if on == "leaves":
-        return optax.chain(memory, decayed, optax.scale_by_learning_rate(learning_rate))
+        return at_rate(optax.chain(memory, decayed), learning_rate)
     return as_muon(memory, decayed, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
 
 
@@ -177,7 +179,7 @@ def as_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """A rule for matrices with Muon's scaling by shape, weight decay, learning rate, and its AdamW for other leaves."""
     if vectors is None:  # eps_root keeps the derivative at a zero gradient finite
-        vectors = optax.adamw(learning_rate, eps_root=1e-30, weight_decay=0.0, nesterov=nesterov)
+        vectors = finite_adam(optax.adamw(learning_rate, eps_root=1e-30, weight_decay=0.0, nesterov=nesterov))
     shape = _scale_by_shape(consistent_rms, dimension_numbers)
 
     def labels(params):
@@ -186,7 +188,7 @@ def as_muon(
         return jax.tree.unflatten(jax.tree.structure(params), kinds)
 
     matrices = optax.chain(rule, shape, weight_decay, optax.scale_by_learning_rate(learning_rate))
-    return optax.partition({"matrices": matrices, "vectors": vectors}, labels)
+    return in_float32(optax.partition({"matrices": matrices, "vectors": vectors}, labels))
 
 
 def _scale_by_shape(consistent_rms: ArrayLike | None, dimension_numbers: DimensionNumbers) -> optax.GradientTransformation:

@@ -77,3 +77,33 @@ def test_state_lies_where_parameters_lie(x64, name):
             assert after.sharding.is_equivalent_to(NamedSharding(mesh, own), after.ndim), told
             held += 1
     assert held or name in ("delta_gradient_descent", "deep_momentum", "adagrad_memory, full")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_in_a_users_shard_map(x64, name):
+    """A model of its own on each device, its state made there, is that model alone; with a mean gradient all stay equal."""
+    mesh, rule = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)), optax.with_extra_args_support(RULES[name](0.1))
+    draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    params = {"kernel": draw(0, 4, 3, 2), "bias": draw(1, 4, 2)}
+    x = draw(2, 4, 5, 3)
+
+    def steps(params, x, mean=lambda tree: tree):
+        state, extra = rule.init(params), {"inputs": {"kernel": x}} if name == "delta_gradient_descent" else {}
+        loss = lambda params: jnp.mean(jnp.sin(x @ params["kernel"] + params["bias"][None]))
+        for _ in range(2):
+            updates, state = rule.update(mean(jax.grad(loss)(params)), state, params, **extra)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    close = lambda a, b: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), a, b)
+    at = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    each = lambda params, x: jax.tree.map(lambda leaf: leaf[None], steps(at(params, 0), x[0]))
+    own = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(params, x)
+    alone = jax.jit(steps)
+    for i in (0, 3):
+        close(at(own, i), alone(at(params, i), x[i]))
+    if name == "delta_gradient_descent":
+        return  # its inputs are those of all devices, which no mean makes equal
+    split = lambda params, x: steps(jax.lax.pcast(params, "data", to="varying"), x[0], lambda g: jax.lax.pmean(g, "data"))
+    equal = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))(at(params, 0), x)
+    close(jax.tree.map(lambda leaf: leaf[: len(leaf) // 4], equal), alone(at(params, 0), x.reshape(-1, 3)))

@@ -3,40 +3,20 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from rare import cases
-from rule_runs import last, trajectory
+from rule_runs import RULES, VARIANTS, last, trajectory
 
 from nested_jax import optim
 from nested_jax.errors import UserError
 
-RULES = {
-    "momentum": optim.momentum,
-    "preconditioned momentum": optim.preconditioned_momentum,
-    "feature momentum": optim.feature_momentum,
-    "delta momentum": optim.delta_momentum,
-    "delta momentum, preconditioned": functools.partial(optim.delta_momentum, preconditioner=optax.scale_by_rms()),
-    "deep momentum": optim.deep_momentum,
-    "deep momentum, l2": functools.partial(optim.deep_momentum, objective="l2", target=optim.newton_schulz, scale="rms"),
-    "non-linear momentum": optim.nonlinear_momentum,
-    "adam memory": optim.adam_memory,
-    "adam memory, sums": functools.partial(optim.adam_memory, average=False, penalty=0.1),
-    "adagrad memory": optim.adagrad_memory,
-    "adagrad memory, full": functools.partial(optim.adagrad_memory, form="full"),
-    "delta gradient descent": optim.delta_gradient_descent,
-    "generalized gradient descent": functools.partial(optim.generalized_gradient_descent, window=2),
-    "m3": functools.partial(optim.m3, slow_period=2),
-    "m3, sums": functools.partial(optim.m3, slow_period=2, average=False),
-    "continuum": functools.partial(optim.continuum, periods=2),
-}
 every_rule = pytest.mark.parametrize("name", RULES)
-VARIANTS = ("delta momentum, preconditioned", "deep momentum, l2", "adam memory, sums", "m3, sums")  # of other rules
-
-
 ALIKE = ("adam memory", "adagrad memory", "preconditioned momentum", "feature momentum", "delta momentum")  # their state
 variants_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - set(VARIANTS)))
 alike_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE}))
@@ -78,17 +58,14 @@ def assert_close(a, b, rtol=1e-6, atol=1e-9):
 
 
 def memory_types(state):
-    """Of the memories in the rules' own states, without those that parts of optax keep there."""
-    own = lambda x: type(x).__module__.startswith("nested_jax.optim")
-    states = filter(own, jax.tree.leaves(state, is_leaf=own))
-    memories = [getattr(x, f) for x in states for f in x._fields if f not in ("inner", "preconditioner")]
-    return {x.dtype for x in jax.tree.leaves(memories) if jnp.issubdtype(x.dtype, jnp.floating)}
+    """Of all that a rule remembers in numbers that are not whole, also in optax's parts."""
+    return {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 @every_rule
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
-    """Memories are float32 with bfloat16 parameters too."""
+def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype, tmp_path):
+    """Memories are float32 with bfloat16 parameters too. Orbax saves and restores the state."""
     params, rule = tree(0, dtype), RULES[name](0.1)
     after, state = run_donated(rule, params, [tree(i, dtype) for i in range(4)], **extra(name))
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -97,6 +74,23 @@ def test_types_and_shapes_stay_and_nothing_compiles_twice(name, dtype):
     assert memory_types(state) == (set() if name == "delta gradient descent" else {jnp.dtype("float32")})
     pairs = zip(*map(jax.tree.leaves, (after, params)), strict=True)
     assert all(jnp.isfinite(x).all() and (x != y).any() for x, y in pairs)
+    if dtype == jnp.float32:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(rule.init, params))
+        chex.assert_trees_all_equal(restored, state)
+
+
+def test_a_fresh_state_of_numpy_parameters_can_be_saved(tmp_path):
+    """Numbers of NumPy make arrays of JAX, and no state has arrays of no size."""
+    params = {"kernel": np.ones((2, 2), np.float32), "scale": np.float32(2)}
+    rules = [optim.generalized_gradient_descent(0.1)]
+    rules += [optax.inject_hyperparams(optim.momentum)(learning_rate=np.float32(0.1), decay=np.array(0.5))]
+    states = [rule.init(params) for rule in rules]
+    assert all(isinstance(leaf, jax.Array) and leaf.size for leaf in jax.tree.leaves(states))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", states)
 
 
 @alike_are_slow
@@ -111,7 +105,8 @@ def test_composes_with_optax(x64, name):
     assert_close(run(clipped, params, gradients, **more), plain)
     decayed = run(optax.chain(make(0.1), optax.add_decayed_weights(-0.01)), params, gradients[:1], **more)
     assert_close(decayed, jax.tree.map(lambda w, start: w - 0.01 * start, first, params))
-    injected = optax.inject_hyperparams(make, static_args=_static(make))(learning_rate=0.1)
+    sizes = ("window",) if name.startswith("generalized") else ()  # no array's size is traced
+    injected = optax.inject_hyperparams(make, sizes)(learning_rate=0.1)
     assert_close(run(injected, params, gradients, **more), plain)
 
     labels = {"dense": {"kernel": "a", "bias": "a"}, "scale": "b"}
@@ -125,13 +120,33 @@ def test_composes_with_optax(x64, name):
     halves = [jax.tree.map(lambda x: x / 2, g) for g in gradients for _ in (0, 1)]
     multiple = optax.MultiSteps(make(0.1), 2, use_grad_mean=False, accumulator_dtype=jnp.float64)
     accumulated = optax.GradientTransformationExtraArgs(multiple.init, multiple.update)
-    assert_close(run(accumulated, params, halves, **more), plain)
+    if name == "delta gradient descent":  # each half has inputs of its own, and MultiSteps passes on the last one's alone
+        with pytest.raises(UserError, match="optax.MultiSteps sums gradients of several steps and passes on inputs"):
+            run(accumulated, params, halves, **more)
+    else:
+        assert_close(run(accumulated, params, halves, **more), plain)
 
 
-def _static(make):
-    function = make.func if isinstance(make, functools.partial) else make
-    numeric = ("decay", "erase", "rate", "b1", "b2", "b3", "penalty", "slow_weight", "eps", "weight_decay")
-    return tuple(set(inspect.signature(function).parameters) - {"learning_rate", *numeric})
+def test_rules_that_need_the_inputs_of_every_step_are_not_given_sums():
+    """Inside a chain too; alone, and where nothing is summed, the same arguments are right."""
+    params, gradient, more = tree(0), tree(1), extra("delta gradient descent")
+    delta = optim.delta_gradient_descent(0.1)
+    objective = lambda weights, gradients, labels: optax.tree.vdot(weights, gradients) * labels
+    general, labels = optim.generalized_gradient_descent(0.1, objective), {"labels": jnp.ones(())}
+    chain = optax.chain(optax.clip_by_global_norm(1.0), delta)
+    remedy = "of the last step alone: average the gradients, concatenate .* of all steps, and call update once"
+    for rule, arguments, message in [
+        (optax.MultiSteps(chain, 2), more, "delta_gradient_descent: optax.MultiSteps sums .* inputs " + remedy),
+        (optim.scale_by_continuum(chain, 2), more, "delta_gradient_descent: continuum with period 2 sums .*" + remedy),
+        (optax.MultiSteps(general, 2), labels, "generalized_gradient_descent: optax.MultiSteps .* the objective's labels"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(lambda rule=rule, more=arguments: rule.update(gradient, rule.init(params), params, **more))
+    expected, _ = delta.update(gradient, delta.init(params), params, **more)
+    every = optim.scale_by_continuum(delta, 1)
+    assert_close(every.update(gradient, every.init(params), params, **more)[0], expected)
+    ignoring = optax.MultiSteps(optim.generalized_gradient_descent(0.1), 1)  # its default objective takes no labels
+    jax.eval_shape(lambda: ignoring.update(gradient, ignoring.init(params), params, **labels))
 
 
 HAS_MATRICES = pytest.mark.parametrize(

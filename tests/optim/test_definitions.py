@@ -150,6 +150,28 @@ def test_derivatives_of_the_memory_of_outer_products(x64):
         check_grads(memory, (gradients, jnp.asarray(0.3)), order=1, rtol=1e-5)
 
 
+def test_second_derivatives_of_the_memory_of_outer_products(x64):
+    """One gradient is a rank of one: |g| g / (|g|^2 + penalty). At zero all are zero; elsewhere those of the closed form."""
+
+    def own(g, penalty):
+        rule = optim.scale_by_adagrad_memory("full", penalty=penalty)
+        return rule.update(g, rule.init(g))[0]
+
+    @jax.jit
+    def hessians(g, penalty):
+        closed = lambda g, penalty: jnp.linalg.norm(g) * g / (g @ g + penalty)
+        return jax.jacfwd(jax.jacrev(own))(g, penalty), jax.jacfwd(jax.jacfwd(closed))(g, penalty)
+
+    for penalty in (0.0, 0.3):
+        np.testing.assert_array_equal(hessians(jnp.zeros(4), penalty)[0], 0)
+        np.testing.assert_allclose(*hessians(normal(0, 4), penalty), rtol=1e-6, atol=1e-8)
+
+    slope = jax.jit(jax.grad(lambda g: jnp.sum(jnp.sin(own(g, 0.1)))))
+    direction, step = normal(1, 3, 3), 1e-5
+    numeric = (slope(jnp.eye(3) + step * direction) - slope(jnp.eye(3) - step * direction)) / (2 * step)  # equal eigenvalues
+    np.testing.assert_allclose(jax.jvp(slope, (jnp.eye(3),), (direction,))[1], numeric, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_delta_momentum_in_the_papers_orientation(x64, normalize):
     """NL Eq. 48-49 with matrices (out, in): m (decay I - erase u^T u) + P(g); element by element for a vector."""
@@ -269,6 +291,15 @@ def test_default_start_of_deep_momentum(x64):
     assert (start["a"].up != start["b"].up).all()
     assert (start["a"].up != optim.deep_momentum_start(params, 7)["a"].up).all()
     np.testing.assert_allclose(emitted(rule, [params])["a"], params["a"], rtol=1e-12)
+
+
+def test_a_start_depends_on_its_path_alone(x64):
+    """Another parameter before or after it changes nothing; a layer of the same shape has another start."""
+    layer = {"kernel": normal(0, 3, 2)}
+    alone = optim.deep_momentum_start({"b": layer}, 4)["b"]["kernel"].up
+    among = optim.deep_momentum_start({"a": layer, "b": {**layer, "another": normal(1, 3, 2)}, "c": layer}, 4)
+    np.testing.assert_array_equal(among["b"]["kernel"].up, alone)
+    assert (among["a"]["kernel"].up != alone).all() and (among["b"]["another"].up != alone).all()
 
 
 def test_m3_orthogonalises_its_slow_memory_at_its_own_frequency():
