@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 def train(preset: str, seed: int, folder: Path) -> dict:
     """One run of the command line."""
     choices = ["--preset", preset, "--seed", str(seed)]
-    subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *choices, "--run-dir", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "nested_jax", "train", *choices, "--run-dir", str(folder)], check=True)
     return {
         "command": " ".join(["nested-jax train --fresh", *choices]),
         "preset": preset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ CHECKPOINTS, _FILES = "checkpoints", "files.json"
 
 
 class Checkpoints:
-    """The last two checkpoints of a run folder, in its subfolder `checkpoints`, named by step.
+    """The last two checkpoints of a run folder and one before them, in its subfolder `checkpoints`, named by step.
 
     Args:
         folder: the run folder.
@@ -37,7 +38,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._before = 0
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=False)
         tree = ("parameters", "optimizer", "fast")
         handlers = {name: ocp.StandardCheckpointHandler() for name in tree} | {"progress": ocp.JsonCheckpointHandler()}
         self._orbax = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -46,17 +48,28 @@ class Checkpoints:
         """The step of the newest checkpoint; None where there is none."""
         return self._orbax.latest_step()
 
-    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint and deletes all but the last two.
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which checkpoints to keep: the last two, and the last one before a step."""
+        steps = [info.step for info in checkpoints]
+        kept = {*steps[-2:], self.last_before(self._before)}
+        return [step in kept for step in steps]
+
+    def last_before(self, step: int) -> int | None:
+        """The newest checkpoint before a step; None where there is none."""
+        return max((own for own in self._orbax.all_steps() if own < step), default=None)
+
+    def save(self, state: TrainState, progress: dict[str, Any], *, before: int = 0) -> None:
+        """Writes a checkpoint and deletes all but the last two and the last one before a step.
 
         Args:
             state: its step is the checkpoint's name.
             progress: a JSON value that is saved with it.
+            before: that step.
 
         Raises:
             UserError: it cannot be written.
         """
-        step = int(state.step)
+        step, self._before = int(state.step), before
         items = {"progress": ocp.args.JsonSave(progress)}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         try:
@@ -85,6 +98,11 @@ class Checkpoints:
     def restore_parameters(self, shapes: PyTree) -> PyTree:
         """The parameters alone of the newest checkpoint. Raises UserError as `restore`."""
         return self._read({"parameters": shapes})["parameters"]
+
+    def return_to(self, step: int) -> None:
+        """Deletes the checkpoints after a step."""
+        for later in [later for later in self._orbax.all_steps() if later > step]:
+            self._orbax.delete(later)
 
     def close(self) -> None:
         """Ends Orbax's threads."""

@@ -27,6 +27,8 @@ class Text(NamedTuple):
     heldout: HeldOut
     fingerprint: str
     """A digest of the documents."""
+    epoch: float
+    """Targets of the documents read once; of TFDS datasets and of pieces, an estimate."""
 
 
 def open_text(config: TrainConfig, folder: Path | None) -> Text:
@@ -55,7 +57,30 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     )
     heldout_documents = open_documents(config.data, "heldout")
     heldout = HeldOut(config, tokenizer, heldout_documents, limit=config.eval_bytes)
-    return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents))
+    return Text(tokenizer, batches, heldout, fingerprint(documents, heldout_documents), targets_of(documents, tokenizer))
+
+
+def targets_of(documents: Sequence[bytes], tokenizer: Tokenizer, *, most: int = 200) -> float:
+    """Targets of documents: exact for bytes of a list, else from the bytes and targets of so many documents.
+
+    Args:
+        documents: texts, by index.
+        tokenizer: theirs.
+        most: documents that are read, evenly spaced.
+
+    Returns:
+        Their number.
+
+    >>> targets_of([b"abc", b"de"], ByteTokenizer())
+    7
+    """
+    length = len(documents)
+    some = [documents[i * length // min(length, most)] for i in range(min(length, most))]
+    text = sum(map(len, documents)) if isinstance(documents, list) else sum(map(len, some)) * length / len(some)
+    if isinstance(tokenizer, ByteTokenizer):
+        return text + length
+    pieces = sum(len(tokenizer.encode(document)) for document in some)
+    return text * pieces / max(sum(map(len, some)), 1) + length
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:
