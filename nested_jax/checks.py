@@ -43,6 +43,18 @@ class Interval(NamedTuple):
         return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if abs(bound) < math.inf)
 
 
+class Named(NamedTuple):
+    """A string that is not empty, in a field's annotation.
+
+    >>> allows(Annotated[str, Named("the path of a folder")], ""), describe_hint(Annotated[str, Named("a name")])
+    (False, 'a name')
+    """
+
+    words: str
+    """What it names."""
+
+
+Folder = Annotated[str, Named("the path of a folder")]
 Count = Annotated[int, Interval(least=1)]  # a whole number of at least 1
 NonNegative = Annotated[float, Interval(least=0)]
 Positive = Annotated[float, Interval(above=0)]
@@ -105,6 +117,8 @@ def allows(hint: Any, value: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
+        if value == "" and any(isinstance(extra, Named) for extra in arguments[1:]):
+            return False
         if not intervals or not _is_number(value):
             return allows(arguments[0], value)
         whole = arguments[0] is not int or isinstance(value, numbers.Integral)
@@ -138,6 +152,8 @@ def describe_hint(hint: Any) -> str:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        if names := [extra.words for extra in arguments[1:] if isinstance(extra, Named)]:
+            return names[0]
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
         finite = all(interval.finite for interval in intervals)
         plain = "a number" if arguments[0] is float and not finite else describe_hint(arguments[0])

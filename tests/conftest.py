@@ -10,7 +10,14 @@ if tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
+import atexit  # noqa: E402
 import gc  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+
+# Programs that tests start keep what they compile in a folder of the tests' own, not in the user's.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nested_jax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

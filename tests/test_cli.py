@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import pydoc_data.topics
@@ -20,10 +21,11 @@ import orbax.checkpoint
 import pytest
 
 from nested_jax import cli
-from nested_jax.cli import main
+from nested_jax.cli import flags, main, parsing
 from nested_jax.data import open_documents
 from nested_jax.train import loop
 from nested_jax.train.config import TrainConfig, flag, flatten
+from nested_jax.train.folder import write_config
 
 # As small_config of tests/train. Few different numbers of steps: each is a program of its own to compile.
 SMALL = (
@@ -70,7 +72,7 @@ def say(capsys, compiled_once):
         capsys.readouterr()
         code = main(shlex.split(line))
         out, err = capsys.readouterr()
-        return code, out.splitlines(), err.splitlines()
+        return code, out.splitlines(), [line for line in err.splitlines() if not line.startswith("compiling ")]
 
     return run
 
@@ -81,14 +83,16 @@ def start(compiled_once):
     return _start
 
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
 def _start(*words: str) -> subprocess.Popen:
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "nested_jax.cli", *words], env=env, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "nested_jax", *words], env=env, **PIPES)
 
 
 def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
@@ -151,11 +155,25 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("generate --tokens 0", "--tokens 0"),
         ("generate --temperature -1", "--temperature"),
         ("generate --promt x", r"unknown flag --promt \(did you mean --prompt\?\)"),
+        ("generate --prompt -x", "give a value that starts with - as --prompt=-x"),
+        ("generate --run-dir ''", "--run-dir '': give the path of a folder$"),
+        ("eval --run-dir ''", "--run-dir '': give the path of a folder$"),
+        ("train --run-dir ''", "--run-dir '': give the path of a folder$"),
+        ("train --init-from nowhere", "--init-from nowhere holds no run: give"),
+        ("train --config nowhere.json", "--config nowhere.json: No such file"),
+        ("train --config text.txt", "--config text.txt is no JSON"),
+        ("train --config odd.json", "--config odd.json: field model.widht is missing or unknown"),
+        ("train --max-loss-rise 0", "--max-loss-rise 0.0: give a number above 0$"),
+        ("train --data text.txt --compilation-cache text.txt", "--compilation-cache text.txt cannot be written to"),
+        ("describe --figure nowhere/a.png", "--figure nowhere/a.png: there is no folder nowhere; make it"),
+        ("describe --figure ''", "--figure '' names no file"),
+        ("generate --top-p 0", "--top-p 0.0: give a finite number above 0 and at most 1$"),
     ],
 )
 def test_bad_input_is_one_line(place, say, line, named):
     Path("cache").mkdir(exist_ok=True)
     Path("cache", "file").touch()
+    Path("odd.json").write_text('{"model": {"widht": 3}}')
     code, out, err = say(line)
     assert code == 2 and out == []
     assert len(err) == 1 and err[0].startswith("nested-jax: ")
@@ -171,11 +189,35 @@ def test_help_has_every_flag(capsys):
     for name, _ in flatten(TrainConfig()):
         assert flag(name) in said
     assert ">>>" not in said
-    for command, kind in (("eval", cli.Evaluation), ("generate", cli.Generation)):
+    for command, kind in (("eval", flags.Evaluation), ("generate", flags.Generation)):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         said = capsys.readouterr().out
         assert all(flag(f.name) in said for f in dataclasses.fields(kind))
+
+
+def test_versions(say):
+    code, (line,), err = say("--version")
+    assert (code, err) == (0, []) and re.match(r"nested-jax \S+, jax \S+, Python 3", line)
+
+
+def test_a_file_and_a_run_give_the_defaults(place):
+    """The run in the folder, or that of --init-from; over it --config, over all the flags."""
+    read = lambda line: parsing.parse(parsing.training(line.split()), "train", line.split()).run
+    mine = TrainConfig.from_preset("tiny-transformer", run_dir="a", steps=7, batch_size=6)
+    Path("a").mkdir()
+    write_config(Path("a"), mine, "")
+    assert read("--run-dir a") == read("--run-dir a --preset tiny-transformer") == mine
+    assert read("--run-dir a --seed 3") == dataclasses.replace(mine, seed=3)
+    assert read("--run-dir a --fresh") == TrainConfig(run_dir="a", fresh=True)
+    assert read("--init-from a") == dataclasses.replace(mine, run_dir="runs/tiny-transformer", init_from="a")
+    Path("c.json").write_text('{"preset": "tiny-titans", "steps": 9, "model": {"width": 64}}')
+    titans = TrainConfig.from_preset("tiny-titans")
+    model = dataclasses.replace(titans.model, width=64)
+    assert read("--config c.json --seed 3") == dataclasses.replace(titans, steps=9, seed=3, model=model)
+    assert read("--config a/config.json --run-dir b") == dataclasses.replace(mine, run_dir="b")
+    Path("a").rename("moved")
+    assert read("--run-dir moved") == dataclasses.replace(mine, run_dir="moved")
 
 
 def test_no_command_is_help(capsys):
@@ -185,7 +227,7 @@ def test_no_command_is_help(capsys):
 
 
 def test_a_preset_sets_the_other_defaults():
-    read = lambda *words: cli._parse(cli._defaults(words), "train", words)
+    read = lambda *words: parsing.parse(parsing.of_preset(words), "train", words)
     assert read() == TrainConfig()
     assert read("--preset", "tiny-transformer", "--steps", "3") == TrainConfig.from_preset("tiny-transformer", steps=3)
     config = read("--model.width", "64", "--preset=tiny-transformer")
@@ -194,13 +236,13 @@ def test_a_preset_sets_the_other_defaults():
         assert read(*words).model == dataclasses.replace(TrainConfig().model, memory_policy="sqrt")
 
 
-def test_train_resume_evaluate_generate(place, say):
+def test_train_resume_evaluate_generate(place, say, monkeypatch):
     command = f"train {SMALL} --data text.txt --run-dir a --steps"
     code, out, err = say(f"{command} 6")
     assert (code, err) == (0, []) and "a/report.md" in out[-1]
     code, out, _ = say(f"{command} 6")
     assert code == 0 and len(out) == 1 and "a is finished" in out[0]
-    code, out, _ = say(f"{command} 9")
+    code, out, _ = say("train --run-dir a --steps 9")
     assert code == 0 and "from step 6" in out[0]
     code, out, err = say(f"{command} 9 --batch-size 2")
     assert code == 2 and len(err) == 1 and "--batch-size 4, not 2" in err[0]
@@ -215,7 +257,13 @@ def test_train_resume_evaluate_generate(place, say):
     assert all(f"| {words.split()[-1]} |" in report for words in counts), "the run's own"
     assert "on 900 held-out bytes of text.txt" in say("eval --run-dir a --eval-bytes 900")[1][0]
     Path("b.txt").write_text("Tyger Tyger, burning bright,\n\n" * 100)
-    assert say("eval --run-dir a --data b.txt")[1][1:] != out[1:]
+    other = say("eval --run-dir a --data b.txt")[1]
+    assert other[1:] != out[1:]
+    code, out, err = say("train --init-from a --run-dir b --data b.txt --learning-rate 1e-4 --eval-every 100")
+    assert (code, err) == (0, []) and "from the start with the weights of a;" in out[0]
+    assert f"step 0/9  held-out {other[-1].split()[-1]} bits/byte" in "\n".join(out)
+    code, _, err = say("train --init-from a --run-dir c --model.width 32")
+    assert code == 2 and "--init-from a has --model.width 16, not 32" in err[0]
 
     code, out, err = say("generate --run-dir a --prompt Assertions --tokens 5")
     assert (code, err) == (0, []) and "\n".join(out).startswith("Assertions")
@@ -224,6 +272,12 @@ def test_train_resume_evaluate_generate(place, say):
     greedy = [written("--tokens", "5", "--temperature", "0", "--seed", seed, "--prompt", "q") for seed in "12"]
     assert greedy[0] == greedy[1]
     assert greedy[0][0][1:] != written("--tokens", "5", "--temperature", "0", "--prompt", "z")[0][1:]
+    monkeypatch.setattr("sys.stdin", io.StringIO("q"))
+    assert written("--tokens", "5", "--temperature", "0", "--prompt", "-") == greedy[0]
+    several = written("--tokens", "5", "--temperature", "0", "--samples", "2", "--seed", "4", "--prompt", "q")
+    heads = [line for line in several if line.startswith("--- ")]
+    assert heads == ["--- sample 1 of 2, seed 4", "--- sample 2 of 2, seed 5"]
+    assert "\n".join(several).count("\n".join(greedy[0])) == 2
 
     files = [f for f in Path("a/checkpoints/9/parameters").rglob("*") if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)
@@ -257,7 +311,7 @@ def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
     opened = loop.open_text
     monkeypatch.setattr(loop, "open_text", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
     code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6")
-    assert code == 130 and len(err) == 1 and "stopped at step 0 of 6, saved in a; resume with:" in err[0]
+    assert code == 130 and len(err) == 1 and "stopped" in err[0]
     monkeypatch.setattr(loop, "open_text", opened)
     assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[0] == 0
 
@@ -356,10 +410,36 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(run_of_6
     assert steps == [*range(1, 7), 6, 7, 8, 9, 9]
 
 
+@pytest.fixture
+def small_disk(place):
+    """A function that makes the file system of the folder "disk" so many KiB large."""
+    Path("disk").mkdir()
+    mount = lambda *words: subprocess.run(["mount", *words, "tmpfs", "disk"], capture_output=True).returncode
+    if not shutil.which("mount") or mount("-t", "tmpfs", "-o", "size=8m"):
+        pytest.skip("a file system of its own cannot be mounted here")
+    yield lambda size: mount("-o", f"remount,size={size}k")
+    subprocess.run(["umount", "disk"], check=True)
+
+
+def test_a_disk_that_is_full_is_one_line_and_what_was_saved_goes_on(run_of_6, small_disk, say, start):
+    shutil.copytree("a", "disk/a")
+    used = shutil.disk_usage("disk").used // 1024
+    assert small_disk(used + 64) == 0  # a checkpoint takes more
+    process = start("train", "--run-dir", "disk/a", "--steps", "9")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and len(err.splitlines()) == 1, err
+    assert re.match("nested-jax: .*(No space left on device|RESOURCE_EXHAUSTED|ENOSPC)", err), err
+    assert small_disk(used + 8192) == 0
+    code, out, _ = say("train --run-dir disk/a --steps 9")
+    assert code == 0 and "from step 6" in out[0]
+    steps = [json.loads(line)["step"] for line in Path("disk/a/metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 7), 6, 7, 8, 9, 9]
+
+
 def test_a_broken_run_stops_with_one_line(place, say):
     code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 20 --learning-rate 1e30")
     assert code == 1 and len(err) == 1
-    assert re.match(r"nested-jax: step \d+, level .+: .+ is not finite; .*--learning-rate", err[0])
+    assert re.match(r"nested-jax: step \d+, level .+: .+ is not finite.*; .*--learning-rate", err[0])
 
 
 @pytest.mark.parametrize(
@@ -381,6 +461,39 @@ def test_a_signal_saves_and_says_how_to_resume(place, start, number, code):
     process.send_signal(number)
     process.communicate(timeout=120)
     assert process.returncode == code
+
+
+def test_a_signal_while_importing_is_one_line(start):
+    process = start("train", "--help")
+    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
+    while not caught() >> (signal.SIGTERM - 1) & 1:  # Python itself does not catch it: the program's first line has run
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (130, "", "nested-jax: stopped; what was saved before is kept\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_is_answered_while_the_main_thread_cannot(number, code):
+    """As while it compiles: here in one call of C, for an hour. In an `Interruption` the second signal ends it."""
+    script = """if True:
+        import hashlib, signal, sys
+        from nested_jax.train.stopping import Interruption, watch
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has it ignore
+        watch()
+        with Interruption(lambda line: print(line, flush=True)):
+            print("ready", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    """
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=env, **PIPES)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "stopping after this step; again to stop now\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (code, "", "nested-jax: stopped; what was saved before is kept\n")
 
 
 def test_a_killed_run_resumes_to_the_same_rows(place, say, start):

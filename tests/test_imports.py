@@ -20,10 +20,19 @@ def loaded_by(statement: str) -> set[str]:
 def test_the_package_imports_no_command_line_plots_or_data_sets():
     """Of rich and orbax no more than flax, jax and optax import themselves."""
     others = loaded_by("import jax, optax, flax.nnx")
-    own = loaded_by("import nested_jax") - others
+    own = loaded_by("from nested_jax import *") - others
     assert "nested_jax" in own
     found = {name for name in own if name.split(".")[0] in (*HEAVY, "rich")}
     assert not found, found
+
+
+def test_a_name_is_imported_when_it_is_asked_for():
+    """So that the command line answers signals from its first line on."""
+    assert not {"jax", "numpy"} & loaded_by("import nested_jax.__main__")
+    homes = [name for names in nested_jax._HOMES.values() for name in names]
+    assert sorted([*homes, "load"]) == sorted(nested_jax.__all__)
+    assert all(hasattr(nested_jax, name) for name in (*nested_jax.__all__, "optim", "train"))
+    assert not hasattr(nested_jax, "no_such_name") and set(nested_jax.__all__) <= set(dir(nested_jax))
 
 
 def test_version_and_type_information():

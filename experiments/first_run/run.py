@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 def train(preset: str, seed: int, folder: Path) -> dict:
     """One run of the command line."""
     choices = ["--preset", preset, "--seed", str(seed)]
-    subprocess.run([sys.executable, "-m", "nested_jax.cli", "train", *choices, "--run-dir", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "nested_jax", "train", *choices, "--run-dir", str(folder)], check=True)
     config, params, tokenizer, _ = load_run(folder)
     found = read(config, params, tokenizer, open_documents(config.data, "heldout"))
     return {

@@ -18,7 +18,7 @@ from tuning import chosen, counted, tried, tuned
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.loop import train
 from nested_jax.train.record import read_rows
-from nested_jax.train.stopping import NonFinite
+from nested_jax.train.stopping import Diverged
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
@@ -29,7 +29,7 @@ BITS = "heldout_bits_per_byte"
 
 
 def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: int) -> dict:
-    """One run, as of `nested-jax train`; its held-out bits per byte are None if a loss was not finite."""
+    """One run, as of `nested-jax train`; its held-out bits per byte are None if it diverged."""
     choices = {"optimizer": optimizer, "learning_rate": rate, "seed": seed, "steps": config.steps}
     choices |= {"batch_size": config.batch_size, "window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes}
     choices |= {"sample_tokens": 0, "checkpoint_every": config.steps, "log_every": 5}
@@ -38,7 +38,7 @@ def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: i
         row = {"train": command(made)}
         try:
             train(dataclasses.replace(made, run_dir=folder), Console(quiet=True))
-        except NonFinite as error:
+        except Diverged as error:
             return row | {BITS: None, "error": str(error)}
         rows = read_rows(Path(folder))
     last = next(one for one in rows if BITS in one)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from nested_jax.checks import Count, Interval, NonNegative, check_fields
+from nested_jax.checks import Count, Folder, Interval, NonNegative, check_fields
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig, preset
 
@@ -21,6 +21,7 @@ _SAME_RUN = (  # fields that may differ when a run is resumed
     "eval_every",
     "eval_bytes",
     "checkpoint_every",
+    "max_loss_rise",
     "sample_tokens",
     "reading_documents",
     "show_surprise",
@@ -48,10 +49,13 @@ class TrainConfig:
     names the field of JSON Lines that is read, else text."""
     steps: Count = 280
     """Updates of the parameters in all. A finished run given more of them continues, on the longer schedule."""
-    run_dir: str = "runs/tiny-hope"
-    """Folder that the run is written to and resumed from."""
+    run_dir: Folder = "runs/tiny-hope"
+    """Folder that the run is written to and resumed from. A run in it brings its own config: no other flag is needed."""
     fresh: bool = False
     """Start over. A run already in the folder is kept: its folder is renamed, with a number at the end."""
+    init_from: Folder | None = None
+    """Folder of a run whose weights, model and tokenizer a new run starts from, with its other choices where no flag changes
+    them; the schedule and the optimizer's memory start anew."""
     tokenizer: str = "sentencepiece"
     """sentencepiece (learned from the text, with --model.vocabulary pieces), bytes, or the path of a saved tokenizer."""
     window: Count = 512
@@ -76,14 +80,17 @@ class TrainConfig:
     """Decoupled decay of the matrices; norms, biases and the starts of memories do not decay."""
     clip: NonNegative = 1.0
     """Largest norm of the whole gradient; 0 for none."""
+    max_loss_rise: Annotated[float, Interval(above=0, finite=False)] = 1.5
+    """Nats by which the mean loss of the last ten updates may rise above its least value, or above that of a uniform guess;
+    beyond them the run has diverged and stops. inf: it goes on while its numbers are finite."""
     seed: Seed = 0
     """Seed of the parameters, of the order of the text and of the sample."""
     eval_every: Whole = 100
-    """Updates between two evaluations on held-out text; 0 for one at the end only."""
+    """Updates between two evaluations on held-out text, the first before any; 0 for one at the end only."""
     eval_bytes: Count = 2**16
     """Bytes of held-out text that an evaluation reads, the same ones each time."""
     checkpoint_every: Count = 100
-    """Updates between two checkpoints; the last two are kept."""
+    """Updates between two checkpoints; the last two are kept, and the one before the least mean loss of ten updates."""
     show_surprise: bool = False
     """Show at evaluations and in the report which linear layers have the largest local surprise."""
     log_every: Count = 10
@@ -153,7 +160,8 @@ def flag(name: str) -> str:
 def difference(saved: TrainConfig, given: TrainConfig) -> tuple[str, str, str] | None:
     """The first field that makes `given` another run than `saved`.
 
-    More steps are not another run; nor are other fields of reports, of checkpoints and of rematerialisation.
+    More steps are not another run, nor is a lower learning rate; nor are other fields of reports, of checkpoints and of
+    rematerialisation.
 
     Returns:
         (flag, saved value, given value), or None where `given` resumes `saved`.
@@ -163,7 +171,9 @@ def difference(saved: TrainConfig, given: TrainConfig) -> tuple[str, str, str] |
     """
     theirs, ours = dict(flatten(saved)), dict(flatten(given))
     for name, value in ours.items():
-        if name in _SAME_RUN or (name == "steps" and saved.steps <= given.steps):
+        if name in _SAME_RUN or (name == "steps" and theirs[name] <= value):
+            continue
+        if name == "learning_rate" and value < theirs[name]:
             continue
         if theirs[name] != value:
             return flag(name), _words(theirs[name]) or "nothing", _words(value) or "nothing"

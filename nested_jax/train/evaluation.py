@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -49,6 +50,16 @@ class HeldOut:
         self._step = jax.jit(partial(cross_entropy, model))
         self._surprise = jax.jit(layer_surprise(model))
         self._carry = config.carry
+
+    @property
+    def targets(self) -> int:
+        """Number of targets, over which the loss is a mean."""
+        return self._batches.targets
+
+    def compile(self, params: PyTree) -> None:
+        """Compiles what `bits_per_byte` runs, by its first two batches: those after them compile nothing."""
+        batches = itertools.count()
+        self.bits_per_byte(params, stop=lambda: next(batches) == 2)
 
     def bits_per_byte(self, params: PyTree, stop: Callable[[], bool] = lambda: False) -> float | None:
         """Summed cross-entropy of the text in bits, over its bytes; None if `stop()` became true on the way."""

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
-from nested_jax.data import NgramBits
+from nested_jax.data import Batch, NgramBits
 from nested_jax.errors import UserError
 from nested_jax.train import folder as folders
 from nested_jax.train import layers, reading, report
 from nested_jax.train.checkpoint import Checkpoints
-from nested_jax.train.config import TrainConfig, command
+from nested_jax.train.config import TrainConfig, command, flatten
+from nested_jax.train.divergence import Running
 from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, assert_rows, read_rows
 from nested_jax.train.sample import characters, sample
 from nested_jax.train.state import TrainState, init_train_state
 from nested_jax.train.step import Metrics, assert_healthy, train_step
-from nested_jax.train.stopping import Interrupted, Interruption, NonFinite
+from nested_jax.train.stopping import Diverged, Interrupted, Interruption
 from nested_jax.train.text import Text, open_text
+from nested_jax.train.trained import load_run
+from nested_jax.typing import PyTree
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     """Trains in `config.run_dir`, from where a run in it stopped.
 
     The folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.model and, at the end, loss.png
-    and report.md. A run that was stopped and resumed has the state and metrics, to the bit, of one that was not.
+    and report.md. A run that was stopped and resumed has the state and metrics, to the bit, of one that was not. A lower
+    `learning_rate` than that of a run which has diverged resumes it from the last checkpoint before.
 
     Args:
         config: of the run.
@@ -43,21 +51,20 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
 
     Raises:
         UserError: config, text and folder do not fit; nothing in the folder has changed.
-        NonFinite: the loss, a gradient or the fast state is not finite; the last checkpoint is kept.
-        Interrupted: stopped by Ctrl-C or SIGTERM, and saved.
+        Diverged: the loss has risen by more than `config.max_loss_rise`, or (NonFinite) a number is not finite; checkpoints
+            are kept.
+        Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP after an update, and saved.
     """
     console, folder = console or Console(), Path(config.run_dir)
-    state, progress = None, {"tokens": 0, "seconds": 0.0}
+    state, progress, text = None, {}, None
     with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption())
         if locked := folders.holds_run(folder):
             stack.enter_context(folders.lock(folder))  # before anything in it is read
         saved = folders.resumable(folder, config)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, partial(print_line, console))))
-        text = None
         if saved:
             if checkpoints.latest() is not None:
-                state, progress = checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
+                state, progress = _restore(checkpoints, config)
             assert_resumable(folder, saved, config, state, progress)
             if saved.data != config.data:
                 text = open_text(config, folder)
@@ -65,7 +72,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
-        text = text or open_text(config, folder if saved else None)
+        first = _first_weights(config) if state is None and config.init_from else None
+        text = text or open_text(config, folder if saved else Path(config.init_from) if config.init_from else None)
         if saved:
             folders.assert_same_text(folder, text.fingerprint)
         elif config.fresh and (aside := folders.set_aside(folder)):
@@ -76,18 +84,23 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if folders.holds_run(folder):
                 began = f"another process has trained in {folder} since this one started"
                 raise UserError(f"{began}: give the same command again")
-        folders.write_config(folder, config, text.fingerprint)
+        folders.write_config(folder, dataclasses.replace(config, fresh=False), text.fingerprint)
         text.save(folder)
+        if saved and config.learning_rate < saved.learning_rate and (step := _last_good(folder, checkpoints)):
+            checkpoints.return_to(step)
+            state, progress = _restore(checkpoints, config)
+            print_line(console, f"goes back to step {step}, before the loss rose, with a lower learning rate")
         if state is None:
-            state = jax.jit(lambda: init_train_state(config))()
+            state = jax.jit(lambda: init_train_state(config, first))()
         else:
             text.batches.set_state(progress["data"])
         state = jax.device_put(state, jax.devices()[0])  # committed, whether new or restored: one program for both
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
+        record.add_config(dict(flatten(config)))
         run = _Run(config, console, text, checkpoints, record, state, progress)
         run.print_start()
-        run.update(interruption)
-        interruption.release()
+        run.compile()
+        run.update()
         run.report()
         return run.state
 
@@ -107,8 +120,10 @@ class _Run:
     ):
         self.config, self.console, self.text = config, console, text
         self.checkpoints, self.record = checkpoints, record
-        self.state, self.step, self.tokens = state, int(state.step), progress["tokens"]
-        self._start = time.monotonic() - progress["seconds"]
+        self.state, self.step, self.tokens = state, int(state.step), progress.get("tokens", 0)
+        self.compiling, self.evaluating = progress.get("compiling", 0.0), progress.get("evaluating", 0.0)
+        self.running = Running(**progress.get("running", {"steps": self.step}))
+        self._start = time.monotonic() - progress.get("seconds", 0.0)
 
     @property
     def seconds(self) -> float:
@@ -121,55 +136,82 @@ class _Run:
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def print_start(self) -> None:
-        """Prints the model, the text and the step that the run starts from."""
+        """Prints the model, the device, the text and the step that the run starts from."""
         config, heldout = self.config, self.text.heldout
         where = f"from step {self.step}" if self.step else "from the start"
-        print_line(
-            self.console, f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes"
-        )
-        print_line(self.console, f"{config.data}: {self.text.summary}")
-        print_line(self.console, f"{config.data}: {heldout.text_bytes:,} bytes held out, {_ngrams(self.text.ngrams)}")
+        where += f" with the weights of {config.init_from}" if config.init_from and not self.step else ""
+        say = lambda line: print_line(self.console, line)
+        say(f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes")
+        sizes = f"{config.batch_size * config.window:,} tokens an update, {self.text.epoch:,.0f} an epoch"
+        say(f"on {jax.devices()[0].device_kind}, JAX {jax.__version__}; {sizes}")
+        say(f"{config.data}: {self.text.summary}")
+        say(f"{config.data}: {heldout.text_bytes:,} bytes held out, {_ngrams(self.text.ngrams)}")
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
-            print_line(self.console, f"note: {never}; give --carry or --window {2 * slowest}")
+            say(f"note: {never}; give --carry or --window {2 * slowest}")
 
-    def update(self, interruption: Interruption) -> None:
+    def compile(self) -> None:
+        """Compiles the update and the evaluation, once: arrays of other types or places would be an error."""
+        config, start = self.config, time.monotonic()
+        if self.step == config.steps:
+            return
+        update = jax.jit(train_step(config.model, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
+        slots = lambda dtype: np.zeros((config.batch_size, config.window), dtype)
+        batch = Batch(slots(np.int32), slots(np.int32), slots(np.float32), slots(bool))
+        words = "compiling the training step and the evaluation"
+        if self.console.is_terminal:
+            waiting = self.console.status(words)
+        else:
+            print_line(self.console, words)
+            waiting = contextlib.nullcontext()
+        with waiting:
+            self._update = update.lower(self.state, batch).compile()
+            self.text.heldout.compile(self.state.params)
+            if config.show_surprise:
+                self.text.heldout.layer_surprise(self.state.params)
+        self.compiling += time.monotonic() - start
+
+    def update(self) -> None:
         """All remaining updates, with the evaluations, checkpoints and rows between them.
 
         Raises:
             Interrupted: after a signal, once the state is saved.
-            NonFinite: as `train`.
+            Diverged: as `train`.
         """
-        config = self.config
-        update = jax.jit(train_step(config.model, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
-        rate = learning_rate(config)
-        with Display(self.console, self.step, config.steps) as display:
-            self._evaluate(interruption, display)  # in case a signal has stopped it before
-            while self.step < config.steps and interruption.signal is None:
-                batch = next(self.text.batches)
-                self.state, metrics = update(self.state, batch)
-                self.step += 1
-                self._assert_healthy(metrics)
-                targets = int(batch.weights.sum())
-                text_bytes = float((self.text.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
-                self.tokens += targets
-                row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(text_bytes, 1)}
-                speed = display.update(self.step, targets, **row)
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    row |= {
-                        "gradient_norm": float(metrics.gradient_norm),
-                        "learning_rate": float(jnp.asarray(rate(self.step - 1))),
-                    }
-                    row |= {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": speed}
-                    self.record.add(self.step, **row)
-                self._evaluate(interruption, display)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+        config, rate = self.config, learning_rate(self.config)
+        display = Display(self.console, self.step, config.steps, evaluations=self._evaluations_after)
+        with display:
+            self._evaluate(display, lambda: False)  # before the first update, or where a signal has stopped it
+            with Interruption(display.print_line) as interruption:
+                stopped = lambda: interruption.signal is not None
+                while self.step < config.steps and interruption.signal is None:
+                    batch = next(self.text.batches)
+                    self.state, metrics = self._update(self.state, batch)
+                    self.step += 1
+                    self._assert_healthy(metrics)
+                    targets = int(batch.weights.sum())
+                    text_bytes = float((self.text.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
+                    self.tokens += targets
+                    row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(text_bytes, 1)}
+                    epoch = self.tokens / self.text.epoch
+                    speed = display.update(self.step, targets, epoch=epoch, **row)
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        row |= {
+                            "gradient_norm": float(metrics.gradient_norm),
+                            "update_norm": float(metrics.update_norm),
+                            "learning_rate": float(jnp.asarray(rate(self.step - 1))),
+                        }
+                        row |= {"tokens": self.tokens, "epoch": epoch}
+                        row |= {"seconds": self.seconds, "tokens_per_second": speed}
+                        self.record.add(self.step, **row)
+                    self._evaluate(display, stopped)
+                    if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                        self._save()
+                if interruption.signal is not None:
                     self._save()
-            if interruption.signal is not None:
-                self._save()
-                where = f"stopped at step {self.step} of {config.steps}, saved in {config.run_dir}"
-                raise Interrupted(f"{where}; resume with: {command(config)}", interruption.signal)
+                    where = f"stopped at step {self.step} of {config.steps}, saved in {config.run_dir}"
+                    raise Interrupted(f"{where}; resume with: {command(config)}", interruption.signal)
 
     def report(self) -> None:
         """Writes loss.png and report.md and prints where they are."""
@@ -178,18 +220,23 @@ class _Run:
         bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
         ids = sample(self.config.model, self.state.params, self.text.tokenizer, **options)
-        folder = Path(config.run_dir)
+        folder, written = Path(config.run_dir), "".join(characters(self.text.tokenizer, ids))
+        self.record.add_text(self.step, "sample", written)
         report.draw(folder, self.record.rows, self.text.ngrams)
         report.write(
             folder,
             config,
             bits_per_byte=bits,
+            loss=row["heldout_loss"],
             ngrams=self.text.ngrams,
             text_bytes=heldout.text_bytes,
             parameters=self.size,
             tokens=self.tokens,
+            epochs=self.tokens / self.text.epoch,
             seconds=self.seconds,
-            sample="".join(characters(self.text.tokenizer, ids)),
+            compiling=self.compiling,
+            evaluating=self.evaluating,
+            sample=written,
             reading=self._read(),
             layers=layers.section(row) if config.show_surprise else "",
         )
@@ -208,34 +255,76 @@ class _Run:
         reading.plot(curves, found.positions, Path(config.run_dir, reading.FIGURE))
         return reading.section(found)
 
-    def _evaluate(self, interruption: Interruption, display: Display) -> None:
+    def _evaluations_after(self, step: int) -> int:
+        """How many evaluations come after a step."""
+        every, last = self.config.eval_every, self.config.steps
+        return (last > step) + ((last - 1) // every - step // every if every and last > step else 0)
+
+    def _evaluate(self, display: Display, stop: Callable[[], bool]) -> None:
         """Evaluates, if this step is one of those to evaluate at and not evaluated yet."""
         every, last = self.config.eval_every, self.step == self.config.steps
-        if not (last or (every and self.step and self.step % every == 0)) or self.record.heldout(self.step):
+        if not (last or (every and self.step % every == 0)) or self.record.heldout(self.step):
             return
-        heldout = self.text.heldout
-        bits = heldout.bits_per_byte(self.state.params, stop=lambda: interruption.signal is not None)
-        if bits is not None:
-            surprise = heldout.layer_surprise(self.state.params) if self.config.show_surprise else {}
-            self.record.add(self.step, heldout_bits_per_byte=bits, **self.text.ngrams._asdict(), **surprise)
-            step = f"step {self.step}/{self.config.steps}"
-            display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_ngrams(self.text.ngrams)}")
-            if surprise:
-                display.print_table(layers.table(surprise))
+        heldout, start = self.text.heldout, time.monotonic()
+        with display.evaluating():
+            bits = heldout.bits_per_byte(self.state.params, stop=stop)
+            surprise = heldout.layer_surprise(self.state.params) if bits is not None and self.config.show_surprise else {}
+        self.evaluating += time.monotonic() - start
+        if bits is None:
+            return
+        loss = bits * math.log(2) * heldout.text_bytes / heldout.targets
+        row = {"heldout_bits_per_byte": bits, "heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
+        self.record.add(self.step, **row, **self.text.ngrams._asdict(), **surprise)
+        step = f"step {self.step}/{self.config.steps}"
+        display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_ngrams(self.text.ngrams)}")
+        if surprise:
+            display.print_table(layers.table(surprise))
 
     def _save(self) -> None:
-        progress = {"tokens": self.tokens, "seconds": self.seconds, "data": self.text.batches.get_state()}
-        progress["rows"] = self.record.count(self.step)
-        self.checkpoints.save(self.state, progress)
+        times = {"seconds": self.seconds, "compiling": self.compiling, "evaluating": self.evaluating}
+        progress = {"tokens": self.tokens, **times, "running": self.running._asdict()}
+        progress |= {"data": self.text.batches.get_state(), "rows": self.record.count(self.step)}
+        self.checkpoints.save(self.state, progress, before=self.running.best)
 
     def _assert_healthy(self, metrics: Metrics) -> None:
+        """Raises Diverged where a number is not finite or the loss has risen too far, and notes the last good step."""
+        before, most = self.running, self.config.max_loss_rise
         try:
             assert_healthy(self.step, metrics, self.config.model)
-        except NonFinite as error:
-            last = self.checkpoints.latest()
-            kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} is kept"
-            remedy = "try a lower --learning-rate or --clip, in another --run-dir"
-            raise NonFinite(f"{error}; {kept}; {remedy}") from None
+            self.running = before.after(float(metrics.loss), float(metrics.update_norm))
+            if (rise := self.running.rise(self.config.model.vocabulary)) <= most:
+                return
+            loss = f"the mean loss of the last updates is {self.running.loss:.4g}, {rise:.3g} nats above its least"
+            norm = f"the last update's norm {float(metrics.update_norm):.3g}, a mean one's {before.update_norm:.3g}"
+            raise Diverged(f"step {self.step}: {loss} ({norm}); --max-loss-rise is {most:g}")
+        except Diverged as error:
+            good, config = self.checkpoints.last_before(self.running.best), self.config
+            self.record.add(self.step, last_good_step=good or 0)
+            again = command(dataclasses.replace(config, learning_rate=float(f"{config.learning_rate / 4:.2g}")))
+            kept = f"the checkpoint of step {good}, before that, is kept; go on from it at a lower rate with: {again}"
+            none = f"no good step was saved; start over at a lower rate with: {again} --fresh"
+            raise type(error)(f"{error}; {none if good is None else kept}") from None
+
+
+def _restore(checkpoints: Checkpoints, config: TrainConfig) -> tuple[TrainState, dict[str, Any]]:
+    return checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
+
+
+def _last_good(folder: Path, checkpoints: Checkpoints) -> int | None:
+    """The last checkpoint before the step from which a run diverged; None where it has not, or has none."""
+    good = max((row["last_good_step"] for row in read_rows(folder) if "last_good_step" in row), default=0)
+    return checkpoints.last_before(good + 1)
+
+
+def _first_weights(config: TrainConfig) -> PyTree:
+    """The weights of the run `config.init_from`, which must be one of the same model."""
+    theirs, weights, *_ = load_run(config.init_from or "")
+    for (name, value), (_, own) in zip(flatten(theirs.model), flatten(config.model), strict=True):
+        if value != own and name != "memory_policy":
+            raise UserError(
+                f"--init-from {config.init_from} has --model.{name} {value}, not {own}: leave out --preset and --model flags"
+            )
+    return weights
 
 
 def assert_resumable(

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 
 def print_line(console: Console, line: str) -> None:
     """Prints one line, without wrapping, highlighting or markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def announced(what: str, seconds: float = 1.0) -> Iterator[None]:
+    """A context that says on the standard error what it does, if that takes more than so many seconds."""
+    timer = threading.Timer(seconds, lambda: print(what, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Display:
@@ -21,23 +38,31 @@ class Display:
         console: where they are shown.
         step: updates made before.
         steps: updates in all.
+        evaluations: of a step, the number of evaluations after it.
         seconds: between two lines, where the console is no terminal.
     """
 
-    def __init__(self, console: Console, step: int, steps: int, *, seconds: float = 10):
+    def __init__(
+        self,
+        console: Console,
+        step: int,
+        steps: int,
+        *,
+        evaluations: Callable[[int], int] = lambda step: 0,
+        seconds: float = 10,
+    ):
         self._console, self._first, self._steps, self._seconds = console, step, steps, seconds
-        self._shown = time.monotonic()
-        self._before: float | None = None  # the last update's time; the first one compiles and is not counted
-        self._speed = 0.0
+        self._evaluations, self._evaluation = evaluations, math.inf
+        self._shown = self._before = time.monotonic()
+        self._tokens = self._busy = 0.0  # of the last updates, and the seconds that they took
         words = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[numbers]}")
-        self._bar = Progress(*words, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True)
-        self._task = self._bar.add_task("", total=steps, completed=step, numbers="compiling")
+        self._bar = Progress(*words, console=console)
+        self._task = self._bar.add_task("", total=steps, completed=step, numbers="")
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
             self._bar.start()
-        else:
-            print_line(self._console, "compiling the training step")
+        self._shown = self._before = time.monotonic()
         return self
 
     def __exit__(self, *_) -> None:
@@ -45,21 +70,29 @@ class Display:
             self._bar.stop()
 
     def print_line(self, line: str) -> None:
-        """Prints one line above the bar. The time since the last update does not count in the speed."""
+        """Prints one line above the bar."""
         print_line(self._console, line)
-        self._before = time.monotonic()
 
     def print_table(self, table: Table) -> None:
         """Prints a table, as `print_line` does a line."""
         self._console.print(table)
-        self._before = time.monotonic()
 
-    def update(self, step: int, tokens: int, *, loss: float, bits_per_byte: float) -> float:
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context that is an evaluation: its time counts in the time left, not in the speed."""
+        start = time.monotonic()
+        yield
+        passed = time.monotonic() - start
+        self._evaluation = min(self._evaluation, passed)
+        self._before += passed
+
+    def update(self, step: int, tokens: int, *, epoch: float, loss: float, bits_per_byte: float) -> float:
         """Shows an update.
 
         Args:
             step: updates made.
             tokens: targets of this one.
+            epoch: times that the text was read.
             loss: nats per target.
             bits_per_byte: bits per byte of text.
 
@@ -67,14 +100,26 @@ class Display:
             Tokens per second, averaged over the last updates.
         """
         now = time.monotonic()
-        if self._before is not None:
-            speed = tokens / max(now - self._before, 1e-9)
-            self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
-        self._before = now
-        numbers = f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {self._speed:,.0f} tokens/s"
+        self._tokens, self._busy = 0.8 * self._tokens + 0.2 * tokens, 0.8 * self._busy + 0.2 * (now - self._before)
+        self._before, speed = now, self._tokens / max(self._busy, 1e-9)
+        left = (self._steps - step) * tokens / max(speed, 1e-9)
+        if further := self._evaluations(step):
+            left += further * (self._evaluation if self._evaluation < math.inf else 0)
+        numbers = f"epoch {epoch:.2f}  loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed:,.0f} tokens/s"
+        numbers += f"  {_clock(left)} left"
         self._bar.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal and (now - self._shown > self._seconds or step in (self._first + 1, self._steps)):
             self._shown = now
-            left = (self._steps - step) * tokens / max(self._speed, 1e-9) if self._speed else 0
-            print_line(self._console, f"step {step}/{self._steps}  {numbers}  {left // 60:.0f}:{left % 60:02.0f} left")
-        return self._speed
+            print_line(self._console, f"step {step}/{self._steps}  {numbers}")
+        return speed
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, from an hour on with hours.
+
+    >>> _clock(59.7), _clock(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -9,8 +9,9 @@ from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
+from tensorboardX.summary import hparams, scalar, text
 
+from nested_jax.data import NgramBits
 from nested_jax.errors import UserError, is_whole
 from nested_jax.files import read_file, write_file
 
@@ -51,7 +52,19 @@ class Record:
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            self._write(step, summary=scalar(name, value))
+            self._write(step, summary=scalar(_tag(name), value))
+        self._board.flush()
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        """Shows a run's choices in TensorBoard as its hyperparameters."""
+        for summary in hparams({name: _hyperparameter(value) for name, value in config.items()}, {}):
+            self._write(0, summary=summary)
+        self._board.flush()
+
+    def add_text(self, step: int, name: str, words: str) -> None:
+        """Shows text in TensorBoard, as it is and not as Markdown."""
+        lines = "".join(f"    {line}\n" for line in words.split("\n"))
+        self._write(step, summary=text(name, lines))
         self._board.flush()
 
     def _write(self, step: int, **content: Any) -> None:
@@ -69,6 +82,21 @@ class Record:
         """Flushes and closes both files."""
         self._file.close()
         self._board.close()
+
+
+def _tag(name: str) -> str:
+    """The tag of a number in TensorBoard: train/, heldout/, or that of a layer.
+
+    >>> _tag("loss"), _tag("heldout_loss"), _tag("unigram"), _tag("surprise/head")
+    ('train/loss', 'heldout/loss', 'heldout/unigram', 'surprise/head')
+    """
+    if name in NgramBits._fields:
+        return f"heldout/{name}"
+    return name.replace("heldout_", "heldout/", 1) if "/" in name or name.startswith("heldout_") else f"train/{name}"
+
+
+def _hyperparameter(value: Any) -> bool | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

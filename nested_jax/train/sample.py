@@ -11,7 +11,7 @@ import numpy as np
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
-from nested_jax.typing import PyTree
+from nested_jax.typing import Array, Float, PyTree
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
@@ -26,36 +26,99 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Up to `tokens` token ids that continue a prompt, ended by the end of the document.
+    """Up to `tokens` token ids that continue a prompt, ended by the end of the document; the first of `samples`."""
+    options = {"tokens": tokens, "temperature": temperature, "seed": seed}
+    return next(samples(model, params, tokenizer, prompt, number=1, **options))
 
-    Temperature 0 takes the likeliest token. The model learns in context as it reads and as it writes.
+
+def samples(
+    model: ModelConfig,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    number: int,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Iterator[int]]:
+    """Several continuations of a prompt, which is read once; the model learns in context as it reads and as it writes.
+
+    Args:
+        model: its config.
+        params: its weights.
+        tokenizer: its tokenizer.
+        prompt: text to continue.
+        number: of continuations.
+        tokens: most tokens of one; the end of the document ends it.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k, top_p: as of `likeliest`.
+        seed: of the draws of the first one; the others have the seeds after it.
+
+    Returns:
+        Iterators of token ids.
     """
 
     def draw(logits, key):
         logits = jnp.where(jnp.arange(logits.shape[-1]) < tokenizer.vocabulary, logits, -jnp.inf)
-        warm = jax.random.categorical(key, logits / max(temperature, 1e-6))
+        warm = jax.random.categorical(key, likeliest(logits / max(temperature, 1e-6), top_k, top_p))
         return (warm if temperature else jnp.argmax(logits)).astype(jnp.int32)
 
     @jax.jit
-    def read(params, ids_T, key):
+    def read(params, ids_T):
         state = init_state(model, params, 1, max_length=len(ids_T) + tokens)
         logits, state = apply(model, params, ids_T[None], state)
-        return draw(logits[0, -1], key), state
+        return logits[0, -1], state
 
     @jax.jit
     def write(params, token, state, key):
         logits, state = apply(model, params, token[None, None], state)
         return draw(logits[0, -1], key), state
 
-    key = jax.random.key(seed)
+    draw_first = jax.jit(draw)
+
+    def continuation(key) -> Iterator[int]:
+        token, state = draw_first(logits, jax.random.fold_in(key, 0)), after_prompt
+        for n in range(1, tokens + 1):
+            if int(token) == tokenizer.boundary:
+                return
+            yield int(token)
+            if n < tokens:
+                token, state = write(params, token, state, jax.random.fold_in(key, n))
+
     ids = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)]).astype(np.int32)
-    token, state = read(params, ids, jax.random.fold_in(key, 0))
-    for n in range(1, tokens + 1):
-        if int(token) == tokenizer.boundary:
-            return
-        yield int(token)
-        if n < tokens:
-            token, state = write(params, token, state, jax.random.fold_in(key, n))
+    logits, after_prompt = read(params, ids)
+    if tokens > 1:  # compiles it, before the first token is shown
+        write(params, jnp.int32(tokenizer.boundary), after_prompt, jax.random.key(seed))
+    return (continuation(jax.random.key((seed + i) % 2**32)) for i in range(number))
+
+
+def likeliest(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Array, " V"]:
+    """Logits of the tokens to draw from, -inf for the others.
+
+    Args:
+        logits: (V,).
+        top_k: the so many likeliest tokens; 0 for all.
+        top_p: of these, the fewest likeliest ones whose probabilities sum to at least this.
+
+    Returns:
+        (V,).
+
+    >>> logits = jnp.log(jnp.array([0.5, 0.1, 0.3, 0.1]))
+    >>> jnp.isfinite(likeliest(logits, 0, 0.7)).tolist(), jnp.isfinite(likeliest(logits, 1, 1.0)).tolist()
+    ([True, False, True, False], [True, False, False, False])
+    """
+    if not top_k and top_p == 1:
+        return logits
+    order = jnp.argsort(-logits)
+    sorted_logits = logits[order]
+    if top_k:
+        sorted_logits = jnp.where(jnp.arange(logits.size) < top_k, sorted_logits, -jnp.inf)
+    chances = jax.nn.softmax(sorted_logits)
+    enough = jnp.cumsum(chances) - chances >= top_p  # of the likelier ones alone
+    return jnp.zeros_like(logits).at[order].set(jnp.where(enough, -jnp.inf, sorted_logits))
 
 
 def characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,19 @@ def init_params(model: ModelConfig, seed: int) -> PyTree:
     return init_weights(model, nnx.Rngs(seed).params())
 
 
-def init_train_state(config: TrainConfig) -> TrainState:
-    """The state before the first update. `jax.eval_shape` of it gives shapes only; jit it for speed."""
-    params = init_params(config.model, config.seed)
+def init_train_state(config: TrainConfig, params: PyTree | None = None) -> TrainState:
+    """The state before the first update. `jax.eval_shape` of it gives shapes only; jit it for speed.
+
+    Args:
+        config: of the run.
+        params: weights to start from; None: fresh ones.
+    """
+    weights: Any = init_params(config.model, config.seed) if params is None else params
     fast = None
     if config.carry:
-        piece = init_state(config.model, params, config.batch_size // config.accumulate, max_length=config.window)
+        piece = init_state(config.model, weights, config.batch_size // config.accumulate, max_length=config.window)
         fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.accumulate, *x.shape)), piece)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config).init(params), fast)
+    return TrainState(jnp.zeros((), jnp.int32), weights, optimizer(config).init(weights), fast)
 
 
 def size_of(tree: PyTree) -> int:

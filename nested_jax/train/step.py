@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 
 _CAUSES = {  # what may be broken, the first cause first
-    "parameters": "parameter {}",
-    "fast": "fast state {}",
-    "loss": "the loss",
-    "gradients": "gradient of {}",
-    "updated": "parameter {} after the update",
+    "targets": "a target is no token of the model (a slot without one has weight 0)",
+    "parameters": "parameter {} is not finite",
+    "fast": "fast state {} is not finite",
+    "loss": "the loss is not finite",
+    "gradients": "gradient of {} is not finite",
+    "optimizer": "optimizer state {} is not finite after the update",
+    "updated": "parameter {} is not finite after the update",
 }
 
 
@@ -39,21 +41,26 @@ class Metrics(NamedTuple):
     loss: Array  # () float32, nats per target
     bits: Array  # () float32, bits per target
     gradient_norm: Array  # () float32, before clipping
-    healthy: Array  # () bool, everything below is finite
+    update_norm: Array  # () float32, of what is added to the parameters
+    healthy: Array  # () bool, all of the below
     finite: PyTree  # bool for each leaf, in a dict of _CAUSES
 
 
 def cross_entropy(model: ModelConfig, params: PyTree, fast: PyTree | None, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
     """Summed next-token cross-entropy of a batch, in nats, float32, and the fast state after it.
 
-    `fast` None starts from the parameters, which so get the gradients of what memories start from.
+    `fast` None starts from the parameters, which so get the gradients of what memories start from. A slot of weight 0 has no
+    target, whatever number stands there; where it has one, a target that is no token, -1 too, makes the sum NaN.
     """
     rows, window = batch.tokens.shape
     if fast is None:
         fast = init_state(model, params, rows, max_length=window)
     # windows of one length follow one another
     logits, fast = apply(model, params, batch.tokens, fast, reset=batch.reset, multiple=window)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
+    known = (batch.targets >= 0) & (batch.targets < model.vocabulary)  # optax counts a negative one from the end
+    targets = jnp.where(known, batch.targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    losses = jnp.where(known | (batch.weights == 0), losses, jnp.nan)
     return (losses * batch.weights).sum(), fast
 
 
@@ -98,14 +105,17 @@ def train_step(
         finite = {
             "parameters": _finite(state.params),
             "fast": jax.tree.map(jnp.all, fast_finite),
+            "targets": ((batch.targets >= 0) & (batch.targets < model.vocabulary) | (batch.weights == 0)).all(),
             "loss": jnp.isfinite(value),
             "gradients": _finite(gradients),
+            "optimizer": _finite(memory),
             "updated": _finite(params),
         }
         metrics = Metrics(
             loss=value,
             bits=value / math.log(2),
             gradient_norm=optax.global_norm(gradients),
+            update_norm=optax.global_norm(updates),
             healthy=jnp.stack(jax.tree.leaves(finite)).all(),
             finite=finite,
         )
@@ -144,7 +154,7 @@ def assert_healthy(step: int, metrics: Metrics, model: ModelConfig) -> None:
     owners = jax.tree.leaves(state_owners(model, metrics.finite[kind])) if kind == "fast" else ["pre-training"] * len(leaves)
     path, level = next((path, level) for (path, finite), level in zip(leaves, owners, strict=True) if not finite)
     leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-    raise NonFinite(f"step {step}, level {level}: {_CAUSES[kind].format(leaf)} is not finite")
+    raise NonFinite(f"step {step}, level {level}: {_CAUSES[kind].format(leaf)}")
 
 
 def _finite(tree: PyTree) -> PyTree:

@@ -48,6 +48,8 @@ class Text(NamedTuple):
     """A digest of the documents."""
     summary: Summary
     """What was read and what was left out."""
+    epoch: float
+    """Targets of the documents read once; of TFDS datasets and of pieces, an estimate."""
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, where the folder has none, and the held-out text, for its owner alone to read."""
@@ -89,7 +91,17 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     heldout = HeldOut(config, tokenizer, first, limit=config.eval_bytes)
     ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)
-    return Text(tokenizer, batches, heldout, first, heldout_documents, ngrams, digest, documents.summary)
+    return Text(
+        tokenizer,
+        batches,
+        heldout,
+        first,
+        heldout_documents,
+        ngrams,
+        digest,
+        documents.summary,
+        targets_of(documents, tokenizer),
+    )
 
 
 def count_ngrams(
@@ -137,6 +149,29 @@ def read_heldout(folder: Path, config: TrainConfig, limit: int) -> list[bytes]:
     if limit > (kept := sum(map(len, documents))) and limit > config.eval_bytes:
         raise UserError(f"--eval-bytes {limit}: --run-dir {folder} keeps {kept} bytes of held-out text: {name_it}")
     return list(first_bytes(documents, limit))
+
+
+def targets_of(documents: Sequence[bytes], tokenizer: Tokenizer, *, most: int = 200) -> float:
+    """Targets of documents: exact for bytes of a list, else from the bytes and targets of so many documents.
+
+    Args:
+        documents: texts, by index.
+        tokenizer: theirs.
+        most: documents that are read, evenly spaced.
+
+    Returns:
+        Their number.
+
+    >>> targets_of([b"abc", b"de"], ByteTokenizer())
+    7
+    """
+    length = len(documents)
+    some = [documents[i * length // min(length, most)] for i in range(min(length, most))]
+    text = sum(map(len, documents)) if isinstance(documents, list) else sum(map(len, some)) * length / len(some)
+    if isinstance(tokenizer, ByteTokenizer):
+        return text + length
+    pieces = sum(len(tokenizer.encode(document)) for document in some)
+    return text * pieces / max(sum(map(len, some)), 1) + length
 
 
 def choose_tokenizer(config: TrainConfig, documents: Sequence[bytes], folder: Path | None) -> Tokenizer:

@@ -12,6 +12,7 @@ import tyro
 from tiny_run import small_model
 
 from nested_jax import load
+from nested_jax.checks import allows
 from nested_jax.errors import UserError
 from nested_jax.models.config import preset
 from nested_jax.train.config import TrainConfig, command, difference, flag, flatten
@@ -26,11 +27,13 @@ def other(hint, value):
         return not value
     if isinstance(value, tuple):
         return tuple(2 * item for item in value) or (8,)
-    return 2 * value or 1 if isinstance(value, int | float) else 1024 if value is None else value
+    if value is None:
+        return 1024 if allows(hint, 1024) else "elsewhere"
+    return 2 * value or 1 if isinstance(value, int | float) else value
 
 
 def changed(config):
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     new = {name: changed(v) if dataclasses.is_dataclass(v) else other(hints[name], v) for name, v in values.items()}
     return dataclasses.replace(config, **new)

@@ -67,7 +67,8 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     ("bits", "verdict"), [(3.3, ", below what counting pairs"), (3.4, ", not below what counting pairs")]
 )
 def test_the_report_says_on_which_side_of_the_bigrams_a_run_ended(tmp_path, bits, verdict):
-    numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="")
+    numbers = dict(text_bytes=9, parameters=9, tokens=9, seconds=1.0, sample="", loss=2.0, epochs=1.0)
+    numbers |= dict(compiling=0.5, evaluating=0.1)
     report.write(tmp_path, TrainConfig(), bits_per_byte=bits, ngrams=NgramBits(4.5, 3.35), **numbers)
     assert verdict in (tmp_path / report.REPORT).read_text()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tiny_run import rows, small_model
 
 from nested_jax.data import ByteTokenizer, NgramBits, SentencePieceTokenizer, load_tokenizer
@@ -17,8 +19,8 @@ from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
 from nested_jax.train.optimizer import learning_rate
-from nested_jax.train.record import read_rows
-from nested_jax.train.sample import characters, sample
+from nested_jax.train.record import _tag, read_rows
+from nested_jax.train.sample import characters, sample, samples
 from nested_jax.train.state import init_params, init_train_state
 from nested_jax.train.stopping import NonFinite
 from nested_jax.train.text import open_text
@@ -45,12 +47,19 @@ def test_a_run_folder_is_complete(small, quiet):
     assert TrainConfig.from_json(json.loads((folder / "config.json").read_text())["train"]) == config
     first, *told = events(folder)
     assert first.session_log.status == SessionLog.START and first.step == 1
-    told = {(event.step, value.tag): value.simple_value for event in told for value in event.summary.value}
-    written = {(row["step"], name): number for row in read_rows(folder) for name, number in row.items() if name != "step"}
+    shown = [(event.step, value) for event in told for value in event.summary.value]
+    told = {(step, value.tag): value.simple_value for step, value in shown if value.WhichOneof("value") == "simple_value"}
+    written = {(row["step"], _tag(name)): x for row in read_rows(folder) for name, x in row.items() if name != "step"}
     assert told == pytest.approx(written, rel=1e-6)
+    assert {tag.split("/")[0] for _, tag in told} == {"train", "heldout"}
+    others = {value.tag: value for _, value in shown if value.WhichOneof("value") != "simple_value"}
+    choices = HParamsPluginData.FromString(others["_hparams_/session_start_info"].metadata.plugin_data.content)
+    assert choices.session_start_info.hparams["seed"].number_value == 3
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     heldout = [row for row in rows(config) if "heldout_bits_per_byte" in row]
-    assert [row["step"] for row in heldout] == [3, 6]
+    assert [row["step"] for row in heldout] == [0, 3, 6]
+    assert heldout[0]["heldout_loss"] == pytest.approx(math.log(256), rel=0.05)  # before the first update
+    assert heldout[0]["heldout_perplexity"] == pytest.approx(math.exp(heldout[0]["heldout_loss"]))
     assert 0 < heldout[0]["bigram"] < heldout[0]["unigram"] < 8
     updates = [row for row in rows(config) if "loss" in row]
     assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6]
@@ -58,6 +67,7 @@ def test_a_run_folder_is_complete(small, quiet):
     drawn = sample(config.model, state.params, ByteTokenizer(), tokens=8, temperature=0.8, seed=3)
     continuation = "".join(characters(ByteTokenizer(), drawn))
     text = (folder / "report.md").read_text()
+    assert others["sample/text_summary"].tensor.string_val[0].decode().removeprefix("    ").strip("\n") in text
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = updates[-1]["tokens"]
     for part in (
@@ -66,24 +76,30 @@ def test_a_run_folder_is_complete(small, quiet):
         f"| counts of pairs of tokens | {heldout[-1]['bigram']:.3f} |",
         "(loss.png)",
         f"| parameters | {parameters:,} |",
-        f"| tokens seen | {tokens:,} |",
+        f"loss is {heldout[-1]['heldout_loss']:.3f} nats per token",
+        f"perplexity of {heldout[-1]['heldout_perplexity']:,.2f}",
+        f"| tokens seen | {tokens:,}, {updates[-1]['epoch']:.2f} epochs |",
         "| wall time |",
+        "| of it compiling, evaluating, training |",
         command(config),
         f"```text\n{continuation}\n```\n",
     ):
         assert part in text
     assert f"{parameters:,} parameters" in said and str(folder / "report.md") in said
+    assert re.search(r"on cpu, JAX [\d.]+; 128 tokens an update, \d{3},\d{3} an epoch\n", said)
+    assert re.search(r"step 6/6  epoch 0\.00  loss [\d.]+  [\d.]+ bits/byte  [1-9][\d,]* tokens/s  0:00 left\n", said)
 
 
 def test_a_sample_cannot_break_the_page(tmp_path):
     write = {"bits_per_byte": 3.0, "ngrams": NgramBits(4.5, 3.4), "text_bytes": 10, "parameters": 1}
-    report.write(tmp_path, TrainConfig(), **write, tokens=1, seconds=1.0, sample="a ``` b ````\n# c")
+    write |= {"loss": 2.0, "tokens": 1, "epochs": 0.5, "seconds": 1.0, "compiling": 0.5, "evaluating": 0.1}
+    report.write(tmp_path, TrainConfig(), **write, sample="a ``` b ````\n# c")
     assert (tmp_path / "report.md").read_text().count("`````") == 2
 
 
 def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet):
     config = small(learning_rate=1e30, steps=20, checkpoint_every=1)
-    with pytest.raises(NonFinite, match=r"step \d+, level .* is not finite; the checkpoint of step \d+ is kept; try"):
+    with pytest.raises(NonFinite, match=r"step \d+, level .* is not finite.*; .* at a lower rate with: nested-jax train"):
         quiet(config)
     kept = trained.load_run(config.run_dir)
     assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
@@ -98,6 +114,18 @@ def test_the_seed_decides_a_sample(finished):
     draw = lambda prompt, **options: list(sample(net, params, tokenizer, prompt, tokens=6, **options))
     for prompt in ("", "it"):
         assert draw(prompt) == draw(prompt) != draw(prompt, seed=1)
+
+
+def test_several_samples_have_the_seeds_that_follow(finished):
+    config, _ = finished(1)
+    saved, params, tokenizer, _ = trained.load_run(config.run_dir)
+    options = {"tokens": 6, "temperature": 0.9}
+    several = [list(ids) for ids in samples(saved.model, params, tokenizer, "it", number=2, seed=4, **options)]
+    assert several == [list(sample(saved.model, params, tokenizer, "it", seed=seed, **options)) for seed in (4, 5)]
+    greedy = list(sample(saved.model, params, tokenizer, "it", tokens=6, temperature=0.0))
+    for choice in ({"top_k": 1}, {"top_p": 1e-6}):
+        (only,) = samples(saved.model, params, tokenizer, "it", number=1, **options, **choice)
+        assert list(only) == greedy
 
 
 def test_the_likeliest_continuation_is_that_of_one_reading():

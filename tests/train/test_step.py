@@ -246,7 +246,7 @@ def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
     keystr = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     finite = {"fast": jax.tree_util.tree_map_with_path(lambda path, _: keystr(path) != leaf, fast)}
     with pytest.raises(NonFinite) as error:
-        assert_healthy(3, Metrics(*[None] * 3, healthy=False, finite=finite), model)
+        assert_healthy(3, Metrics(*[None] * 4, healthy=False, finite=finite), model)
     assert str(error.value) == f"step 3, level {level}: fast state {leaf} is not finite"
 
 
@@ -262,6 +262,32 @@ def test_a_carried_state_that_overflows_is_seen_at_once():
     _, metrics = update(state._replace(fast=jax.tree.unflatten(tree, leaves)), batch)
     with pytest.raises(NonFinite, match="step 1, level memories of the sequence layers, chunk 16: fast state"):
         assert_healthy(1, metrics, config.model)
+
+
+@pytest.mark.parametrize("target", [-1, 256, -100])
+def test_a_target_that_is_no_token_is_named_and_one_without_weight_is_none(target):
+    config, _, _ = make()
+    update, batch = updating(config), next(batches(config))
+    odd = batch._replace(targets=batch.targets.copy())
+    odd.targets[2, 25] = target  # of weight 0
+    expected, got = update(start(config), batch), update(start(config), odd)
+    chex.assert_trees_all_equal(expected[0].params, got[0].params)
+    assert_healthy(1, got[1], config.model)
+    odd.targets[0, 3] = target
+    with pytest.raises(NonFinite, match="step 7, level pre-training: a target is no token of the model"):
+        assert_healthy(7, update(start(config), odd)[1], config.model)
+
+
+def test_an_optimizer_state_that_overflows_is_named():
+    """Adam's second moment of a finite gradient is infinite: its updates would be zero from then on, without a word."""
+    config, _, _ = make()
+    state = start(config)
+    adam = state.optimizer[1][0]
+    broken = adam._replace(nu=adam.nu | {"norm": jnp.full_like(adam.nu["norm"], jnp.inf)})
+    state = state._replace(optimizer=(state.optimizer[0], (broken, *state.optimizer[1][1:])))
+    _, metrics = updating(config)(state, next(batches(config)))
+    with pytest.raises(NonFinite, match="step 2, .*: optimizer state 1/0/nu/norm is not finite after the update"):
+        assert_healthy(2, metrics, config.model)
 
 
 def test_matrices_decay_and_nothing_else():

@@ -1,0 +1,192 @@
+"""The command line: nested-jax train | eval | generate | describe, each a frozen dataclass of flags."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from nested_jax.cli.flags import Depiction, Evaluation, Generation
+from nested_jax.cli.parsing import nearest, of_preset, parse, training
+from nested_jax.errors import UserError
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.stopping import Diverged, Interrupted
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a language model on text; the same command again resumes."""
+    flags = parse(training(argv), "train", argv)
+    from nested_jax.train import loop
+    from nested_jax.train.compilation import keep_compiled
+
+    keep_compiled(flags.compilation_cache)
+    loop.train(flags.run)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure a trained model on held-out text."""
+    flags = parse(Evaluation(), "eval", argv)
+    from nested_jax.data import open_documents
+    from nested_jax.train import evaluation, trained
+    from nested_jax.train.compilation import keep_compiled
+    from nested_jax.train.progress import announced
+    from nested_jax.train.text import count_ngrams, read_heldout
+
+    keep_compiled(flags.compilation_cache)
+    config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
+    limit, ngrams = flags.eval_bytes or config.eval_bytes, None
+    if flags.data is None:  # the run's own text, as its folder keeps it: what the folder only names is not opened
+        data, documents = config.data, read_heldout(Path(flags.run_dir), config, limit)
+    else:
+        data, documents = flags.data, list(evaluation.first_bytes(open_documents(flags.data, "heldout"), limit))
+        ngrams = count_ngrams(config, tokenizer, open_documents(flags.data, "train"), documents)
+    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=limit)
+    with announced("compiling the evaluation"):
+        heldout.compile(params)
+    bits = heldout.bits_per_byte(params)
+    print(f"{flags.run_dir}, step {step}, on {heldout.text_bytes:,} held-out bytes of {data}, bits per byte:")
+    if ngrams is not None:
+        print(f"  counts of tokens  {ngrams.unigram:.3f}")
+        print(f"  counts of pairs   {ngrams.bigram:.3f}")
+    print(f"  this model        {bits:.3f}")
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Write text with a trained model."""
+    flags = parse(Generation(), "generate", argv)
+    prompt = _standard_input() if flags.prompt == "-" else flags.prompt
+    from nested_jax.train import sample, trained
+    from nested_jax.train.compilation import keep_compiled
+    from nested_jax.train.progress import announced
+
+    keep_compiled(flags.compilation_cache)
+    config, params, tokenizer, _ = trained.load_run(flags.run_dir, _warn)
+    options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+    with announced("compiling the model"):
+        texts = sample.samples(config.model, params, tokenizer, prompt, number=flags.samples, seed=flags.seed, **options)
+    for i, ids in enumerate(texts):
+        print(f"\n--- sample {i + 1} of {flags.samples}, seed {flags.seed + i}" if flags.samples > 1 else "", end="")
+        print("\n" * (flags.samples > 1) + prompt, end="", flush=True)
+        for text in sample.characters(tokenizer, ids):
+            print(text, end="", flush=True)
+        print()
+
+
+def depict(argv: Sequence[str]) -> None:
+    """Show what learns in a model and its optimizer, and how often."""
+    default = of_preset(argv)
+    flags = parse(Depiction(preset=default.preset, model=default.model), "describe", argv)
+    import optax
+    from rich.console import Console
+
+    from nested_jax.picture import describe
+    from nested_jax.train.folder import read_config
+    from nested_jax.train.optimizer import WithInputs, optimizer
+
+    if flags.run_dir is None:
+        own = {} if flags.optimizer == "none" else {"optimizer": flags.optimizer}
+        config = TrainConfig.from_preset(flags.preset, model=flags.model, **own)
+    elif flags != Depiction(run_dir=flags.run_dir, markdown=flags.markdown, figure=flags.figure):
+        raise UserError(
+            "--run-dir shows a run with its own model and optimizer: leave out --preset, --optimizer and --model"
+        )
+    elif (config := read_config(Path(flags.run_dir))) is None:
+        raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
+    if flags.figure is not None and (not flags.figure or Path(flags.figure).is_dir()):
+        raise UserError(f"--figure {flags.figure!r} names no file: give one that ends in .png, .svg or .pdf")
+    if flags.figure is not None and not (folder := Path(flags.figure).parent).is_dir():
+        raise UserError(f"--figure {flags.figure}: there is no folder {folder}; make it, or give another one")
+    system, extra = config.model, None
+    if flags.optimizer != "none":
+        rule = optimizer(config)
+        if isinstance(rule, WithInputs):
+            extra = rule.examples
+            rule = optax.GradientTransformationExtraArgs(rule.init, rule.update)
+        system = config.model, rule
+    picture = describe(system, tokens_per_step=config.window * config.batch_size, extra=extra)
+    if flags.figure is not None:
+        try:
+            picture.plot().savefig(flags.figure)
+        except ValueError as error:
+            raise UserError(f"--figure {flags.figure}: {error}; end its name in .png, .svg or .pdf") from None
+    if flags.markdown:
+        print(picture.markdown())
+    else:
+        terminal = Console()
+        terminal = terminal if terminal.is_terminal else Console(width=160)
+        terminal.print(picture)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: its words, without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 2 after one line about what the user can correct.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    _hush()
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help())
+        elif argv[0] in ("-V", "--version"):
+            print(f"nested-jax {version('nested-jax')}, jax {version('jax')}, Python {platform.python_version()}")
+        elif argv[0] in COMMANDS:
+            COMMANDS[argv[0]](argv[1:])
+        else:
+            raise UserError(f"unknown command {argv[0]}{nearest(argv[0], COMMANDS)}; see nested-jax --help")
+    except UserError as error:
+        return _fail(error, 2)
+    except Diverged as error:
+        return _fail(error, 1)
+    except Interrupted as stop:
+        return _fail(stop, 128 + stop.signal)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except BrokenPipeError:  # the reader of the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; what was saved before is kept", 2)
+    return 0
+
+
+def _fail(error: BaseException | str, code: int) -> int:
+    print("nested-jax:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+def _warn(line: str) -> None:
+    print("nested-jax:", line, file=sys.stderr)
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {run.__doc__}" for name, run in COMMANDS.items())
+    end = "nested-jax COMMAND --help lists the command's flags; nested-jax --version tells versions."
+    return f"usage: nested-jax COMMAND [flags]\n\n{commands}\n\n{end}"
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("--prompt -: the standard input is no UTF-8 text") from None
+
+
+def _hush() -> None:
+    """Keeps the libraries' logs and warnings off the terminal."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    warnings.simplefilter("ignore")
+    for name in ("absl", "asyncio", "jax", "orbax", "tensorboardX"):  # what concerns the user is an exception too
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)

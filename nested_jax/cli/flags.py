@@ -1,0 +1,97 @@
+"""The flags of every command, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from nested_jax.checks import Count, Folder, Interval, NonNegative, check_fields
+from nested_jax.models.config import ModelConfig, preset
+from nested_jax.train.config import Optimizer, Seed, TrainConfig, Whole, flag
+
+
+@dataclass(frozen=True)
+class Program:
+    """Where a command keeps what it compiles."""
+
+    compilation_cache: Folder = "auto"
+    """Folder of compiled programs, by which the next start need not compile. auto: JAX's own setting, else the user's cache
+    folder; none: nowhere."""
+
+
+@dataclass(frozen=True)
+class Training(TrainConfig, Program):
+    """Train a language model on text. The same command again resumes a stopped run, and so does --run-dir alone.
+
+    On the command line --memory-policy is short for --model.memory-policy.
+    """
+
+    config: Folder | None = None
+    """JSON file of flags' values, such as a run's config.json; other flags change them."""
+
+    @property
+    def run(self) -> TrainConfig:
+        """What concerns the run."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+
+
+@dataclass(frozen=True)
+class Evaluation(Program):
+    """Measure a trained model on held-out text, with --data next to what counting tokens gives."""
+
+    run_dir: Folder = TrainConfig.run_dir
+    """Folder of the run."""
+    data: str | None = None
+    """Text whose held-out part is read: "stdlib", a path or a TFDS name. None: the run's own, as its folder keeps it."""
+    eval_bytes: Count | None = None
+    """Bytes of it to read. None: as many as the run's evaluations."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
+
+
+@dataclass(frozen=True)
+class Generation(Program):
+    """Write text with a trained model, token by token."""
+
+    run_dir: Folder = TrainConfig.run_dir
+    """Folder of the run."""
+    prompt: str = ""
+    """Text to continue; empty: the start of a document; -: what the standard input has."""
+    tokens: Count = 400
+    """Most tokens to write; a document may end sooner."""
+    temperature: NonNegative = 0.8
+    """Temperature of the softmax that tokens are drawn from; 0 always takes the likeliest token."""
+    top_k: Whole = 0
+    """Draw from this many likeliest tokens only; 0 for all."""
+    top_p: Annotated[float, Interval(above=0, most=1)] = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities sum to at least this."""
+    samples: Count = 1
+    """Continuations to write, each with a seed of its own."""
+    seed: Seed = 0
+    """Seed of the draws of the first sample; the others have the seeds after it."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
+
+
+@dataclass(frozen=True)
+class Depiction:
+    """Show what learns in a model and its optimizer: levels by update frequency, context flows, objectives, rules."""
+
+    preset: str = TrainConfig.preset
+    """Model to show, SIZE-FAMILY; --model.FIELD flags change it."""
+    optimizer: Literal[Optimizer, "none"] = TrainConfig.optimizer
+    """Optimizer, as of train, with the batches of the preset's default run; none for the model alone."""
+    run_dir: Folder | None = None
+    """Folder of a run to show, in place of a preset."""
+    markdown: bool = False
+    """Print a Markdown table."""
+    figure: str | None = None
+    """Also draw the picture, to a file such as picture.png or picture.svg."""
+    model: ModelConfig = field(default_factory=lambda: preset(TrainConfig.preset))
+    """The language model to show."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
