@@ -47,7 +47,8 @@ class SequenceLayer(Protocol):
             weights: as of `init_weights`.
             state: of `init_state`, or of the call before.
             x: tokens, float32 or bfloat16.
-            position: tokens that the state has read.
+            position: tokens that the state has read, or any other number on the same place of the layer's grid: of it only
+                that place counts and whether it is 0, so that it may turn back before an int32 ends, see `stream.bounded`.
             reset: true where a row's document starts, on the layer's grid of chunks: the state restarts before that token.
             aligned: a promise that the position is on that grid, though it is not known while tracing.
 

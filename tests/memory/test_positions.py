@@ -17,7 +17,7 @@ def test_rotary_products_depend_on_the_distance_alone(x64, dtype):
     """At any position, across the last int32 too, those near 0; by float64, those of 10,000^(-2i/K)."""
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 8, 2, 16), dtype)
     near, distance = jnp.arange(8, dtype=jnp.int32)[None], 3
-    product = lambda start: jnp.sum(rotate(q, near + start + distance) * rotate(k, near + start), axis=-1)
+    product = jax.jit(lambda start: jnp.sum(rotate(q, near + start + distance) * rotate(k, near + start), axis=-1))
     angle = distance * 10_000.0 ** (-np.arange(8) / 8)
     first, second = np.split(np.asarray(q, np.float64), 2, -1)
     turned = [first * np.cos(angle) - second * np.sin(angle), first * np.sin(angle) + second * np.cos(angle)]
@@ -26,7 +26,7 @@ def test_rotary_products_depend_on_the_distance_alone(x64, dtype):
         tolerance = {"float32": 5e-6, "float64": 1e-7}[dtype]  # float64: the rounding of the frequencies
         np.testing.assert_allclose(product(jnp.int32(start)), twin, rtol=0, atol=tolerance)
         if dtype == "float64":
-            np.testing.assert_allclose(product(jnp.int32(start)), product(0), rtol=0, atol=1e-12)
+            np.testing.assert_allclose(product(jnp.int32(start)), product(jnp.int32(0)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("period", [1, 12, 64, 2**30])
@@ -39,9 +39,8 @@ def test_a_bounded_position_keeps_its_place(period):
         assert known == position or known >= 2**29
 
 
-@pytest.mark.parametrize("start", cases(FAR, FAR[1::2]))
 @pytest.mark.parametrize("window", cases([None, 3], [3]))
-def test_attention_far_into_a_document(window, start):
+def test_attention_far_into_a_document(window):
     """A ring of any size, in calls of one and of several tokens: outputs and gradients of a document just begun."""
     layer = Attention(8, 2, window)
     weights = layer.init_weights(jax.random.key(0))
@@ -57,5 +56,7 @@ def test_attention_far_into_a_document(window, start):
         return jnp.sin(y).sum(), y
 
     both = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-    near, far = (both(weights, x, jnp.int32(skipped)) for skipped in (0, start))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), far, near)
+    near = both(weights, x, jnp.int32(0))
+    for start in FAR:
+        far = both(weights, x, jnp.int32(start))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), far, near)
