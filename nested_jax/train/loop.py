@@ -215,7 +215,7 @@ class _Run:
 
     def report(self) -> None:
         """Writes loss.png and report.md and prints where they are."""
-        config, heldout = self.config, self.text.heldout
+        config, heldout, seconds = self.config, self.text.heldout, self.seconds
         row = self.record.heldout(self.step) or {}
         bits = row["heldout_bits_per_byte"]
         options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
@@ -233,7 +233,7 @@ class _Run:
             parameters=self.size,
             tokens=self.tokens,
             epochs=self.tokens / self.text.epoch,
-            seconds=self.seconds,
+            seconds=seconds,
             compiling=self.compiling,
             evaluating=self.evaluating,
             sample=written,
