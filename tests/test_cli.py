@@ -321,8 +321,8 @@ def test_a_run_inside_its_own_text_resumes(place, say):
         Path("folder", f"{i}.txt").write_text(f"Number {i} burns bright, in the forests of the night.\n" * 9)
     command = f"train {SMALL} --data folder --run-dir folder/runs/a --steps"
     assert say(f"{command} 1")[0] == 0
-    bigram = lambda said: next(line for line in said if "bigram" in line)
-    assert bigram(say("eval --run-dir folder/runs/a")[1]).split()[-1] in Path("folder/runs/a/report.md").read_text()
+    bits = say("eval --run-dir folder/runs/a")[1][-1].split()[-1]
+    assert f"**{bits} bits per byte**" in Path("folder/runs/a/report.md").read_text()
     inode = os.stat("folder/runs/a/tokenizer.model").st_ino
     assert say(f"{command} 6")[0] == 0
     assert os.stat("folder/runs/a/tokenizer.model").st_ino == inode  # not written again

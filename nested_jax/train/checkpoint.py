@@ -90,6 +90,8 @@ class Checkpoints:
             self._tidy()
             if (step, path) in self._steps():
                 return
+            if shutil.disk_usage(self._run).free < size_of(trees):  # what Orbax's threads would each print a traceback of
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if path.exists():
                 _set_aside(path)
             self._orbax.save(part, args=ocp.args.Composite(**items))
@@ -101,8 +103,7 @@ class Checkpoints:
                     shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # whatever the storage layers raise
             remedy = "older checkpoints are kept"
-            full = isinstance(error, OSError) and error.errno in _NO_ROOM
-            if full or shutil.disk_usage(self._run).free < size_of(trees):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 remedy = f"make room and give the same command again; {remedy}"
             shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error

@@ -224,7 +224,7 @@ def test_lost_rows_are_noticed_and_given_up_by_a_line(small, finished, quiet):
     metrics = Path(small().run_dir, "metrics.jsonl")
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"step": 2,' not in line and '"step": 3,' not in line))
-    with pytest.raises(UserError, match="holds 4 of 7 rows before step 6: put it back, or add the line") as caught:
+    with pytest.raises(UserError, match="holds 5 of 8 rows before step 6: put it back, or add the line") as caught:
         quiet(small(steps=8))
     line = re.search(r"add the line (.*) to go on", str(caught.value))[1]
     metrics.write_text(metrics.read_text() + line + "\n")
