@@ -50,6 +50,9 @@ def scan(
     try:
         if not counts:
             return jax.lax.scan(step, state, xs, length)
+        size = -(-length // counts[0])
+        if len(counts) == 1 and length % size == 0:
+            return _scan_even(step, size, offload, state, xs, length)
         leaves, structure = jax.tree.flatten(xs)
         leaves = [jnp.asarray(x) for x in leaves]
         take = lambda state, at: step(state, structure.unflatten(map(_read, leaves, [at[0]] * len(leaves), at[1])))
@@ -58,6 +61,14 @@ def scan(
     except TypeError:
         _assert_steady(name, step, state, xs)
         raise
+
+
+def _scan_even(step, size, offload, state, xs, length):
+    """One layer of segments that share the steps evenly, so that xs is split without a copy."""
+    parts = jax.tree.map(lambda x: x.reshape(length // size, size, *x.shape[1:]), xs)
+    segment = lambda state, part: jax.lax.scan(step, state, part, size)
+    state, emitted = jax.lax.scan(_recomputed(segment, offload, 1), state, parts, length // size)
+    return state, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), emitted)
 
 
 def _scan_segments(take, counts, offload, state, slots, length):
@@ -74,8 +85,6 @@ def _scan_segments(take, counts, offload, state, slots, length):
     parts = jax.tree.map(lambda x: x[:even].reshape(whole, size, *x.shape[1:]), slots)
     state, emitted = jax.lax.scan(_recomputed(segment, offload, 1), state, (size * jnp.arange(whole), parts))
     emitted = jax.tree.map(lambda y: y.reshape(even, *y.shape[2:]), emitted)
-    if even == length:
-        return state, emitted
     # Its backward pass comes first, while no other segment is computed again, so it is not recomputed itself.
     rest = jnp.arange(even, length), jax.tree.map(lambda x: x[even:], slots)
     state, remaining = jax.lax.scan(take, state, rest)
