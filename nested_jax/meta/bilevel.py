@@ -15,6 +15,7 @@ from nested_jax.errors import UserError, is_whole
 from nested_jax.level import Level
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
+from nested_jax.numerics import vary
 from nested_jax.remat import Checkpoint, with_tangent_of
 from nested_jax.typing import PyTree
 
@@ -104,7 +105,7 @@ def descent(
 
     def step(state, context, slower):
         batch = jax.tree.map(lambda x: x[0], context)
-        state = varying_with(batch, state)
+        state = vary(state, batch)
 
         def evaluate(params):
             """The loss, and the pair of it and all else that the loss returns."""
@@ -241,7 +242,7 @@ def maml(
                 step, xs = (lambda state, _: level.step(state, one(task), slower)), None
             return unroll(step, state, xs, end - begin, checkpoint=checkpoint)
 
-        state, outputs = varying_with(task, start if given else level.init(slower)), []
+        state, outputs = vary(start if given else level.init(slower), task), []
         if last < steps:
             moved, emitted = jax.lax.stop_gradient(advance(state, 0, steps - last, "sqrt"))
             state = straight_through(state, moved)
@@ -282,21 +283,6 @@ def _update(name: str, rule, gradient: PyTree, state: Descent, extra: dict, grad
         return updates, memory  # refused, with the place, by the scan that takes the step
     keep = lambda new, old: new if jnp.result_type(new) == old.dtype else jnp.asarray(new, old.dtype)
     return updates, jax.tree.map(keep, memory, state.optimizer)
-
-
-def varying_with(data: PyTree, state: PyTree) -> PyTree:
-    """Inside `jax.shard_map`, the state as one that differs between devices where the data do.
-
-    JAX sums gradients by what all devices share over the devices, so that they would adapt together instead of apart.
-    """
-    varies = lambda x: jax.typeof(x).manual_axis_type.varying
-    axes = frozenset().union(*map(varies, jax.tree.leaves(data)))
-
-    def cast(x):
-        shared = tuple(sorted(axes - varies(x)))
-        return jax.lax.pcast(x, shared, to="varying") if shared else x
-
-    return jax.tree.map(cast, state)
 
 
 def straight_through(start: PyTree, state: PyTree) -> PyTree:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from nested_jax.errors import UserError, assert_choice, is_whole
 from nested_jax.level import Level, run
-from nested_jax.meta.bilevel import Descent, assert_smooth, straight_through, varying_with
+from nested_jax.meta.bilevel import Descent, assert_smooth, straight_through
 from nested_jax.meta.implicit import Solver, System, at_fixed_point, wide
+from nested_jax.numerics import vary
 from nested_jax.remat import Checkpoint, fit_checkpoint, scan, stream_length
 from nested_jax.typing import Array, Float, PyTree
 
@@ -144,7 +145,7 @@ def hypergradient(
 
     def unrolled(meta, stream, others, state):
         slower = (meta,)
-        state = varying_with(stream, inner_level.init(slower) if state is None else state)
+        state = vary(inner_level.init(slower) if state is None else state, stream)
         if truncate is None:
             state, emitted = run(inner_level, state, stream, slower=slower, checkpoint=checkpoint)
             return outer(meta, state, emitted, *others)
@@ -170,7 +171,7 @@ def hypergradient(
 
     def implicitly(meta, stream, others, state):
         ticks = ticks_of(stream)
-        state = varying_with(stream, inner_level.init((meta,)) if state is None else state)
+        state = vary(inner_level.init((meta,)) if state is None else state, stream)
         state, emitted = run(inner_level, state, stream, slower=(meta,))
         tick = wide(jax.tree.map(lambda x: jnp.asarray(x)[-1], ticks))
         of_params = condition is not None and isinstance(state, Descent)

@@ -41,7 +41,7 @@ def test_the_parameters_before_the_least_loss_are_good():
 
 
 def test_a_run_that_diverges_stops_and_goes_on_from_before_at_a_lower_rate(small, quiet):
-    fields = {"steps": 60, "eval_every": 0, "checkpoint_every": 1, "warmup": 10_000, "max_loss_rise": 0.5}
+    fields = {"steps": 60, "eval_every": 0, "checkpoint_every": 1, "warmup": 2000, "max_loss_rise": 0.5}
     config = small(learning_rate=100.0, **fields)
     with pytest.raises(Diverged, match=r"nats above its least .*; the checkpoint of step \d+, before that") as stop:
         quiet(config)
