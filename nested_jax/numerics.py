@@ -80,7 +80,7 @@ def zeros(params: PyTree) -> PyTree:
 
 def safe_sqrt(x: Array) -> Array:
     """Square root, its derivative zero at zero."""
-    some = x > 0
+    some = ~(x <= 0)  # NaN stays NaN
     return jnp.where(some, jnp.sqrt(jnp.where(some, x, 1)), 0)
 
 

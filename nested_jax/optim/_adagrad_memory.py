@@ -66,7 +66,7 @@ def scale_by_adagrad_memory(
 
     def element(h, g):
         root = safe_sqrt(h)
-        return safe_divide(g, jnp.where(h > 0, root + safe_divide(penalty, root), 0))
+        return safe_divide(g, jnp.where(h == 0, 0, root + safe_divide(penalty, root)))
 
     def matrix(h, g):
         return _root_over(h, penalty) @ g if g.size else g
@@ -108,7 +108,7 @@ def _root_over(H: Float[Array, "*batch N N"], penalty: ArrayLike) -> Float[Array
     trace = jnp.trace(H, axis1=-2, axis2=-1)[..., None, None]
     fits = ~jnp.isinf(2 * trace)
     H, largest = jnp.where(fits, H, 0), jax.lax.stop_gradient(jnp.maximum(jnp.where(fits, trace, 0), penalty))
-    unit = jnp.where(largest > 0, largest, 1)  # of size 1, products of its powers stay in range
+    unit = jnp.where(largest == 0, 1, largest)  # of size 1, products of its powers stay in range
     return _shrunk_inverse(H / unit, penalty / unit) * jax.lax.rsqrt(unit)
 
 

@@ -76,7 +76,7 @@ def scale_by_adam_memory(
 
         def best(m, v):
             P = safe_sqrt(v)
-            return safe_divide(m, jnp.where(v > 0, P + safe_divide(penalty, P) + eps, 0))
+            return safe_divide(m, jnp.where(v == 0, 0, P + safe_divide(penalty, P) + eps))
 
         mean = jax.tree.map(bounded, correct(first, b1), first)
         return jax.tree.map(best, mean, correct(second, b2)), AdamMemoryState(count, first, second)

@@ -150,7 +150,8 @@ def scale_by_generalized_gradient_descent(
             flat = start - step
             slope, scale = split_scale(jax.grad(problem)(flat), None)  # conjugate gradients square it
             curvature = lambda v: jax.jvp(jax.grad(problem), (flat,), (v,))[1]
-            return step + cg(curvature, slope)[0] * scale
+            found = jnp.where(jnp.isnan(slope), slope, cg(curvature, slope)[0])  # which would be zero
+            return step + found * scale
 
         step = jnp.zeros_like(start)  # W_t - W_{t+1}: small steps would be rounded if they were added to weights
         if isinstance(steps, int):

@@ -116,7 +116,7 @@ def scale_by_m3(
             second = accumulate(second, jax.tree.map(jnp.square, updates), b2, average)
             mean = optax.tree.bias_correction(second, b2, count) if average else second
             # zero second moment gives zero update
-            over = lambda a, v: safe_divide(a, jnp.where(v > 0, safe_sqrt(v) + eps, 0))
+            over = lambda a, v: safe_divide(a, jnp.where(v == 0, 0, safe_sqrt(v) + eps))
             emitted = jax.tree.map(over, emitted, mean)
         return emitted, M3State(count, fast, second, pending, slow, orthogonal)
 

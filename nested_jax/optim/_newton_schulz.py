@@ -76,7 +76,7 @@ def newton_schulz(
 
 def _quintic(x, steps):
     """optax's iteration: its Muon with a momentum of decay 0."""
-    nonzero = jnp.sum(jnp.square(upcast(x)), (-2, -1), keepdims=True) > 0
+    nonzero = jnp.sum(jnp.square(upcast(x)), (-2, -1), keepdims=True) != 0
     x = jnp.where(nonzero, x, 1)  # a norm has no derivative at zero
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=axes)

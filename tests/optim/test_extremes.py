@@ -115,3 +115,16 @@ def test_directions_are_right_at_any_size(size):
     orthogonal = lambda g: optim.newton_schulz(g, 10, form="gradient")
     np.testing.assert_allclose(orthogonal(g * size), orthogonal(g), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(optim.newton_schulz((300 * g).astype(jnp.float16)), optim.newton_schulz(g), atol=0.02)
+
+
+@pytest.mark.parametrize("name", cases(RULES, ["momentum", "adam memory", "m3", "generalized gradient descent"]))
+def test_a_gradient_that_is_no_number_is_not_hidden(name):
+    """As of optax's rules: what it is written to is no number from then on."""
+    rule = optax.with_extra_args_support(RULES[name](0.1))
+    params = {"kernel": jnp.ones((4, 3))}
+    extra = {"inputs": {"kernel": jnp.eye(4)}} if name == "delta gradient descent" else {}
+    update, state = jax.jit(rule.update), rule.init(params)
+    for number in (1.0, jnp.nan, 1.0):
+        updates, state = update({"kernel": params["kernel"].at[0, 0].set(number)}, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    assert jnp.isnan(params["kernel"]).any()
