@@ -117,7 +117,7 @@ def allows(hint: Any, value: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
-        if value == "" and any(isinstance(extra, Named) for extra in arguments[1:]):
+        if isinstance(value, str) and not value and any(isinstance(extra, Named) for extra in arguments[1:]):
             return False
         if not intervals or not _is_number(value):
             return allows(arguments[0], value)

@@ -308,9 +308,13 @@ def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkey
 
 
 def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
-    opened = loop.open_text
+    opened, before = (
+        loop.open_text,
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # a job in the background has none
     monkeypatch.setattr(loop, "open_text", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
     code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6")
+    signal.signal(signal.SIGINT, before)
     assert code == 130 and len(err) == 1 and "stopped" in err[0]
     monkeypatch.setattr(loop, "open_text", opened)
     assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[0] == 0

@@ -596,7 +596,7 @@ def test_attention_is_a_level():
     _, whole = jax.jit(lambda x: layer(weights, layer.init_state(weights, 2), x, 0))(x)
     assert jnp.allclose(y.swapaxes(0, 1), whole, atol=1e-5)
     component, frozen = describe(layer).components
-    assert component.frequency == math.inf and component.state_bytes == 2 * 5 * 8 * 4 + 4 + 4 + 4
+    assert component.frequency == math.inf and component.state_bytes == 2 * 5 * 8 * 4 + 4 * 4
     assert describe(Attention(8, 2)).components[0].state_bytes is None
 
 
@@ -610,7 +610,7 @@ def test_hope_and_its_optimizer():
     assert [set(f) for f in levels.values()] == [{1 / 64}, {1 / 64}, {1 / 64}, {1 / 256}, {1 / 1024}, {1 / 1024}]
     found = rows(picture)
     assert found["CMS level2"].rule == "W <- W - eta g" and "64 tokens" in found["CMS level2"].objective
-    assert picture.parameters == 859_320 and round(picture.state_bytes_per_parameter, 2) == 8
+    assert picture.parameters == 1_055_928 and round(picture.state_bytes_per_parameter, 2) == 8
     assert found["CMS level1"].starts_from[0].startswith("starts of CMS level1")
     assert found["mu (Adam)"].generated_by == ("CMS level1",)
 
@@ -771,7 +771,6 @@ def test_tokens_are_a_positive_number(tokens):
         (optax.masked(optax.sgd(0.1), {"up": True}), None, "masked"),
         (optax.partition({"a": optax.sgd(0.1)}, {"up": "a", "bias": "b", "down": "a"}), None, "partition"),
         (optax.lookahead(optax.sgd(0.1), 2, 0.5), None, "lookahead"),
-        (optax.sgd(0.1), 3, "'int' object is not callable"),
     ],
 )
 def test_what_an_optimizer_refuses_is_said_in_a_line(rule, extra, named):

@@ -13,7 +13,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
 from nested_jax.numerics import rms_norm, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
-from nested_jax.typing import Array, Bool, Float, Position, PyTree
+from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 CONVOLUTION = 4  # taps W of the causal depthwise convolution
 
@@ -124,7 +124,7 @@ class MemoryLayer(abc.ABC):
         return (self.level(weights, batch_size),)
 
 
-def bounded(position: Position, period: int) -> Position:
+def bounded(position: Position | Int[Array, "*batch"], period: int) -> Any:
     """A position that does not run out: from 1.5 * 2^30 on it is less by a multiple of the period, and never 0 again.
 
     Args:

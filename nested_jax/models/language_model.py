@@ -143,7 +143,7 @@ def apply(
     >>> weights = init_weights(config, jax.random.key(0))
     >>> logits, state = apply(config, weights, jnp.zeros((2, 8), int), init_state(config, weights, 2))
     >>> logits.shape, int(state.position)
-    ((2, 8, 256), 8)
+    ((2, 8, 1024), 8)
     """
     check_config(config)
     rules = as_rules(config, rules)

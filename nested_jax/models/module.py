@@ -47,7 +47,7 @@ class LanguageModel(nnx.Module):
     >>> model = LanguageModel(preset("tiny-transformer"), rngs=nnx.Rngs(0))
     >>> logits, state = model(jnp.zeros((2, 8), int), model.init_state(2))
     >>> logits.shape, int(state.position)
-    ((2, 8, 256), 8)
+    ((2, 8, 1024), 8)
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import ClassVar
 
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -95,11 +95,11 @@ def watch() -> None:
     """
     receive, send = os.pipe()
     os.set_blocking(send, False)
-    for number in _answered():
-        signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(send)  # which Python writes the signal's number to, from any thread
     Interruption.watched = True
     threading.Thread(target=_answer, args=(receive,), daemon=True).start()
+    signal.set_wakeup_fd(send)  # which Python writes the signal's number to, from any thread
+    for number in _answered():
+        signal.signal(number, lambda *_: None)
 
 
 def _answered() -> list[int]:

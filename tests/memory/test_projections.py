@@ -62,7 +62,7 @@ def test_rotary_positions_are_complex_turns(x64):
     x, at = normal(2, 5, 3, 8), jnp.array([0, 1, 7, 30, 1000])
     pairs, angles = np.asarray(x), np.asarray(at)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
     z = (pairs[..., :4] + 1j * pairs[..., 4:]) * np.exp(1j * angles)[:, None]
-    np.testing.assert_allclose(rotate(x, at), np.concatenate([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
-    score = lambda i, j: (rotate(x[:1, :1], jnp.array([i])) * rotate(x[:1, 1:2], jnp.array([j]))).sum()
+    np.testing.assert_allclose(rotate(x, at[None]), np.concatenate([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
+    score = lambda i, j: (rotate(x[:1, :1], jnp.array([[i]])) * rotate(x[:1, 1:2], jnp.array([[j]]))).sum()
     np.testing.assert_allclose(score(3, 9), score(13, 19), rtol=1e-4)
     assert abs(score(3, 9) - score(3, 12)) > 1e-2
