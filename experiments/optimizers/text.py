@@ -29,10 +29,16 @@ BITS = "heldout_bits_per_byte"
 
 
 def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: int) -> dict:
-    """One run, as of `nested-jax train`; its held-out bits per byte are None if it diverged."""
+    """One run, as of `nested-jax train --tokenizer bytes`; its held-out bits per byte are None if it diverged."""
     choices = {"optimizer": optimizer, "learning_rate": rate, "seed": seed, "steps": config.steps}
     choices |= {"batch_size": config.batch_size, "window": config.window, "eval_every": 0, "eval_bytes": config.eval_bytes}
-    choices |= {"sample_tokens": 0, "checkpoint_every": config.steps, "log_every": 5}
+    choices |= {
+        "tokenizer": "bytes",
+        "sample_tokens": 0,
+        "reading_documents": 0,
+        "checkpoint_every": config.steps,
+        "log_every": 5,
+    }
     with tempfile.TemporaryDirectory() as folder:
         made = TrainConfig.from_preset(preset, **choices)
         row = {"train": command(made)}
