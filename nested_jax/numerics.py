@@ -115,12 +115,14 @@ def bounded(x: Array, *of: Array) -> Array:
 def split_scale(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Array, Array]:
     """(x / s, s), s a power of two over some axes, which are kept: sums of squares of x / s neither overflow nor vanish.
 
-    s is 1 but for very large or small x. It is a constant: what does not depend on it has right derivatives.
+    s is 1 but for very large or small x, whose largest entry it makes about 1: with larger ones derivatives would vanish. It
+    is a constant: what does not depend on it has right derivatives.
     """
-    power = jnp.finfo(x.dtype).maxexp * 25 // 32  # 100 in float32
-    large, largest = 2.0 ** (power // 2), jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0))
-    small = (largest < 1 / large) & (largest > 0)
-    s = jnp.where(largest > large, 2.0**power, jnp.where(small, 2.0**-power, 1)).astype(x.dtype)
+    most = jnp.finfo(x.dtype).maxexp * 25 // 32  # 100 in float32: 1 / s is no denormal number
+    large, largest = 2.0 ** (most // 2), jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0))
+    extreme = (largest > large) | ((largest < 1 / large) & (largest > 0))
+    exponent = jnp.clip(jnp.frexp(largest)[1], -most, most)
+    s = jnp.where(extreme, jnp.ldexp(jnp.ones((), x.dtype), exponent), 1).astype(x.dtype)
     return x / s, s
 
 

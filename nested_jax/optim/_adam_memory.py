@@ -75,8 +75,11 @@ def scale_by_adam_memory(
         correct = lambda m, decay: optax.tree.bias_correction(m, decay, count) if average else m
 
         def best(m, v):
-            P = safe_sqrt(v)
-            return safe_divide(m, jnp.where(v == 0, 0, P + safe_divide(penalty, P) + eps))
+            large = v > 1e30  # products would overflow; of small numbers, derivatives of quotients in quotients vanish
+            P, near = safe_sqrt(v), jnp.where(large, 1, v)
+            root = safe_sqrt(near)
+            small = safe_divide(jnp.where(large, 0, m) * root, near + penalty + eps * root)
+            return jnp.where(large, safe_divide(m, jnp.where(v == 0, 0, P + safe_divide(penalty, P) + eps)), small)
 
         mean = jax.tree.map(bounded, correct(first, b1), first)
         return jax.tree.map(best, mean, correct(second, b2)), AdamMemoryState(count, first, second)

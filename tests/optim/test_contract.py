@@ -105,7 +105,7 @@ def test_composes_with_optax(x64, name):
     assert_close(run(clipped, params, gradients, **more), plain)
     decayed = run(optax.chain(make(0.1), optax.add_decayed_weights(-0.01)), params, gradients[:1], **more)
     assert_close(decayed, jax.tree.map(lambda w, start: w - 0.01 * start, first, params))
-    sizes = ("window",) if name.startswith("generalized") else ()  # no array's size is traced
+    sizes = ("window",) if name.startswith("generalized") else ("target",) if name == "deep momentum, l2" else ()
     injected = optax.inject_hyperparams(make, sizes)(learning_rate=0.1)
     assert_close(run(injected, params, gradients, **more), plain)
 

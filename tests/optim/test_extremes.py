@@ -57,7 +57,7 @@ def test_finite_gradients_give_finite_updates(name):
         if step == 1 and name != "delta gradient descent":  # an update of every rule, those of two steps too
             for key in ("bias",) if "deep" in name else ("bias", "kernel"):  # starts differ from leaf to leaf
                 expected, half = updates["single"][key], updates["half"][key]
-                assert (half != 0).any()
+                assert (half != 0).any() or not expected.astype(jnp.float16).any()
                 np.testing.assert_allclose(half, expected.astype(jnp.float16), rtol=2e-3, atol=1e-7)
     assert update._cache_size() == 1
 

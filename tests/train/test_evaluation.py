@@ -82,7 +82,8 @@ def test_any_window_trains(window, carry, tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_bytes(text + b"%d" % i)
     config = TrainConfig.from_preset(
         "tiny-hope", model=small_model("tiny-hope"), window=window, carry=carry, batch_size=2, steps=12, warmup=2,
-        data=str(tmp_path / "text"), run_dir=str(tmp_path / "run"), sample_tokens=0, eval_every=12, log_every=1,
+        data=str(tmp_path / "text"), run_dir=str(tmp_path / "run"), tokenizer="bytes", sample_tokens=0, eval_every=12,
+        log_every=1,
     )  # fmt: skip
     state = train(config, Console(file=io.StringIO()))
     assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 13))
