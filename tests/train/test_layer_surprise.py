@@ -121,7 +121,7 @@ def test_showing_surprise_changes_nothing_else(small, quiet):
     measured = [row for row in rows(shown) if surprise(row)]
     assert [row["step"] for row in measured] == [0, 3, 6] and all("heldout_bits_per_byte" in row for row in measured)
     assert all(len(surprise(row)) == 3 * 11 and np.isfinite(list(row.values())).all() for row in measured)
-    assert said_more.count("surprise, RMS") == 2 and "surprise, RMS" not in said
+    assert said_more.count("surprise, RMS") == 3 and "surprise, RMS" not in said
     report, other = (Path(config.run_dir, "report.md").read_text() for config in (shown, plain))
     assert "| blocks/mixer/out[1] |" in report and "surprise, RMS" not in other and "--show-surprise" in report
     assert difference(plain, dataclasses.replace(plain, show_surprise=True)) is None
