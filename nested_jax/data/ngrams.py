@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from nested_jax.data.pipeline import encoded, first_targets
 from nested_jax.data.tokenizer import Tokenizer
 from nested_jax.errors import UserError
 
@@ -53,13 +54,13 @@ def ngram_bits(
     >>> bits.bigram < 0.3 < bits.unigram
     True
     """
-    V = tokenizer.vocabulary
-    order = np.random.default_rng(0).permutation(len(counted))
-    tokens = list(_first(limit, (_tokens(counted[int(i)], tokenizer) for i in order)))
-    targets = [_tokens(text, tokenizer) for text in read]
-    text_bytes = sum(int(tokenizer.byte_lengths[ids[1:]].sum()) for ids in targets)
-    if not tokens or not text_bytes:
+    V, read = tokenizer.vocabulary, list(read)
+    if not len(counted) or not any(read):
         raise UserError("n-grams of no text: give documents that contain at least one byte")
+    documents, order = encoded(counted, tokenizer), np.random.default_rng(0).permutation(len(counted))
+    tokens = list(first_targets((documents[int(i)] for i in order), limit))
+    targets = list(encoded(read, tokenizer))
+    text_bytes = sum(int(tokenizer.byte_lengths[ids[1:]].sum()) for ids in targets)
     before, after = _pairs(tokens)
     single, pairs = np.bincount(after, minlength=V), _Counts(before, after, V)
     a, b = _pairs(targets)
@@ -82,20 +83,7 @@ class _Counts:
         return np.where(self.codes[at] == code, self._counts[at], 0)
 
 
-def _tokens(text: str | bytes, tokenizer: Tokenizer) -> np.ndarray:
-    edge = [tokenizer.boundary]
-    return np.concatenate([edge, tokenizer.encode(text), edge]).astype(np.int64)
-
-
-def _first(limit: int, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Documents up to `limit` pairs in all, the last one cut."""
-    for ids in documents:
-        yield ids[: limit + 1]
-        limit -= len(ids) - 1
-        if limit <= 0:
-            return
-
-
 def _pairs(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens, and the ones after them, within documents."""
-    return np.concatenate([ids[:-1] for ids in documents]), np.concatenate([ids[1:] for ids in documents])
+    before, after = (np.concatenate([ids[part] for ids in documents]) for part in (slice(None, -1), slice(1, None)))
+    return before.astype(np.int64), after.astype(np.int64)

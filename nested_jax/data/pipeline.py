@@ -79,7 +79,7 @@ def train_batches(
         raise UserError(f"shard {shard_index} of {shard_count}: the index must be at least 0 and below the count")
     pack = _packing(tokenizer, window, batch_size, alignment, carry)
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain adds the epoch: keep seeds far apart
-    stream = _dataset(documents, tokenizer).shuffle(seed=seed).repeat()
+    stream = encoded(documents, tokenizer).shuffle(seed=seed).repeat()
     rows = [pack(stream[shard_index * batch_size + row :: shard_count * batch_size]) for row in range(batch_size)]
     return iter(grain.experimental.ZipIterDataset(rows).map(_stack))
 
@@ -143,11 +143,11 @@ def heldout_batches(
     [[4.0, 3.0, 0.0]]
     """
     pack = _packing(tokenizer, window, batch_size, alignment, carry)
-    bounded = _dataset(documents, tokenizer)
+    bounded = encoded(documents, tokenizer)
     if limit_tokens is not None:
         if not is_whole(limit_tokens):
             raise UserError(f"limit_tokens {limit_tokens} must be a whole number of at least 1")
-        bounded = grain.MapDataset.source(list(_first_targets(bounded, limit_tokens)))
+        bounded = grain.MapDataset.source(list(first_targets(bounded, limit_tokens)))
 
     def streams() -> list[Iterator[Batch]]:
         return (
@@ -233,7 +233,7 @@ def _packing(
     return lambda documents: PackedWindows(documents.to_iter_dataset(_READ), **options)
 
 
-def _dataset(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tokenizer) -> grain.MapDataset:
+def encoded(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tokenizer) -> grain.MapDataset:
     """Documents as ids between two boundaries, encoded when read."""
     if len(documents) == 0:
         raise UserError("no documents to make batches of: give at least one")
@@ -242,7 +242,7 @@ def _dataset(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Tok
     return dataset.map(lambda text: np.concatenate([boundary, tokenizer.encode(text), boundary]))
 
 
-def _first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarray]:
+def first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarray]:
     """Documents up to `limit` targets in all, the last one cut."""
     for document in documents:
         yield document[: limit + 1]

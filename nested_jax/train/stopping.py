@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import ClassVar
 
-_STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+_STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # in the order in which they are caught
 
 
 class Interrupted(KeyboardInterrupt):
