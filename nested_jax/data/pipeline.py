@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -242,7 +242,7 @@ def encoded(documents: Sequence[str | bytes] | grain.MapDataset, tokenizer: Toke
     return dataset.map(lambda text: np.concatenate([boundary, tokenizer.encode(text), boundary]))
 
 
-def first_targets(documents: grain.MapDataset, limit: int) -> Iterator[np.ndarray]:
+def first_targets(documents: Iterable[np.ndarray], limit: int) -> Iterator[np.ndarray]:
     """Documents up to `limit` targets in all, the last one cut."""
     for document in documents:
         yield document[: limit + 1]
