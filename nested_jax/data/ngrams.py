@@ -58,7 +58,7 @@ def ngram_bits(
     if not len(counted) or not any(read):
         raise UserError("n-grams of no text: give documents that contain at least one byte")
     documents, order = encoded(counted, tokenizer), np.random.default_rng(0).permutation(len(counted))
-    tokens = list(first_targets((documents[int(i)] for i in order), limit))
+    tokens = list(first_targets(map(np.asarray, (documents[int(i)] for i in order)), limit))
     targets = list(encoded(read, tokenizer))
     text_bytes = sum(int(tokenizer.byte_lengths[ids[1:]].sum()) for ids in targets)
     before, after = _pairs(tokens)
