@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,11 @@ def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
         return jax.lax.pcast(x, tuple(more), to="varying") if more and x.ndim >= rank else x
 
     return jax.tree.map(cast, state)
+
+
+def normal(key: Array, shape: tuple[int, ...], dtype: Any = float) -> Array:
+    """`jax.random.normal`, drawn as a vector: XLA's CPU takes seconds to compile random numbers of several axes."""
+    return jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:

@@ -74,7 +74,8 @@ def run():
     params = {"dense": {"kernel": jnp.ones((4, 3))}}
     loss = lambda params, x: ((x @ params["dense"]["kernel"]) ** 2).sum()
     local_surprise(loss, params, jnp.ones((2, 4)))
-    describe((LanguageModel(small("tiny-hope"), rngs=nnx.Rngs(0)), optax.adam(0.1)))
+    shell = nnx.eval_shape(lambda: LanguageModel(small("tiny-hope"), rngs=nnx.Rngs(0)))
+    describe((shell, optax.adam(0.1)))
     describe((params, optim.momentum(0.1)))
     print("picture and surprise")
 

@@ -320,6 +320,7 @@ def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
     assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_run_inside_its_own_text_resumes(place, say):
     for i in range(30):
         Path("folder", f"{i}.txt").write_text(f"Number {i} burns bright, in the forests of the night.\n" * 9)

@@ -313,6 +313,7 @@ def test_language_models(x64, preset_name, fields, mixer, others):
     assert pairs["blocks/cms/level1/down"].inputs.shape == (2, 2, 16, 12)
 
 
+@pytest.mark.slow
 def test_a_model_that_learns_in_context_has_pairs_where_its_kernels_stay_slow(x64):
     """The last block's CMS is fast, and the head is used both ways, by the inner gradients."""
     cms = [f"blocks/cms/level{level}/{kernel}[0:1]" for level in (1, 2) for kernel in ("up", "down")]

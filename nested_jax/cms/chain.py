@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import Count, NonNegative, check_fields, check_key
 from nested_jax.errors import UserError
-from nested_jax.numerics import rms_norm
+from nested_jax.numerics import normal, rms_norm
 from nested_jax.typing import Array, Float, PyTree
 
 MATRICES = ("up", "gate", "down")  # what is fast in a level's weights
@@ -103,7 +103,7 @@ def init_weights(key: Array, config: CMSConfig, width: int) -> dict[str, dict[st
         if config.variant == "nested" and i and config.periods:
             shapes = {}  # starts as the slower level is
         keys = dict(zip(shapes, jax.random.split(own, 3), strict=False))
-        level = {name: jax.random.normal(keys[name], shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
+        level = {name: normal(keys[name], shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
         level["norm"] = jnp.ones(width)
         if i >= config.frozen:
             level["rate"] = jnp.full((), config.rate, jnp.float32)

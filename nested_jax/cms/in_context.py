@@ -241,10 +241,11 @@ def fast_weights(state: Nested | SegmentState) -> tuple[FastWeights, ...]:
 
     Source: NL Eq. 70-74.
 
-    >>> from nested_jax import LanguageModel, preset
-    >>> from flax import nnx
-    >>> model = LanguageModel(preset("tiny-hope"), rngs=nnx.Rngs(0))
-    >>> slow, fast = fast_weights(model.init_state(1).learning.levels)
+    >>> from nested_jax import preset
+    >>> from nested_jax.models.language_model import init_state, init_weights
+    >>> config = preset("tiny-hope")
+    >>> state = jax.eval_shape(lambda: init_state(config, init_weights(config, jax.random.key(0)), batch_size=1))
+    >>> slow, fast = fast_weights(state.learning.levels)
     >>> slow.matrices["up"].shape  # one block that learns, one row
     (1, 1, 128, 280)
     """

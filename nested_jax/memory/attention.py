@@ -21,7 +21,7 @@ from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
 from nested_jax.memory.stream import bounded, check_call, check_tokens
-from nested_jax.numerics import upcast, vary
+from nested_jax.numerics import normal, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
@@ -77,8 +77,8 @@ class Attention:
         project, out = jax.random.split(key)
         D = self.width
         return {
-            "project": jax.random.normal(project, (D, 3 * D)) * D**-0.5,
-            "out": jax.random.normal(out, (D, D)) * D**-0.5,
+            "project": normal(project, (D, 3 * D)) * D**-0.5,
+            "out": normal(out, (D, D)) * D**-0.5,
         }
 
     def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> AttentionState:

@@ -21,7 +21,7 @@ from nested_jax.description import Description
 from nested_jax.level import Level, Nested
 from nested_jax.memory.recurrence import Decays, Gates, MemoryState, decays, read, write
 from nested_jax.memory.stream import Chunk, Snapshots
-from nested_jax.numerics import clip_rows, square, upcast
+from nested_jax.numerics import clip_rows, normal, square, upcast
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -264,8 +264,8 @@ def deep_start(key: Array, memories: int, heads: int, width: int, hidden: int) -
     """Random starts (H, M, ., .); the second layer is small, so that a memory begins near the identity."""
     first, second = jax.random.split(key)
     return {
-        "first": jax.random.normal(first, (heads, memories, hidden, width)) * width**-0.5,
-        "second": jax.random.normal(second, (heads, memories, width, hidden)) * 0.5 * hidden**-0.5,
+        "first": normal(first, (heads, memories, hidden, width)) * width**-0.5,
+        "second": normal(second, (heads, memories, width, hidden)) * 0.5 * hidden**-0.5,
     }
 
 

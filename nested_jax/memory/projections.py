@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import check_key
 from nested_jax.memory.stream import CONVOLUTION
-from nested_jax.numerics import l2norm, upcast
+from nested_jax.numerics import l2norm, normal, upcast
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -22,11 +22,11 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
     biases = [jnp.full(H, -1.0, jnp.float32), retention_bias(H), jnp.zeros(H)]
     return {
         "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
-        "project": jax.random.normal(keys[0], (D, 3 * D)) * D**-0.5,
-        "gates": jax.random.normal(keys[1], (D, gates * H)) * 0.1 * D**-0.5,
+        "project": normal(keys[0], (D, 3 * D)) * D**-0.5,
+        "gates": normal(keys[1], (D, gates * H)) * 0.1 * D**-0.5,
         "gates_bias": jnp.concatenate(biases[:gates]),
         "norm": jnp.ones((H, D // H)),
-        "out": jax.random.normal(keys[2], (D, D)) * D**-0.5,
+        "out": normal(keys[2], (D, D)) * D**-0.5,
     }
 
 

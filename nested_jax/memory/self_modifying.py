@@ -45,7 +45,7 @@ from nested_jax.memory.deep import (
 )
 from nested_jax.memory.projections import retention_bias
 from nested_jax.memory.stream import CONVOLUTION, MemoryLayer
-from nested_jax.numerics import l2norm, upcast
+from nested_jax.numerics import l2norm, normal, upcast
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 _MAIN, _PROJECTING = slice(-1, None), slice(None, -1)  # along the axis M of memories
@@ -86,9 +86,9 @@ class SelfModifyingTitans(MemoryLayer):
 
     >>> layer = SelfModifyingTitans(8, 2, 4, chunk=4)
     >>> weights = layer.init_weights(jax.random.key(0))
-    >>> state, y = layer(weights, layer.init_state(weights, 1), jnp.ones((1, 5, 8)), 0)
+    >>> state, y = layer(weights, layer.init_state(weights, 1), jnp.ones((1, 4, 8)), 0)
     >>> y.shape
-    (1, 5, 8)
+    (1, 4, 8)
     """
 
     hidden: Count = 32
@@ -131,17 +131,17 @@ class SelfModifyingTitans(MemoryLayer):
         weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),
-            "rate": jax.random.normal(keys[2], (H, K)) * 0.1 * K**-0.5,
+            "rate": normal(keys[2], (H, K)) * 0.1 * K**-0.5,
             "rate_bias": jnp.full(H, math.log(rate / (1 - rate)), jnp.float32),
-            "retention": jax.random.normal(keys[4], (H, K)) * 0.1 * K**-0.5,
+            "retention": normal(keys[4], (H, K)) * 0.1 * K**-0.5,
             "retention_bias": retention_bias(H),
             "norm": jnp.ones((H, K)),
-            "out": jax.random.normal(keys[3], (D, D)) * D**-0.5,
+            "out": normal(keys[3], (D, D)) * D**-0.5,
         }
         if self.momentum:
             weights |= {"momentum": jnp.zeros((D, H)), "momentum_bias": jnp.zeros(H)}
         if not self.adaptive_query:
-            weights["query"] = jax.random.normal(keys[0], (D, D)) * D**-0.5
+            weights["query"] = normal(keys[0], (D, D)) * D**-0.5
         return weights
 
     def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> tuple[Array | None, ...]:

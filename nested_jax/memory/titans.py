@@ -50,9 +50,9 @@ class Titans(MemoryLayer):
 
     >>> layer = Titans(8, 2, 4, chunk=4)
     >>> weights = layer.init_weights(jax.random.key(0))
-    >>> state, y = layer(weights, layer.init_state(weights, 1), jax.numpy.ones((1, 5, 8)), 0)
+    >>> state, y = layer(weights, layer.init_state(weights, 1), jax.numpy.ones((1, 4, 8)), 0)
     >>> y.shape
-    (1, 5, 8)
+    (1, 4, 8)
     """
 
     hidden: Count = 32

@@ -30,7 +30,7 @@ from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import bounded, check_documents, check_rows
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
-from nested_jax.numerics import rms_norm, upcast, vary
+from nested_jax.numerics import normal, rms_norm, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 Rules = Sequence[optax.GradientTransformation]
@@ -61,12 +61,12 @@ def init_weights(config: ModelConfig, key: Array) -> dict[str, Any]:
     V, D = config.vocabulary, config.width
     embedding, blocks, out = jax.random.split(key, 3)
     weights = {
-        "embedding": jax.random.normal(embedding, (V, D)) * D**-0.5,
+        "embedding": normal(embedding, (V, D)) * D**-0.5,
         "blocks": jax.vmap(lambda key: init_block(key, config))(jax.random.split(blocks, config.layers)),
         # A token's logit at itself starts at 1 if the embeddings are tied: the loss starts near ln V.
         "norm": jnp.full(D, D**-0.5 if config.tie_embeddings else 1.0, jnp.float32),
     }
-    return weights if config.tie_embeddings else weights | {"head": jax.random.normal(out, (D, V)) / D}
+    return weights if config.tie_embeddings else weights | {"head": normal(out, (D, V)) / D}
 
 
 def init_state(

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from nested_jax.description import Description
 from nested_jax.errors import UserError, assert_choice
-from nested_jax.numerics import bounded, safe_divide, safe_norm, split_scale, vary, zeros
+from nested_jax.numerics import bounded, normal, safe_divide, safe_norm, split_scale, vary, zeros
 from nested_jax.optim._hyperparameters import NON_NEGATIVE, UP_TO_ONE, as_size, check, check_count, check_functions
 from nested_jax.optim._precision import at_rate, in_float32
 from nested_jax.paths import (
@@ -97,7 +97,7 @@ def deep_momentum_start(
         shape = jax.eval_shape(lambda x, n=numbers: as_matrices(x, n), leaf).shape
         width, dtype = shape[-2], jnp.promote_types(leaf.dtype, jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_name(path).encode()))
-        up = jax.random.normal(key, (*shape[:-2], width, hidden), dtype)
+        up = normal(key, (*shape[:-2], width, hidden), dtype)
         starts.append(DeepMemory(up, jnp.zeros((*shape[:-2], hidden, width), dtype)))
     return structure.unflatten(starts)
 

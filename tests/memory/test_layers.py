@@ -87,7 +87,10 @@ def assert_close(got, expected, rtol=1e-9):
         np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-10, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if type(layer) in REFERENCES])
+WITH_REFERENCE = [name for name, layer in LAYERS.items() if type(layer) in REFERENCES]
+
+
+@pytest.mark.parametrize("name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1"}))
 def test_layer_is_its_reference(x64, name):
     """Values, and gradients with respect to all weights and inputs."""
     layer = LAYERS[name]
@@ -281,7 +284,7 @@ def test_self_modification_stays_bounded(chunk):
     assert_bounded(SelfModifyingTitans(16, 2, 4, chunk=chunk), biases)
 
 
-@pytest.mark.parametrize("chunk", cases([16, 64], [64]))
+@pytest.mark.parametrize("chunk", cases([16, 64], [16]))
 def test_titans_stay_bounded(chunk):
     """The same, though nothing is erased: the largest rate is what a chunk allows."""
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 6.0]])  # rate, retention, momentum

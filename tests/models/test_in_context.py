@@ -51,7 +51,7 @@ def by_reference(made, text):
     return reference.language_model(made.config, made.weights, rules, text)
 
 
-DEFAULT = ("last block", "nested, with momentum", "shared by the batch")
+DEFAULT = ("nested, with momentum", "shared by the batch")
 
 
 @pytest.mark.parametrize("case", cases(CASES, DEFAULT))
@@ -69,7 +69,7 @@ def test_equals_a_loop_of_gradients(x64, case):
 OF_GRADIENTS = ("last block", "first order", "nested", "two of three blocks")
 
 
-@pytest.mark.parametrize("case", cases(OF_GRADIENTS, OF_GRADIENTS[:2]))
+@pytest.mark.parametrize("case", cases(OF_GRADIENTS, OF_GRADIENTS[:1]))
 def test_outer_gradient_equals_that_of_the_loop(x64, case):
     """For every weight: the starts of all levels, their rates, the sequence layers."""
     made = model(config(**CASES[case]))
@@ -116,7 +116,7 @@ def test_rates_of_zero_are_the_frozen_model(x64, case):
 
 def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64):
     """With adam inside, and a zero inner gradient (the head is zero), outer gradients are finite."""
-    made = model(config(periods=(8, 4), blocks=1, rule="adam", tie_embeddings=False))
+    made = model(config(periods=(8, 4), layers=1, rule="adam", tie_embeddings=False))
     text, (net, weights) = tokens(1, 20), differentiable(made)
     weights["head"] = jax.tree.map(jnp.zeros_like, weights["head"])
     loss = lambda w: optax.softmax_cross_entropy_with_integer_labels(
@@ -125,9 +125,10 @@ def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64):
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(weights)))
 
 
+@pytest.mark.slow
 def test_any_optax_rule_for_any_level(x64):
     """One rule a level; rate 1 and sgd are the config's own rule without a clip."""
-    settings = config(periods=(8, 4), blocks=1, clip=0.0)
+    settings = config(periods=(8, 4), layers=1, clip=0.0)
     text = tokens(1, 20)
     own = jax.jit(lambda: read(model(settings), text, 40)[0])()
     given = jax.jit(lambda: read(model(settings, rule=[optax.sgd(1.0), optax.sgd(1.0)]), text, 40)[0])()

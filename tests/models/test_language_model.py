@@ -43,9 +43,9 @@ READERS = MODELS | {
 }
 SPLIT = READERS | {
     "shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT),
-    "one level": dict(hidden=(5,), periods=(4,)),
+    "one level": dict(hidden=(5,), periods=(4,), layers=1),
 }
-DEFAULT = ("hope, last block", "sliding-window", "transformer")
+DEFAULT = ("gated-delta", "sliding-window", "transformer")
 LOOSE = dict(rtol=1e-5, atol=1e-6)  # attention's softmax is in float32
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
@@ -86,7 +86,7 @@ def test_any_split_is_one_call(x64, name):
 
 def test_a_document_that_starts_in_an_open_segment(x64):
     """Calls whose positions are known at run time only, on the grid by promise or not: the next call closes the segment."""
-    made, text = model(config(mixer="titans", **IN_CONTEXT)), tokens(2, 20)
+    made, text = model(config(layers=1, **IN_CONTEXT)), tokens(2, 20)
     reset = jnp.zeros((2, 20), bool).at[1, 8].set(True)
     whole, state = jax.jit(lambda: read(made, text, 20, reset=reset))()
     for length, multiple in ((5, 1), (4, 4)):
@@ -100,9 +100,10 @@ def test_a_document_that_starts_in_an_open_segment(x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), now, state)
 
 
-def test_a_cache_that_grows_is_one_of_given_length(x64):
+@pytest.mark.parametrize("name", cases(["hope-attention", "transformer"], ["transformer"]))
+def test_a_cache_that_grows_is_one_of_given_length(x64, name):
     """In calls of uneven lengths that close segments begun before."""
-    made, text = model(config(**MODELS["hope-attention"])), tokens(2, 26)
+    made, text = model(config(**MODELS[name])), tokens(2, 26)
     whole, _ = jax.jit(lambda: read(made, text, 32))()
     state, parts = made.init_state(2), []
     for start, end in ((0, 5), (5, 14), (14, 18), (18, 26)):
@@ -148,10 +149,10 @@ FITTING = {
     "attention": dict(mixer="attention"),
 }
 RESTARTS = [("sequence", "adam"), ("batch", "momentum"), ("sequence", "momentum"), ("batch", "adam")]
-RESET = ("hope, last block", "hope-attention", "hope", "omega in context")
+RESET = ("hope-attention", "hope, last block", "hope", "omega in context")
 
 
-@pytest.mark.parametrize("name", cases(RESET, RESET[:2]))
+@pytest.mark.parametrize("name", cases(RESET, RESET[:1]))
 def test_a_reset_is_a_fresh_start(x64, name):
     """Of one row, on the grid of documents; the other row goes on."""
     made, text = model(config(**READERS[name])), tokens(2, 24)
@@ -185,7 +186,7 @@ def test_a_reset_is_seen_wherever_the_call_begins(x64, scope):
     np.testing.assert_allclose(short(state), whole[:, 4:10], **CLOSE)
 
 
-@pytest.mark.parametrize("case", cases(RESTARTS, RESTARTS[:2]), ids=str)
+@pytest.mark.parametrize("case", cases(RESTARTS, RESTARTS[:1]), ids=str)
 def test_a_restart_is_of_the_rows_that_are_reset(x64, case):
     """Weights, gradients and the rule's memory; those of the whole batch are restarted with its last row alone."""
     scope, rule = case
@@ -256,7 +257,7 @@ def test_options_reach_the_memory():
         assert layer == OmegaMemory(8, 2, "l2", window=3, features=features, chunk=4)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", cases([True, False], [False]))
 def test_the_first_loss_is_near_chance(tied):
     made = LanguageModel(dataclasses.replace(preset("tiny-hope-attention"), tie_embeddings=tied), rngs=nnx.Rngs(0))
     text = jax.random.randint(jax.random.key(0), (2, 65), 0, made.config.vocabulary)

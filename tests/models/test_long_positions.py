@@ -12,7 +12,8 @@ from nested_jax import CMSConfig, ModelConfig
 from nested_jax.errors import UserError
 
 CASES = {
-    "learning": dict(mixer="self-modifying", periods=(12, 6), chunk=3, blocks=1),
+    "learning": dict(mixer="gated-delta", periods=(12, 6), chunk=3, blocks=1),
+    "self-modifying": dict(mixer="self-modifying", periods=(12, 6), chunk=3, blocks=1),
     "attention": dict(mixer="attention", periods=(8, 4)),
     "titans": dict(mixer="titans", periods=(8, 4), variant="nested"),
 }

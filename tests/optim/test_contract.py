@@ -18,8 +18,8 @@ from nested_jax.errors import UserError
 
 every_rule = pytest.mark.parametrize("name", RULES)
 ALIKE = ("adam memory", "adagrad memory", "preconditioned momentum", "feature momentum", "delta momentum")  # their state
-variants_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - set(VARIANTS)))
-alike_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE}))
+OTHERS = ("continuum", "adagrad memory, full", "non-linear momentum", "generalized gradient descent")
+others_are_slow = pytest.mark.parametrize("name", cases(RULES, RULES.keys() - {*VARIANTS, *ALIKE, *OTHERS}))
 PARAMS = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
 
@@ -93,7 +93,7 @@ def test_a_fresh_state_of_numpy_parameters_can_be_saved(tmp_path):
         checkpointer.save(tmp_path / "state", states)
 
 
-@alike_are_slow
+@others_are_slow
 def test_composes_with_optax(x64, name):
     """In a chain with clipping and weight decay, partitioned, masked, accumulated, with a schedule, with injected rates."""
     params, gradients = tree(0, jnp.float64), [tree(i, jnp.float64) for i in range(1, 5)]
@@ -259,7 +259,7 @@ def test_a_start_of_all_parameters_can_be_given_for_some_of_them(x64):
             optax.masked(make(start=start | {"tail": None}), mask).init(params)
 
 
-@variants_are_slow
+@others_are_slow
 def test_meta_gradients(x64, name):
     """Through three updates, with respect to start, rate and a scale of all gradients, against finite differences.
 
@@ -293,7 +293,7 @@ def test_meta_gradients(x64, name):
         np.testing.assert_allclose(slope, (value(step) - value(-step)) / (2 * step), rtol=1e-3, atol=1e-6)
 
 
-@alike_are_slow
+@others_are_slow
 def test_meta_gradients_at_tiny_gradients(name):
     """In float32, with respect to gradients and their scale, both of which scale the parameters: against float64.
 

@@ -51,7 +51,7 @@ def test_a_run_that_diverges_stops_and_goes_on_from_before_at_a_lower_rate(small
     assert good in steps and len(steps) == 3 and good < min(steps - {good})
     before = [row for row in rows(config) if row["step"] <= good]
     assert all(math.isfinite(row["loss"]) for row in before)
-    state, said = quiet(dataclasses.replace(config, learning_rate=0.1))
+    state, said = quiet(dataclasses.replace(config, learning_rate=0.1, checkpoint_every=30))
     assert f"goes back to step {good}" in said and state.step == 60
     assert rows(config)[:good] == before
     assert [row["step"] for row in rows(config) if "loss" in row] == [*range(1, 61)]

@@ -116,6 +116,7 @@ def test_the_seed_decides_a_sample(finished):
         assert draw(prompt) == draw(prompt) != draw(prompt, seed=1)
 
 
+@pytest.mark.slow
 def test_several_samples_have_the_seeds_that_follow(finished):
     config, _ = finished(1)
     saved, params, tokenizer, _ = trained.load_run(config.run_dir)

@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_targets(name):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
     name, carry = run.split()[0], run.endswith("carry")
     gradients = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 2):
         config, net, _ = make(name, accumulate=accumulate, carry=carry)
         step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
         params = to_float64(states.init_params(config.model, 0))
@@ -340,7 +340,7 @@ def test_continuum_moves_the_slow_level_every_so_many_updates():
     assert moved == [[False, True], [False, True], [True, True]] * 2
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("clip", cases([0.0, 0.5], [0.5]))
 def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
     """Three updates by large gradients, through the warm-up, against a chain written out."""
     config = TrainConfig(model=small_model("tiny-hope"), steps=9, warmup=2, learning_rate=0.1, weight_decay=0.3, clip=clip)
@@ -349,11 +349,12 @@ def test_the_optimizer_is_clipped_adamw_on_its_schedule(x64, clip):
     rates = (0.05, 0.075, 0.1)
     clipped = [optax.clip_by_global_norm(clip)] if clip else []
     own = optimizer(config)
+    update = jax.jit(own.update)
     theirs = optax.chain(*clipped, *adam)
     memory, other = own.init(params), theirs.init(params)
     for i, rate in enumerate(rates):
         gradient = jax.tree.map(lambda w, i=i: jnp.cos(w + i), params)
-        got, memory = own.update(gradient, memory, params)
+        got, memory = update(gradient, memory, params)
         expected, other = theirs.update(gradient, other, params)
         chex.assert_trees_all_close(got, jax.tree.map(lambda u, rate=rate: -rate * u, expected), rtol=1e-6)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 
 import nested_jax
@@ -53,6 +54,7 @@ def test_a_training_step_of_tiny_hope():
     assert len(way) <= 15 and way[0] == "train/step.py" and "memory/recurrence.py" in way
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_readme():
     graph, weights = nnx.split(LanguageModel(preset("tiny-hope"), rngs=nnx.Rngs(0)), nnx.Param)
     tokens = jnp.zeros((1, 1025), int)
