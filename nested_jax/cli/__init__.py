@@ -45,7 +45,7 @@ def evaluate(argv: Sequence[str]) -> None:
     else:
         data, documents = flags.data, list(evaluation.first_bytes(open_documents(flags.data, "heldout"), limit))
         ngrams = count_ngrams(config, tokenizer, open_documents(flags.data, "train"), documents)
-    heldout = evaluation.HeldOut(config, tokenizer, documents, limit=limit)
+    heldout = evaluation.HeldOut(config, tokenizer, documents)
     with announced("compiling the evaluation"):
         heldout.compile(params)
     bits = heldout.bits_per_byte(params)

@@ -19,25 +19,19 @@ from nested_jax.typing import PyTree
 
 
 class HeldOut:
-    """The first `limit` bytes of some documents, cut into batches.
-
-    `text_bytes` is the text's length.
-    """
+    """Documents cut into batches; `text_bytes` is their length."""
 
     def __init__(
         self,
         config: TrainConfig,
         tokenizer: ByteTokenizer | SentencePieceTokenizer,
         documents: Sequence[bytes],
-        *,
-        limit: int,
     ):
         slots, model = config.batch_size * config.window, config.model
         activations = 4 * slots * (model.vocabulary + model.layers * model.width)
         assert_fits(f"a batch of {config.batch_size} windows of {config.window}", activations)
-        texts = list(first_bytes(documents, limit))
         self._batches = heldout_batches(
-            texts,
+            documents,
             tokenizer,
             window=config.window,
             batch_size=config.batch_size,

@@ -88,7 +88,7 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     )
     heldout_documents = open_documents(config.data, "heldout")
     first = list(first_bytes(heldout_documents, config.eval_bytes))
-    heldout = HeldOut(config, tokenizer, first, limit=config.eval_bytes)
+    heldout = HeldOut(config, tokenizer, first)
     ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)
     return Text(

@@ -35,7 +35,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     config = TrainConfig.from_preset("tiny-hope", model=model, window=32, batch_size=4, carry=carry)
     params = states.init_params(model, 0)
     params["head"] = jnp.zeros_like(params["head"])
-    heldout = HeldOut(config, tokenizer, TEXTS, limit=10**6)
+    heldout = HeldOut(config, tokenizer, TEXTS)
     targets = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     expected = math.log2(size) * targets / sum(map(len, TEXTS))
     assert heldout.text_bytes == sum(map(len, TEXTS)) != targets
@@ -55,9 +55,7 @@ def test_carried_held_out_text_is_read_as_whole_documents():
     nats = optax.softmax_cross_entropy_with_integer_labels(read(ids[:, :-1]), ids[:, 1:])
     whole = sum(each[: len(text) + 1].sum() for each, text in zip(nats, texts, strict=True))
     carried, apart = (
-        HeldOut(TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts, limit=10**6).bits_per_byte(
-            params
-        )
+        HeldOut(TrainConfig(model=model, window=32, batch_size=2, carry=carry), tokenizer, texts).bits_per_byte(params)
         for carry in (True, False)
     )
     assert carried == pytest.approx(float(whole) / math.log(2) / sum(map(len, texts)), rel=1e-5)

@@ -143,6 +143,7 @@ def test_carried_state_is_used_until_a_reset():
     assert fresh == pytest.approx(float(alone), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_period_longer_than_the_window_comes_due_where_state_is_carried(x64):
     """Four windows of a document, the parameters at rest, are one reading of it; a level of two windows' period steps."""
     model = small_model("tiny-hope", mixer="gated-delta")
