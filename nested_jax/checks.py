@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -17,8 +19,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
-from nested_jax.errors import UserError, shown
+from nested_jax.errors import UserError, is_whole, shown
 
 
 class Interval(NamedTuple):
@@ -35,7 +38,7 @@ class Interval(NamedTuple):
     finite: bool = True
 
     def __contains__(self, value: Any) -> bool:
-        inside = self.least <= value <= self.most and self.above < value < self.below
+        inside = self.least <= value <= self.most and self.above < value < self.below and is_finite(value)
         return bool(inside or (value == math.inf and not self.finite))
 
     def __str__(self) -> str:
@@ -43,8 +46,17 @@ class Interval(NamedTuple):
         return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if abs(bound) < math.inf)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float: a whole number may be too large for one.
+
+    >>> is_finite(10**308), is_finite(10**400), is_finite(math.nan)
+    (True, False, False)
+    """
+    return bool(abs(value) <= sys.float_info.max)
+
+
 class Named(NamedTuple):
-    """A string that is not empty, in a field's annotation.
+    """A string in a field's annotation that can be stored and shown: neither empty nor with what would steer a terminal.
 
     >>> allows(Annotated[str, Named("the path of a folder")], ""), describe_hint(Annotated[str, Named("a name")])
     (False, 'a name')
@@ -52,6 +64,12 @@ class Named(NamedTuple):
 
     words: str
     """What it names."""
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, str) and bool(value) and not _UNPRINTABLE.search(value)
+
+
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # bytes that are no UTF-8 too
 
 
 Folder = Annotated[str, Named("the path of a folder")]
@@ -102,6 +120,17 @@ def check_key(thing: str, key: Any) -> None:
         raise UserError(f"{thing}: key {shown(key)}: give {remedy}")
 
 
+def check_count(thing: str, value: Any) -> None:
+    """Raises UserError for what is no whole number of at least 1, nor a symbolic size of `jax.export`.
+
+    >>> check_count("batch_size", 0)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: batch_size 0: give a whole number of at least 1
+    """
+    if not is_whole(value) and not is_symbolic_dim(value):
+        raise UserError(f"{thing} {shown(value)}: give a whole number of at least 1")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -117,7 +146,7 @@ def allows(hint: Any, value: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
-        if isinstance(value, str) and not value and any(isinstance(extra, Named) for extra in arguments[1:]):
+        if not all(value in extra for extra in arguments[1:] if isinstance(extra, Named)):
             return False
         if not intervals or not _is_number(value):
             return allows(arguments[0], value)
@@ -134,7 +163,7 @@ def allows(hint: Any, value: Any) -> bool:
     if hint is int:
         return _is_number(value) and isinstance(value, numbers.Integral)
     if hint is float:
-        return _is_number(value) and math.isfinite(value)
+        return _is_number(value) and is_finite(value)
     if isinstance(hint, type) and (hint in (bool, str) or dataclasses.is_dataclass(hint)):
         return isinstance(value, hint)
     return value is None if hint is type(None) else True

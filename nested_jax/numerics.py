@@ -58,13 +58,17 @@ def square(rows: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 
 
 def clip_rows(rows: Float[Array, "*batch V"], largest: float) -> Float[Array, "*batch V"]:
-    """Every row scaled down to a norm of at most `largest`; infinity clips nothing.
+    """Every row scaled down to a norm of at most `largest`, or of 1e-18 where that is less; 1e18 and more clip nothing.
+
+    Beyond these a square is 0 or infinite in float32.
 
     >>> print(clip_rows(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0))
     [[0.6 0.8]
      [0.3 0.4]]
     """
-    return scale(jax.lax.rsqrt(jnp.maximum(square(rows) / largest**2, 1.0)), rows)
+    if largest >= 1e18:
+        return rows
+    return scale(jax.lax.rsqrt(jnp.maximum(square(rows) / max(largest, 1e-18) ** 2, 1.0)), rows)
 
 
 def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

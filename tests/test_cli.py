@@ -274,6 +274,15 @@ def test_train_resume_evaluate_generate(place, say, monkeypatch):
     assert greedy[0][0][1:] != written("--tokens", "5", "--temperature", "0", "--prompt", "z")[0][1:]
     monkeypatch.setattr("sys.stdin", io.StringIO("q"))
     assert written("--tokens", "5", "--temperature", "0", "--prompt", "-") == greedy[0]
+    monkeypatch.setattr("sys.stdin", None)  # closed by the caller
+    no_input = "nested-jax: --prompt -: there is no standard input; give the text itself"
+    assert say("generate --run-dir a --prompt -")[::2] == (2, [no_input])
+    plain = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", plain)
+        assert main(shlex.split("generate --run-dir a --prompt né --tokens 5 --temperature 0")) == 0
+    plain.flush()
+    assert plain.buffer.getvalue().startswith(b"n\\xe9")
     several = written("--tokens", "5", "--temperature", "0", "--samples", "2", "--seed", "4", "--prompt", "q")
     heads = [line for line in several if line.startswith("--- ")]
     assert heads == ["--- sample 1 of 2, seed 4", "--- sample 2 of 2, seed 5"]

@@ -183,6 +183,16 @@ CONFIGS = [
     ),
     (lambda: CMSConfig(periods=(6, 4), hidden=(4, 4)), "6 is not a multiple of 4: give periods that divide"),
     (lambda: CMSConfig(periods=(8, 4)), "are more than the 1 levels of cms.hidden"),
+    (lambda: TrainConfig(learning_rate=10**400), "--learning-rate 1000.*: give a finite number of at least 0"),
+    (lambda: ModelConfig(huber_threshold=10**400), "huber_threshold 1000.*: give a finite"),
+    *(
+        (lambda name=name, wrong=wrong: TrainConfig(**{name: wrong}), f"--{name.replace('_', '-')} .*: give {words}")
+        for name, wrong, words in (
+            ("steps", 2**31, "a whole number of at least 1 and below 2147483648"), ("warmup", 10**30, "a whole number of at least 0"),
+            ("data", "", "stdlib, the path of text"), ("data", "a\x1b[2J", "stdlib, the path"), ("run_dir", "a\0b", "the path of a folder"),
+            ("run_dir", "a\udcff", "the path of a folder"), ("tokenizer", "", "sentencepiece, bytes or the path"),
+        )
+    ),
     (lambda: TrainConfig(steps=-1), "--steps -1: give a whole number"),
     (lambda: TrainConfig(model="tiny-hope"), "--model 'tiny-hope': give a ModelConfig"),
     (lambda: TrainConfig(batch_size=8, accumulate=3), "--batch-size 8 is not a multiple of --accumulate 3: change one"),
@@ -212,6 +222,12 @@ MEMORIES = [
     (lambda: Rule(step="newton"), "Rule: step 'newton': give one of proximal, raw"),
     (lambda: objective.lp(0.5), "objective lp: power 0.5 must be at least 1"),
     (lambda: objective.huber(0.0), "objective huber: threshold 0.0 must be positive"),
+    *(
+        (lambda made=made, sizes=sizes: made.init_state(made.init_weights(KEY), **sizes), rf": {name} {wrong}: {COUNT}")
+        for made in (LAYER, Attention(8, 2))
+        for name, wrong in (("batch_size", 0), ("batch_size", 2.5), ("max_length", 0), ("max_length", -1), ("max_length", True))
+        for sizes in ({"batch_size": 1} | {name: wrong},)
+    ),
     *((lambda made=made: made.init_weights(0), r"key 0: give jax.random.key\(0\)") for made in (
         LAYER, Attention(8, 2), Titans(8, 2), OmegaMemory(8, 2), SelfModifyingTitans(8, 2))),
     (lambda: init_cms(0, CMS, 8), r"cms.init_weights: key 0: give jax.random.key\(0\)"),
@@ -240,6 +256,8 @@ MEMORIES = [
             (lambda rule=rule: rule(MEMORY, KEYS, VALUES, GATE, KEYS), r"gates float32\[5\]: give a MemoryState and Gates"),
             (lambda rule=rule: rule(MEMORY, VALUES, VALUES, GATES, KEYS), r"inputs float32\[5, 2\] .*: give \(..., C, 3\)"),
             (lambda rule=rule: rule(MEMORY, KEYS, KEYS, GATES, KEYS), r"errors float32\[5, 3\] .*: give \(..., C, 2\)"),
+            (lambda rule=rule: rule(MEMORY, KEYS, VALUES, GATES, KEYS[:1]), "one length C of at least 1, not .*queries 1.*: give"),
+            (lambda rule=rule: rule(MEMORY, KEYS, VALUES, GATES, VALUES), r"queries float32\[5, 2\] .*: give \(..., C, 3\)"),
             (lambda rule=rule: rule(MEMORY, KEYS[:4], VALUES, GATES, KEYS), "one length C of at least 1, not inputs 4.*: give"),
             (lambda rule=rule: rule(MEMORY, KEYS, VALUES, GATES._replace(momentum=GATE), KEYS), "state.momentum is None.*: give"),
         )
@@ -274,6 +292,14 @@ META = [
     (lambda: meta.unroll(lambda s, x: (s, x), 0.0, np.ones(4), checkpoint="half"), "checkpoint='half': give 'none', 'full'"),
     (lambda: meta.unroll(lambda s, x: (s, x), 0.0, np.ones(4), checkpoint=9), "checkpoint=9: give .* from 1 to 4"),
     (lambda: meta.unroll(lambda s, x: (s, x), 0.0, np.ones(0)), r"leaves of one length of at least 1 .*, not \[0\]"),
+    (lambda: meta.unroll(lambda s, x: (s, x), 0.0, np.ones(4), checkpoint=()), r"checkpoint=\(\): give .* from 1 to 4"),
+    (lambda: meta.maml(lambda p, b: 0.0, lambda rate: rate, 1)(1.0, 0.0, 0.1), "maml: the optimizer's function returns .*: return an optax"),
+    (lambda: meta.hypergradient(lambda s: 0.0, TOTAL, implicit="general", tolerance="1e-6"), "tolerance='1e-6': give"),
+    (lambda: meta.hypergradient(lambda m, s, e: s, TOTAL, implicit="general", solver="cg", condition=lambda s, x, m: s - m)(1.0, np.ones(2)), "solver 'cg': give a function"),
+    *((lambda wrong=wrong: meta.es_grad(jnp.sum, scale=wrong), "es_grad: scale=.*: give a positive scale") for wrong in ("1", None, float("inf"))),
+    (lambda: meta.es_grad(jnp.sum)(1.0, 0), r"es_grad: key 0: give jax.random.key\(0\)"),
+    (lambda: meta.es_grad(lambda w: w, pairs=2)(jnp.ones(2), KEY), r"es_grad: the loss has shape \[2\]: give a scalar"),
+    (lambda: (pes := meta.pes_grad(lambda w, s: (s, w), pairs=2)).update(jnp.ones(2), KEY, pes.init(jnp.ones(2), 0.0)), r"pes_grad: the loss has shape \[2\]: give a scalar"),
     (lambda: meta.maml(lambda p, b: 0.0, optax.sgd(0.1), -1), "maml: steps=-1.*: give whole numbers"),
     (lambda: meta.descent(lambda p, b, h: 0.0, 0.1), "0.1 is no optax transformation: give one"),
     (lambda: meta.hypergradient(lambda s: 0.0, 3), "hypergradient: 3 is no Level: give one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import platform
@@ -177,6 +178,8 @@ def _help() -> str:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:  # closed by the caller
+        raise UserError("--prompt -: there is no standard input; give the text itself")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError:
@@ -184,9 +187,11 @@ def _standard_input() -> str:
 
 
 def _hush() -> None:
-    """Keeps the libraries' logs and warnings off the terminal."""
+    """Keeps the libraries' logs and warnings off the terminal, and what it cannot show from ending the program."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # of another encoding than the text
+        sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("absl", "asyncio", "jax", "orbax", "tensorboardX"):  # what concerns the user is an exception too
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

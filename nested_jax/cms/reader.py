@@ -86,12 +86,15 @@ class Reader:
         """Reads T more tokens.
 
         Args:
-            position: tokens read before, known while tracing or a multiple of `multiple`.
+            state: of `init_state`, or of the call before.
+            position: tokens read before; unknown while tracing, it is a multiple of `multiple`.
             x: inputs of the tokens to the blocks that learn.
-            reset: starts of documents.
+            tokens: the same tokens, each the target of the one before it.
+            reset: true where a row's document starts, on a boundary of segments; None: nowhere.
+            multiple: what an unknown position is a multiple of.
 
         Returns:
-            (logits, state).
+            (logits, state after the last token).
         """
         P, group, length = self.config.periods[-1], self.config.periods[0], x.shape[1]
         known = not isinstance(position, jax.Array)

@@ -32,7 +32,7 @@ def local_documents(source: str | Path, split: str, field: str) -> tuple[list[by
     try:
         files = list(_files(source, field, left_out))
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give a source that can be read") from error
+        raise UserError(f"{error.filename or source}: {error.strerror}; give a source that can be read") from error
     whole = [document for file in files for document in file]  # (name, text)
     total = sum(len(text) for _, text in whole)
     if total < 64:

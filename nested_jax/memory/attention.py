@@ -20,7 +20,7 @@ from nested_jax.checks import Count, check_fields, check_key
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
-from nested_jax.memory.stream import bounded, check_call, check_tokens
+from nested_jax.memory.stream import bounded, check_call, check_sizes, check_tokens
 from nested_jax.numerics import normal, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -83,6 +83,7 @@ class Attention:
 
     def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> AttentionState:
         """An empty cache for at most `max_length` tokens, or the window if that is less; None and None: it grows."""
+        check_sizes("Attention", batch_size, max_length)
         bounds = [bound for bound in (self.window, max_length) if bound is not None]
         size = min(bounds, default=0)
         empty = jnp.zeros((batch_size, size, self.heads, self.width // self.heads), weights["out"].dtype)

@@ -28,6 +28,9 @@ class SequenceLayer(Protocol):
             weights: as of `init_weights`.
             batch_size: rows B.
             max_length: most tokens that a cache holds, for layers with one; None: it grows.
+
+        Raises:
+            UserError: batch_size or max_length is no whole number from 1.
         """
         ...
 
@@ -70,4 +73,4 @@ class LayerState(NamedTuple):
     """Fast state of a layer built on a memory: that of the memory's level, and the last inputs of the convolution."""
 
     memory: PyTree
-    recent: Float[Array, "B W D"]
+    recent: Float[Array, "B 3 D"]

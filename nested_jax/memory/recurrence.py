@@ -70,7 +70,7 @@ def tokenwise(
     >>> read.tolist()
     [[0.0, 3.0]]
     """
-    _assert_fits(state, inputs, errors, gates)
+    _assert_fits(state, inputs, errors, gates, queries)
     state, inputs, errors, gates, queries = _uniform(state, inputs, errors, gates, queries)
     gates, keep = _empty_slots(gates, mask)
     anchor = jnp.zeros_like(state.weights) if anchor is None else anchor
@@ -125,7 +125,7 @@ def chunked(
         (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
 
     Raises:
-        UserError: sizes that do not fit; a momentum without its decay, or a decay without its momentum.
+        UserError: a momentum without its decay, or a decay without its momentum; sizes or lengths C that differ, or are 0.
 
     Exactly zero gates are allowed, in gradients too.
 
@@ -138,6 +138,7 @@ def chunked(
     >>> read.tolist()
     [[0.0, 3.0]]
     """
+    _assert_fits(state, inputs, errors, gates, queries)
     written = write(state, inputs, errors, gates, anchor=anchor, mask=mask)
     return written.state, None if queries is None else read(written, queries)
 
@@ -345,18 +346,19 @@ def _uniform(*trees: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.asarray, dtype=dtype), trees)
 
 
-def _assert_fits(state: MemoryState, inputs: Array, errors: Array, gates: Gates) -> None:
+def _assert_fits(state: MemoryState, inputs: Array, errors: Array, gates: Gates, queries: Array | None = None) -> None:
     if not isinstance(state, MemoryState) or not isinstance(gates, Gates):
         raise UserError(f"state {shown(state)} and gates {shown(gates)}: give a MemoryState and Gates")
     V, K = state.weights.shape[-2:]
-    for name, array, size in (("inputs", inputs, K), ("errors", errors, V)):
+    arrays = {"inputs": (inputs, K), "errors": (errors, V)} | ({} if queries is None else {"queries": (queries, K)})
+    for name, (array, size) in arrays.items():
         if jnp.ndim(array) < 2 or array.shape[-1] != size:
             raise UserError(f"{name} {shown(array)} and weights {shown(state.weights)} (..., V, K): give (..., C, {size})")
-    lengths = {"inputs": inputs.shape[-2], "errors": errors.shape[-2]}
+    lengths = {name: array.shape[-2] for name, (array, _) in arrays.items()}
     lengths |= {f"gates.{name}": gate.shape[-1] for name, gate in zip(gates._fields, gates, strict=True) if gate is not None}
     if len(set(lengths.values())) > 1 or not inputs.shape[-2]:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise UserError(f"inputs, errors and gates have one length C of at least 1, not {found}: give the same")
+        raise UserError(f"inputs, errors, gates and queries have one length C of at least 1, not {found}: give the same")
     if (state.momentum is None) != (gates.momentum is None):
         missing = "state.momentum" if state.momentum is None else "gates.momentum"
         raise UserError(f"{missing} is None: a memory has both a momentum and its decay, or neither: give both or none")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from nested_jax.checks import Count, check_fields
+from nested_jax.checks import Count, check_count, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
@@ -91,6 +91,7 @@ class MemoryLayer(abc.ABC):
 
     def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> LayerState:
         """Fast state at the starts: a differentiable function of the weights."""
+        check_sizes(type(self).__name__, batch_size, max_length)
         recent = jnp.zeros((batch_size, CONVOLUTION - 1, self.width), weights["taps"].dtype)
         return LayerState(self.level(weights, batch_size).init(()), recent)
 
@@ -138,6 +139,13 @@ def bounded(position: Position | Int[Array, "*batch"], period: int) -> Any:
     if isinstance(position, jax.Array):
         return jnp.where(position < far, position, position - less)
     return position if position < far else position - less
+
+
+def check_sizes(name: str, batch_size: int, max_length: int | None) -> None:
+    """Raises UserError for sizes that no state can have."""
+    check_count(f"{name}: batch_size", batch_size)
+    if max_length is not None:
+        check_count(f"{name}: max_length", max_length)
 
 
 def check_call(name: str, states: tuple, weights: PyTree, state: PyTree, position: Position) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.description import Description
-from nested_jax.errors import UserError, is_whole
+from nested_jax.errors import UserError, is_whole, shown
 from nested_jax.level import Level
 from nested_jax.meta.mixflow import mixflow_grad
 from nested_jax.meta.unrolling import unroll
@@ -95,6 +95,8 @@ def descent(
 
     def rule(slower):
         made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(slower[0])
+        if not isinstance(made, optax.GradientTransformation):
+            raise UserError(f"{name}: the optimizer's function returns {shown(made)}: return an optax transformation")
         return optax.with_extra_args_support(made)
 
     def init(slower):

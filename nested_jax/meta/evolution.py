@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_jax.checks import Positive, allows, check_key
 from nested_jax.errors import UserError, is_whole
 from nested_jax.meta.bilevel import assert_smooth
 from nested_jax.typing import Array, Float, PyTree
@@ -68,7 +69,8 @@ def es_grad(loss: Callable[..., Float[Array, ""]], *, scale: float = 0.01, pairs
         (meta, key, *others) -> `Estimate`, meta a pytree of floats.
 
     Raises:
-        UserError: the scale is not positive, pairs is no whole number from 1, or a leaf of meta is no float.
+        UserError: the scale is not positive and finite, pairs is no whole number from 1, a leaf of meta is no float, the key
+            is none, or the loss is no scalar.
 
     Source: Salimans et al., arXiv 1703.03864.
 
@@ -80,9 +82,10 @@ def es_grad(loss: Callable[..., Float[Array, ""]], *, scale: float = 0.01, pairs
 
     def estimate(meta, key, *others):
         meta = _floats("es_grad", meta)
+        check_key("es_grad", key)
         noise = _noise(key, meta, scale, pairs)
         values = _over_pairs(lambda meta: loss(meta, *others))(_perturbed(meta, noise))
-        return _estimate(values, noise, meta, scale)
+        return _estimate("es_grad", values, noise, meta, scale)
 
     return estimate
 
@@ -110,7 +113,8 @@ def pes_grad(
         and meta may be updated between.
 
     Raises:
-        UserError: the scale is not positive, pairs is no whole number from 1, or a leaf of meta is no float.
+        UserError: the scale is not positive and finite, pairs is no whole number from 1, a leaf of meta is no float, the key
+            is none, or the loss is no scalar.
 
     Source: Vicol et al., arXiv 2112.13835 (PES).
 
@@ -133,17 +137,18 @@ def pes_grad(
 
     def update(meta, key, particles, *others):
         meta = _floats("pes_grad", meta)
+        check_key("pes_grad", key)
         noise = _noise(key, meta, scale, pairs)
         run = _over_pairs(lambda meta, state: window(meta, state, *others))
         state, values = run(_perturbed(meta, noise), particles.state)
         perturbation = jax.tree.map(jnp.add, particles.perturbation, noise)
-        return _estimate(values, perturbation, meta, scale), Particles(state, perturbation)
+        return _estimate("pes_grad", values, perturbation, meta, scale), Particles(state, perturbation)
 
     return PersistentES(init, update)
 
 
 def _check(name: str, scale: float, pairs: int) -> None:
-    if not scale > 0 or not is_whole(pairs):
+    if not allows(Positive, scale) or not is_whole(pairs):
         raise UserError(
             f"{name}: scale={scale!r}, pairs={pairs!r}: give a positive scale and a whole number of pairs from 1"
         )
@@ -175,7 +180,9 @@ def _over_pairs(function: Callable) -> Callable:
     return jax.vmap(jax.vmap(function))
 
 
-def _estimate(values: Float[Array, "2 N"], perturbation: PyTree, meta: PyTree, scale: float) -> Estimate:
+def _estimate(name: str, values: Float[Array, "2 N"], perturbation: PyTree, meta: PyTree, scale: float) -> Estimate:
+    if jnp.ndim(values) != 2:
+        raise UserError(f"{name}: the loss has shape {list(values.shape[2:])}: give a scalar")
     values = values.astype(_wide(values))
     half = (values[0] - values[1]) / (2 * values.shape[1] * scale**2)
     gradient = jax.tree.map(lambda p, m: jnp.tensordot(half, p, 1).astype(m.dtype), perturbation, meta)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nested_jax.checks import Interval, allows
 from nested_jax.errors import UserError, assert_choice, is_whole
 from nested_jax.level import Level, run
 from nested_jax.meta.bilevel import Descent, assert_smooth, straight_through
@@ -128,7 +129,7 @@ def hypergradient(
             f"hypergradient: level {inner_level.name!r} is first-order, so its step lacks the derivative that implicit "
             "needs: make it without first_order, or give a condition"
         )
-    if not is_whole(iterations) or not 0 <= tolerance < 1:
+    if not is_whole(iterations) or not allows(Annotated[float, Interval(least=0, below=1)], tolerance):
         raise UserError(
             f"hypergradient: iterations={iterations!r}, tolerance={tolerance!r}: give a whole number from 1, one in [0, 1)"
         )

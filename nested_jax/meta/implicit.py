@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 from jax.scipy.sparse.linalg import cg
 
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.typing import Array, Float, PyTree
 
 Solver = Callable[[Callable[[PyTree], PyTree], PyTree], PyTree] | Any  # (function, right side) -> solution, or lineax's
@@ -83,7 +83,9 @@ def _solve(adjoint: Callable, push: Callable, v: PyTree, system: System) -> PyTr
     if callable(system.solver):
         return system.solver(adjoint, v)
     if system.solver is not None:
-        lineax = importlib.import_module("lineax")
+        lineax: Any = sys.modules.get("lineax")  # a solver of it has imported it
+        if lineax is None or not isinstance(system.solver, lineax.AbstractLinearSolver):
+            raise UserError(f"hypergradient: solver {shown(system.solver)}: give a function or one of lineax")
         tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if system.symmetric else ()
         operator = lineax.FunctionLinearOperator(adjoint, jax.eval_shape(lambda: v), tags)
         return lineax.linear_solve(operator, v, system.solver, throw=False).value

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 from nested_jax import cms
-from nested_jax.checks import check_key
+from nested_jax.checks import check_count, check_key
 from nested_jax.cms.in_context import fast_weights, segment_state, with_segment
 from nested_jax.cms.reader import InContext, Reader
 from nested_jax.errors import UserError, shown
@@ -95,9 +93,9 @@ def init_state(
     """
     check_config(config)
     rules = as_rules(config, rules)
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     if max_length is not None:
-        _check_count("max_length", max_length)
+        check_count("max_length", max_length)
     _check_weights(config, weights)
     whole = min(config.layers - config.adapting + 1, config.layers)
     mixers = init_mixers(config, _cut(weights["blocks"], slice(whole)), batch_size, max_length)
@@ -147,7 +145,7 @@ def apply(
     """
     check_config(config)
     rules = as_rules(config, rules)
-    _check_count("multiple", multiple)
+    check_count("multiple", multiple)
     _check_weights(config, weights)
     _check_state(config, state, rules)
     ids = _check_tokens(config, tokens)
@@ -291,12 +289,6 @@ def as_rules(config: ModelConfig, rules: optax.GradientTransformation | Rules | 
     if len(each) != levels:
         raise UserError(f"{len(each)} inner rules for the {levels} levels with a period: give one rule, or one a level")
     return tuple(each)
-
-
-def _check_count(name: str, value: int) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
-    if not whole and not is_symbolic_dim(value):
-        raise UserError(f"{name} {shown(value)}: give a whole number of at least 1")
 
 
 def _check_weights(config: ModelConfig, weights: PyTree) -> None:

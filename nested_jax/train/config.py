@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from nested_jax.checks import Count, Folder, Interval, NonNegative, check_fields
+from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig, preset
 
@@ -31,7 +31,8 @@ _SAME_RUN = (  # fields that may differ when a run is resumed
 Optimizer = Literal[
     "adamw", "momentum", "delta-momentum", "deep-momentum", "delta-gradient-descent", "muon", "m3", "continuum"
 ]
-Whole = Annotated[int, Interval(least=0)]
+Steps = Annotated[int, Interval(least=1, below=2**31)]  # counted in int32
+Whole = Annotated[int, Interval(least=0, below=2**31)]
 Seed = Annotated[int, Interval(least=0, below=2**32)]
 
 
@@ -44,10 +45,10 @@ class TrainConfig:
 
     preset: str = "tiny-hope"
     """Model to start from, SIZE-FAMILY, such as tiny-hope or 140m-transformer; --model.FIELD flags change it."""
-    data: str = "stdlib"
+    data: Annotated[str, Named("stdlib, the path of text or a TFDS name")] = "stdlib"
     """Text to learn: "stdlib" (Python's standard library), the path of a text file or folder, or a TFDS name. PATH:FIELD
     names the field of JSON Lines that is read, else text."""
-    steps: Count = 280
+    steps: Steps = 280
     """Updates of the parameters in all. A finished run given more of them continues, on the longer schedule."""
     run_dir: Folder = "runs/tiny-hope"
     """Folder that the run is written to and resumed from. A run in it brings its own config: no other flag is needed."""
@@ -56,7 +57,7 @@ class TrainConfig:
     init_from: Folder | None = None
     """Folder of a run whose weights, model and tokenizer a new run starts from, with its other choices where no flag changes
     them; the schedule and the optimizer's memory start anew."""
-    tokenizer: str = "sentencepiece"
+    tokenizer: Annotated[str, Named("sentencepiece, bytes or the path of a saved tokenizer")] = "sentencepiece"
     """sentencepiece (learned from the text, with --model.vocabulary pieces), bytes, or the path of a saved tokenizer."""
     window: Count = 512
     """Tokens T of one training window."""
@@ -70,7 +71,7 @@ class TrainConfig:
     optimizer: Optimizer = "adamw"
     """Rule of the updates. muon, m3 and delta-gradient-descent take matrices and leave the rest to AdamW; continuum is
     AdamW at two frequencies, slow for all CMS levels but the fastest."""
-    slow_period: Count = 8
+    slow_period: Steps = 8
     """Updates between two steps of the slow memory of m3, or of the slow parameters of continuum."""
     learning_rate: NonNegative = 8e-3
     """Largest learning rate; rules other than AdamW may need another."""

@@ -42,10 +42,7 @@ def read_config(folder: Path) -> TrainConfig | None:
     except NotADirectoryError:
         raise UserError(f"--run-dir {folder} is not a folder: give another --run-dir") from None
     try:
-        config = TrainConfig.from_json(json.loads(data)["train"])
-        if not config.data.isprintable():
-            raise ValueError("data has control characters")
-        return config
+        return TrainConfig.from_json(json.loads(data)["train"])
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         reason = f"{error}"[:200]
         raise UserError(f"{folder / _CONFIG} is damaged or of another version ({reason}): give {_REMEDY}") from error

@@ -27,7 +27,7 @@ from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, assert_rows, read_rows
 from nested_jax.train.sample import characters, sample
-from nested_jax.train.state import TrainState, init_train_state
+from nested_jax.train.state import TrainState, init_train_state, shapes_of
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Diverged, Interrupted, Interruption
 from nested_jax.train.text import Text, open_text
@@ -61,10 +61,11 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         if locked := folders.holds_run(folder):
             stack.enter_context(folders.lock(folder))  # before anything in it is read
         saved = folders.resumable(folder, config)
+        shapes = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, partial(print_line, console))))
         if saved:
             if checkpoints.latest() is not None:
-                state, progress = _restore(checkpoints, config)
+                state, progress = checkpoints.restore(shapes)
             assert_resumable(folder, saved, config, state, progress)
             if saved.data != config.data:
                 text = open_text(config, folder)
@@ -88,7 +89,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         text.save(folder)
         if saved and config.learning_rate < saved.learning_rate and (step := _last_good(folder, checkpoints)):
             checkpoints.return_to(step)
-            state, progress = _restore(checkpoints, config)
+            state, progress = checkpoints.restore(shapes)
             print_line(console, f"goes back to step {step}, before the loss rose, with a lower learning rate")
         if state is None:
             state = jax.jit(lambda: init_train_state(config, first))()
@@ -304,10 +305,6 @@ class _Run:
             kept = f"the checkpoint of step {good}, before that, is kept; go on from it at a lower rate with: {again}"
             none = f"no good step was saved; start over at a lower rate with: {again} --fresh"
             raise type(error)(f"{error}; {none if good is None else kept}") from None
-
-
-def _restore(checkpoints: Checkpoints, config: TrainConfig) -> tuple[TrainState, dict[str, Any]]:
-    return checkpoints.restore(jax.eval_shape(lambda: init_train_state(config)))
 
 
 def _last_good(folder: Path, checkpoints: Checkpoints) -> int | None:

@@ -114,10 +114,11 @@ def likeliest(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Arr
         return logits
     order = jnp.argsort(-logits)
     sorted_logits = logits[order]
+    rank = jnp.arange(logits.size)
     if top_k:
-        sorted_logits = jnp.where(jnp.arange(logits.size) < top_k, sorted_logits, -jnp.inf)
+        sorted_logits = jnp.where(rank < min(top_k, logits.size), sorted_logits, -jnp.inf)
     chances = jax.nn.softmax(sorted_logits)
-    enough = jnp.cumsum(chances) - chances >= top_p  # of the likelier ones alone
+    enough = (jnp.cumsum(chances) - chances >= top_p) & (rank > 0)  # of the likelier ones alone; the first stays
     return jnp.zeros_like(logits).at[order].set(jnp.where(enough, -jnp.inf, sorted_logits))
 
 

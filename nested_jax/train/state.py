@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,23 @@ def init_train_state(config: TrainConfig, params: PyTree | None = None) -> Train
 def size_of(tree: PyTree) -> int:
     """Bytes of the leaves of a tree, which may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shapes_of(what: str, make: Callable[[], PyTree]) -> PyTree:
+    """The shapes of what a function makes. Raises UserError where the machine has no room for them; none is allocated.
+
+    >>> shapes_of("a model", lambda: jnp.zeros((10**9, 10**9)))
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: a model needs 4,000,000,000 GB, more than this machine has: give a smaller one
+    """
+    try:
+        shapes = jax.eval_shape(make)
+    except UserError:
+        raise
+    except (OverflowError, TypeError, ValueError) as error:  # what JAX says of sizes that it cannot count
+        raise UserError(f"{what} has sizes that no model has: give a smaller one") from error
+    assert_fits(what, size_of(shapes))
+    return shapes
 
 
 def assert_fits(what: str, *sizes: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from flax import nnx
 
 from nested_jax.data import load_tokenizer
@@ -20,7 +19,7 @@ from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
 from nested_jax.train.sample import Tokenizer
-from nested_jax.train.state import assert_fits, init_params, size_of
+from nested_jax.train.state import init_params, shapes_of
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree
 
@@ -59,15 +58,15 @@ def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.w
     with contextlib.closing(Checkpoints(folder, say)) as checkpoints:
         if checkpoints.latest() is None:
             raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
-        try:
-            shapes = jax.eval_shape(lambda: init_params(config.model, config.seed))
-            state = jax.eval_shape(lambda params: init_state(config.model, params, 1, max_length=1), shapes)
-        except Exception as error:  # whatever JAX says of sizes that it cannot count
-            raise UserError(f"--run-dir {folder}: its config has sizes that no model has; give another one") from error
-        assert_fits(f"the model of --run-dir {folder}", size_of((shapes, state)))
+        shapes, _ = shapes_of(f"the model of --run-dir {folder}", lambda: _weights_and_state(config))
         step, params = checkpoints.restore_parameters(shapes)
     tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
     if tokenizer.vocabulary > config.model.vocabulary:
         sizes = f"{tokenizer.vocabulary} tokens and its model {config.model.vocabulary}"
         raise UserError(f"--run-dir {folder}: {TOKENIZER} has {sizes}; put the file back as it was")
     return Trained(config, params, tokenizer, step)
+
+
+def _weights_and_state(config: TrainConfig) -> tuple[PyTree, PyTree]:
+    weights = init_params(config.model, config.seed)
+    return weights, init_state(config.model, weights, 1, max_length=1)

@@ -393,6 +393,12 @@ def test_a_tfds_dataset_that_does_not_fit_is_named_in_one_line(cache):
     assert not list(cache.glob("headlines/wordless")), "refused before anything is downloaded"
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that opens and cannot be read")
+def test_what_cannot_be_read_is_named():
+    with pytest.raises(UserError, match="^/proc/self/mem: Input/output error; give a source that can be read"):
+        open_documents("/proc/self/mem")
+
+
 def test_the_standard_library():
     train, heldout = open_documents("stdlib"), open_documents("stdlib", "heldout")
     assert 0.01 < len(heldout) / (len(train) + len(heldout)) < 0.1

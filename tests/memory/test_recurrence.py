@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rare import cases
 
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read, tokenwise, write
-from nested_jax.numerics import _unit_lower_inverse, solve_unit_lower
+from nested_jax.numerics import _unit_lower_inverse, clip_rows, solve_unit_lower
 
 
 def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, queries=True, dtype=np.float64):
@@ -229,3 +229,14 @@ def test_lengths_that_differ_are_refused(form):
             form(state, x, errors, Gates(*gates), x)
     with pytest.raises(ValueError, match="at least 1, not inputs 0"):
         form(state, x[:0], jnp.ones((0, 3)), Gates(*[gate[:0]] * 3), x[:0])
+
+
+@pytest.mark.parametrize("largest", [1e-300, 1e-25, 1e-19, 1e-10, 1.0, 1e25, 1e300, float("inf")])
+def test_rows_are_clipped_to_any_norm(largest):
+    """One whose square is 0 or infinite in float32 too; small rows stay, with derivatives of one."""
+    rows = jnp.array([[0.0, 0.0], [3e-22, 4e-22], [0.3, 0.4], [3.0, 4.0]])
+    clipped, derivatives = clip_rows(rows, largest), jax.grad(lambda rows: clip_rows(rows, largest).sum())(rows)
+    norms, before = (np.linalg.norm(np.asarray(x, np.float64), axis=-1) for x in (clipped, rows))
+    np.testing.assert_allclose(norms, np.minimum(before, max(largest, 1e-18)), rtol=1e-6)
+    np.testing.assert_array_equal(derivatives[:2], 1.0)
+    assert np.isfinite(derivatives).all()

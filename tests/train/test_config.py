@@ -125,3 +125,10 @@ def test_every_field_is_documented(capsys):
     said = {name: entry for entry in entries for name in re.findall(r"(?:^|, )(--[a-z][\w.-]*)", entry)}
     names = [flag(name) for name, _ in flatten(TrainConfig())]
     assert [name for name in names if not re.search(r"[\w)`]\. \(default:", said[name])] == []
+
+
+@pytest.mark.parametrize("data", ["\u3000\u00a0wide spaces", "family \U0001f468\u200d\U0001f469.txt", "n\u0301"])
+def test_a_run_of_text_by_any_name_that_is_accepted_is_read_back(data, tmp_path):
+    config = TrainConfig(data=data)
+    write_config(tmp_path, config, "")
+    assert read_config(tmp_path) == config

@@ -114,6 +114,20 @@ def test_sizes_are_bounded_before_anything_is_allocated(run, fields, line, capsy
     assert code == 2 and re.search(line, said_line), said_line
 
 
+def test_train_takes_no_size_on_trust(run, capsys):
+    for fields, line in (
+        ({"model__width": 10**30}, "has sizes that no model has"),
+        ({"model__width": 10**6, "model__layers": 10**4}, "more than this machine has"),
+        ({"steps": 10**30}, "--steps 10+: give a whole number of at least 1 and below 2147483648"),
+        ({"learning_rate": 10**400}, "--learning-rate 10+: give a finite number"),
+    ):
+        whole = (run / "config.json").read_text()
+        change(run, **fields)
+        code, told = main(["train", "--run-dir", str(run)]), capsys.readouterr().err.splitlines()
+        assert code == 2 and len(told) == 1 and re.search(line, told[0]), told
+        (run / "config.json").write_text(whole)
+
+
 def test_what_would_steer_a_terminal_is_not_printed(run, capsys):
     change(run, data="\x1b]0;title\x07")
     code, line = said(capsys, "--run-dir", run)

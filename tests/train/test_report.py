@@ -124,9 +124,11 @@ def test_several_samples_have_the_seeds_that_follow(finished):
     several = [list(ids) for ids in samples(saved.model, params, tokenizer, "it", number=2, seed=4, **options)]
     assert several == [list(sample(saved.model, params, tokenizer, "it", seed=seed, **options)) for seed in (4, 5)]
     greedy = list(sample(saved.model, params, tokenizer, "it", tokens=6, temperature=0.0))
-    for choice in ({"top_k": 1}, {"top_p": 1e-6}):
+    for choice in ({"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-45}):  # float32 has no 1e-45
         (only,) = samples(saved.model, params, tokenizer, "it", number=1, **options, **choice)
         assert list(only) == greedy
+    (every,) = samples(saved.model, params, tokenizer, "it", number=1, seed=4, **options, top_k=10**20)
+    assert list(every) == several[0]
 
 
 def test_the_likeliest_continuation_is_that_of_one_reading():
