@@ -281,6 +281,10 @@ OPTIMIZERS = [
     (lambda: optim.newton_schulz(np.ones((2, 2), np.float32), form="cubic"), "'cubic' is unknown: give one of quintic, gradient"),
     (lambda: optim.clip_by_norm(-1.0), "-1.0 is out of range: give a number"),
     (lambda: optim.nonlinear_momentum(0.1, on="rows"), "'rows' is unknown: give one of matrices, leaves"),
+    *(
+        (lambda make=make: make(0.1).init({"w": np.ones((2, 3), np.float32), "n": np.arange(3)}), "parameter n is int.*: make it a float, or leave")
+        for make in (optim.momentum, optim.adam_memory, optim.deep_momentum, optim.continuum, optim.generalized_gradient_descent)
+    ),
     (lambda: optim.matrices(), "matrices: no pattern: give some"),
     (lambda: optim.matrices("(")(PARAMS), r"matrices: '\(' is no regular expression.*: give one such as"),
     (lambda: optim.matrices(3), "matrices: 3 is no pattern: give strings"),

@@ -109,7 +109,10 @@ def depict(argv: Sequence[str]) -> None:
             extra = rule.examples
             rule = optax.GradientTransformationExtraArgs(rule.init, rule.update)
         system = config.model, rule
-    picture = describe(system, tokens_per_step=config.window * config.batch_size, extra=extra)
+    try:
+        picture = describe(system, tokens_per_step=config.window * config.batch_size, extra=extra)
+    except OverflowError:
+        raise UserError(f"--preset {config.preset} and --model flags: sizes that no model has; give smaller ones") from None
     if flags.figure is not None:
         try:
             picture.plot().savefig(flags.figure)

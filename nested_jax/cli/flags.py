@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from nested_jax.checks import Count, Folder, Interval, NonNegative, check_fields
+from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
 from nested_jax.models.config import ModelConfig, preset
 from nested_jax.train.config import Optimizer, Seed, TrainConfig, Whole, flag
 
@@ -27,7 +27,7 @@ class Training(TrainConfig, Program):
     On the command line --memory-policy is short for --model.memory-policy.
     """
 
-    config: Folder | None = None
+    config: Annotated[str, Named("the path of a JSON file")] | None = None
     """JSON file of flags' values, such as a run's config.json; other flags change them."""
 
     @property

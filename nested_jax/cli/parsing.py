@@ -17,6 +17,8 @@ from nested_jax.cli.flags import Training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag, flatten
 
+_LARGEST = 2**20  # bytes of a file of --config
+
 
 def of_preset(argv: Sequence[str], preset: str | None = None) -> TrainConfig:
     """What the other flags' defaults are: of the last --preset and --tokenizer given, or of another preset."""
@@ -66,9 +68,15 @@ def _as_training(config: TrainConfig) -> Training:
 def _read_json(path: Path) -> dict[str, Any]:
     """The values in a file of --config; of a run's config.json those of its training."""
     try:
-        values = json.loads(path.read_text())
+        with path.open("rb") as file:  # a pipe too, as of <(command)
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise UserError(f"--config {path} is larger than {_LARGEST:,} bytes: give a smaller JSON file")
+        values = json.loads(data)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a JSON file") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is no JSON: {error}; give a JSON file such as a run's config.json") from None
     values = values.get("train", values) if isinstance(values, dict) else values

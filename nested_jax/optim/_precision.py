@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.errors import UserError
 from nested_jax.numerics import upcast
+from nested_jax.paths import path_name
 from nested_jax.typing import Array
 
 
@@ -16,12 +18,16 @@ def in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformati
     """A rule that is given gradients and parameters in float32, or float64 with such gradients.
 
     So its state and sums are. Updates are cast to the gradients' dtypes at the end, to its largest number where they are
-    larger.
+    larger. Its `init` raises UserError for a parameter that is no float.
     """
     rule = optax.with_extra_args_support(rule)
 
     @functools.wraps(rule.init)
     def init(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+                remedy = "make it a float, or leave it out by optax.masked"
+                raise UserError(f"parameter {path_name(path)} is {dtype.name}, which has no gradient: {remedy}")
         return rule.init(upcast(params))
 
     @functools.wraps(rule.update)

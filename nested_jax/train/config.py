@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
-from nested_jax.errors import UserError
+from nested_jax.errors import UserError, shown
 from nested_jax.models.config import ModelConfig, preset
 
 _SAME_RUN = (  # fields that may differ when a run is resumed
@@ -219,6 +219,8 @@ def _words(value: Any) -> str:
 
 
 def _from_json(cls: type, values: Any, prefix: str = "") -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"field {prefix[:-1] or 'train'} {shown(values)}: give an object of fields and values")
     values, hints = dict(values), typing.get_type_hints(cls)
     if odd := sorted(values.keys() ^ hints.keys()):
         raise UserError(f"field {prefix}{odd[0]} is missing or unknown")

@@ -77,6 +77,9 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     """
     documents = open_documents(config.data, "train")
     tokenizer = choose_tokenizer(config, documents, folder)
+    heldout_documents = open_documents(config.data, "heldout")
+    first = list(first_bytes(heldout_documents, config.eval_bytes))
+    heldout = HeldOut(config, tokenizer, first)  # it bounds the size of a batch before one is made
     batches = train_batches(
         documents,
         tokenizer,
@@ -86,9 +89,6 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
         seed=config.seed,
         carry=config.carry,
     )
-    heldout_documents = open_documents(config.data, "heldout")
-    first = list(first_bytes(heldout_documents, config.eval_bytes))
-    heldout = HeldOut(config, tokenizer, first)
     ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)
     return Text(

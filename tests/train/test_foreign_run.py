@@ -118,6 +118,8 @@ def test_train_takes_no_size_on_trust(run, capsys):
     for fields, line in (
         ({"model__width": 10**30}, "has sizes that no model has"),
         ({"model__width": 10**6, "model__layers": 10**4}, "more than this machine has"),
+        ({"batch_size": 10**12, "steps": 7}, "a batch of 1000000000000 windows of 32 needs"),
+        ({"model": 3}, "config.json is damaged or of another version .field model 3: give an object of fields"),
         ({"steps": 10**30}, "--steps 10+: give a whole number of at least 1 and below 2147483648"),
         ({"learning_rate": 10**400}, "--learning-rate 10+: give a finite number"),
     ):
