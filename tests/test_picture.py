@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import rich.console
@@ -712,6 +713,18 @@ def test_no_arrow_of_the_figure_goes_through_a_text(system, tokens):
             assert all(axes.get_window_extent().contains(*point) for point in line)  # nothing is cut off
     corners = [corner for box in boxes.values() for corner in (box.min, box.max)]
     assert all(figure.bbox.contains(*corner) for corner in corners)
+
+
+def test_arrows_that_lead_to_neighbours_alike_are_drawn_once():
+    picture = describe((preset("tiny-hope"), optax.adam(1e-3)), tokens_per_step=1024)
+    (axes,) = picture.plot().axes
+    bars = [np.ptp(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 1]
+    assert bars == [1, 3]  # mu and nu; the four groups of parameters
+    # memories to one another 3, starts 3, gradients to Adam's memories 1, Adam's memories to the parameters 2
+    assert len([patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]) == 9
+    (axes,) = describe(optax.adam(1e-3)).plot().axes  # no gradients of a model, no starts, nothing in common
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["context: its new state is read by"]
+    assert describe(optax.sgd(0.1)).plot().axes[0].get_legend() is None
 
 
 def imports_of(path):
