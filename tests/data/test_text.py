@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,22 @@ def test_the_same_text_packed_or_by_another_path_is_the_same_documents(folder, t
     one.unlink(), other.unlink()
     for split in ("train", "heldout"):
         assert read(folder, split) == read(packed, split)
+
+
+@pytest.mark.parametrize("source", ["bomb.txt.gz", "."])
+def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is_in_memory(folder, monkeypatch, source):
+    monkeypatch.setattr(local, "_MOST", 2**21)
+    bomb, size = folder / "bomb.txt.gz", 2**26
+    bomb.write_bytes(gzip.compress(b"It was the best of times, it was" * (size // 32), 9))
+    assert bomb.stat().st_size < size // 200
+    tracemalloc.start()
+    with pytest.raises(UserError, match="bomb.txt.gz unpacks to more than 2,097,152 bytes: unpack it, or split it"):
+        open_documents(folder / source)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**23
+    monkeypatch.setattr(local, "_MOST", size)
+    assert open_documents(bomb).summary.text_bytes == size
 
 
 @pytest.mark.parametrize("name", ["poems.jsonl", "poems.ndjson", "poems.jsonl.gz", "poems:old.jsonl"])
