@@ -2,8 +2,9 @@
 
     M(z) = z + W_1 silu(W_2 z)                                            (NL Eq. 89)
 
-Each layer is one linear map of `recurrence`, with its own input: z for W_2 and h = silu(W_2 z) for W_1. Errors are taken
-at the last chunk boundary (the snapshot); reads see the exact weights inside the chunk.
+Each layer is one linear map of `recurrence`, with its own input: z for W_2 and h = silu(W_2 z) for W_1. Inputs and errors
+are taken at the last chunk boundary (the snapshot), W_1's error at its exact weights if so chosen; reads see the exact
+weights inside the chunk.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class Rule:
 
     Args:
         erase: "layer": DGD, each layer erases what it holds at its own input; "none": plain gradient descent.
-        step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "raw": eta' = eta.
+        step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "normalised": eta' = eta /
+            (|x|^2 + 0.001), for rates below 1; "raw": eta' = eta.
+        errors: "boundary": both layers' errors are as old as the chunk; "exact": W_1's is that of its weights before the
+            token, k + W_1 h - v, and not clipped. With an erase and a normalised step it multiplies what W_1 holds along
+            h by alpha - 2 eta, between -1 and 1: it can flip it and does not expand.
         retention: where decay leads, to zero or to the learned start.
         read: "after" or "before" the token's own write.
         surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
@@ -76,7 +81,8 @@ class Rule:
     """
 
     erase: Literal["layer", "none"] = "layer"
-    step: Literal["proximal", "raw"] = "proximal"
+    step: Literal["proximal", "normalised", "raw"] = "proximal"
+    errors: Literal["boundary", "exact"] = "boundary"
     retention: Literal["zero", "initial"] = "initial"
     read: Literal["after", "before"] = "after"
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
@@ -163,8 +169,10 @@ def learn(
         decay=decay, product=keys.before if at_boundary else None,
     )  # fmt: skip
     each: tuple[Strengths, Decays] = jax.tree.map(partial(_repeat, memories=M), (strengths, decay))
+    exact = rule.errors == "exact"
     second = write(
-        running.second, keys.hidden, error, _gates(keys.hidden, each[0], rule),
+        running.second, keys.hidden, _repeat(keys.inputs, M) - targets if exact else error,
+        _gates(keys.hidden, each[0], rule), exact=exact,
         anchor=anchor.second, mask=None if mask is None else mask[None, None, None], decay=each[1],
         product=keys.second if at_boundary else None,
     )  # fmt: skip
@@ -187,6 +195,8 @@ def _gates(inputs: Float[Array, "*batch C K"], strengths: Strengths, rule: Rule)
     rate, retain, theta = strengths
     if rule.step == "proximal":
         rate = rate / (1 + rate * square(inputs))
+    elif rule.step == "normalised":
+        rate = rate / (square(inputs) + 1e-3)
     push = rate if theta is None else rate * (1 - theta)
     return Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), retain, theta)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory.attention import Attention, rotate
+from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
@@ -81,7 +82,9 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             after, pushes = {}, {}
             for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
-                step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                step = _step(rule, eta, z)
+                if rule.errors == "exact" and part == "second":
+                    surprise = k + running[part] @ z - v
                 pushes[part] = theta * velocity[part]
                 pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
                 erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
@@ -129,7 +132,9 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
                 target = layer.normalise(_memory(snapshot[name], value))
                 running[name], velocity[name] = {}, {}
                 for part, (z, surprise) in _local_surprise(snapshot[name], key, target, rule.surprise).items():
-                    rate = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                    rate = _step(rule, eta, z)
+                    if rule.errors == "exact" and part == "second":
+                        surprise = key + w[part] @ z - target
                     push = theta * carry[2][name][part]
                     push -= (1 - theta) * rate * jnp.outer(surprise, z)
                     erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
@@ -171,6 +176,11 @@ def _convolve(taps: Float[Array, "W D"], x: Float[Array, "T D"]) -> Float[Array,
 def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> list[Array]:
     """q, k, v and gates of convolved tokens, (T, H, ...)."""
     return [part[0] for part in project_in(weights, _convolve(weights["taps"], x)[None], layer.heads)]
+
+
+def _step(rule: Rule, eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
+    """eta' of a layer at its input x."""
+    return {"proximal": eta / (1 + eta * x @ x), "normalised": eta / (x @ x + 1e-3), "raw": eta}[rule.step]
 
 
 def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:

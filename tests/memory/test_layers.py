@@ -9,7 +9,7 @@ import pytest
 from rare import cases
 
 from nested_jax.memory import reference
-from nested_jax.memory.deep import Deep, broadcast_start
+from nested_jax.memory.deep import Deep, Rule, broadcast_start
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
@@ -20,6 +20,7 @@ from nested_jax.memory.titans import Titans
 D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
+EXACT = Rule(errors="exact", step="normalised", read="before")
 LAYERS = {
     "linear": LinearMemory(D, H, "linear", chunk=4),
     "delta": LinearMemory(D, H, "delta", chunk=4),
@@ -32,7 +33,9 @@ LAYERS = {
     "omega-2-7": OmegaMemory(D, H, "l2", 7, chunk=2, surprise=0.5),
     "titans-1": Titans(D, H, F, chunk=1, momentum=False),
     "titans-4": Titans(D, H, F, chunk=4),
+    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact")),
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
+    "self-modifying-exact-4": SelfModifyingTitans(D, H, F, chunk=4, max_rate=0.9, rule=EXACT),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
 }
 REFERENCES = {
@@ -40,7 +43,7 @@ REFERENCES = {
     OmegaMemory: reference.omega_memory,
     Titans: reference.titans,
 }  # self-modifying Titans': test_self_modifying.py
-RARE = ("lp-4", "lp-1.5-1", "omega-2-7", "titans-1", "delta", "self-modifying-4")
+RARE = ("titans-exact-4", "self-modifying-exact-4", "lp-4", "lp-1.5-1", "omega-2-7", "titans-1", "delta", "self-modifying-4")
 every_layer = pytest.mark.parametrize("name", cases(LAYERS, LAYERS.keys() - set(RARE)))
 
 
@@ -90,7 +93,9 @@ def assert_close(got, expected, rtol=1e-9):
 WITH_REFERENCE = [name for name, layer in LAYERS.items() if type(layer) in REFERENCES]
 
 
-@pytest.mark.parametrize("name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1"}))
+@pytest.mark.parametrize(
+    "name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1", "titans-exact-4"})
+)
 def test_layer_is_its_reference(x64, name):
     """Values, and gradients with respect to all weights and inputs."""
     layer = LAYERS[name]

@@ -38,6 +38,8 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=1, projection_chunk=4, adaptive_query=True), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(read="before")), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, rule=Rule(errors="exact", step="normalised"), max_rate=0.9), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, projection_chunk=8, rule=Rule(errors="exact")), 13, marks=pytest.mark.slow),
         pytest.param(
             dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
             13,
