@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import Interval, check_fields
 from nested_jax.description import Description
+from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
 from nested_jax.memory.recurrence import Decays, Gates, MemoryState, decays, read, write
 from nested_jax.memory.stream import Chunk, Snapshots
@@ -72,7 +73,7 @@ class Rule:
             layers correct the same error in full, and where W_1 is large the memory overshoots by more each time, up to
             overflow.
 
-    Raises UserError for an option that is none of these.
+    Raises UserError for an option that is none of these; so does `assert_bounded` for a rate with which a layer grows.
 
     Source: NL Eq. 89-93; Titans, arXiv 2501.00663; MIRAS, arXiv 2504.13173.
 
@@ -89,6 +90,13 @@ class Rule:
 
     def __post_init__(self):
         check_fields(self, "Rule: ")
+
+    def assert_bounded(self, name: str, max_rate: float) -> None:
+        """Raises UserError where normalised steps at the largest rate would expand what a layer holds along its input."""
+        terms = (self.erase == "layer") + (self.errors == "exact")
+        if self.step == "normalised" and terms and max_rate > 2 / terms:
+            grows = f"{name}: with step normalised, errors {self.errors} and erase {self.erase}, max_rate {max_rate:g} makes"
+            raise UserError(f"{grows} what a layer holds grow at every token: give at most {2 / terms:g}")
 
 
 class Activations(NamedTuple):
@@ -247,6 +255,8 @@ def memory_level(init: Callable, act: Callable, period: int, tokens: int, name: 
 def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
     """The description of a level of deep memories; its momentum is a memory of its own, of surprises."""
     descent = "delta gradient descent" if rule.erase == "layer" else "gradient descent"
+    more = ["exact errors"] * (rule.errors == "exact") + [f"{rule.step} steps"] * (rule.step != "proximal")
+    descent += f" with {' and '.join(more)}" if more else ""
     start = "the start" if rule.retention == "initial" else "zero"
     inner = Description(
         objective="-<S, surprise>", rule="gradient descent, decay", context="local surprises", name="momentum",

@@ -26,6 +26,7 @@ from nested_jax.typing import Array, Float, PyTree
 def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """`LinearMemory` token by token, as its rule is written."""
     q, k, v, rate, *retain = _project(layer, weights, x)
+    rate = layer.max_rate * rate
 
     def token(memory, now):
         q, k, v, rate, *retain = now
