@@ -83,7 +83,7 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             after, pushes = {}, {}
             for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
-                step = _step(rule, eta, z)
+                step = _step(rule, part == "second", eta, z)
                 if rule.errors == "exact" and part == "second":
                     surprise = k + running[part] @ z - v
                 pushes[part] = theta * velocity[part]
@@ -123,9 +123,11 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
             )
             snapshot = {name: renew(name) for name in names}
             made = {name: _memory(snapshot[name], x) for name in names}
-            squash = lambda name: jax.nn.sigmoid(made[name] @ gates[name] + gates[f"{name}_bias"])
+            squash = lambda name: jax.nn.sigmoid(gates[name] @ made[name] + gates[f"{name}_bias"])
             key, value = l2norm(made["keys"]), layer.normalise(made["values"])
-            eta, alpha = layer.max_rate * squash("rate"), squash("retention")
+            rates, alpha = layer.max_rate * squash("rate"), squash("retention")
+            own = lambda name, part: rates[0 if part == "first" else 1 + names.index(name)]
+            eta = own if layer.rates == "own" else lambda name, part: rates
             q = l2norm(made["query"]) if layer.adaptive_query else q
             before, running, velocity = running, {}, {}
             for name in names:
@@ -133,8 +135,9 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
                 target = layer.normalise(_memory(snapshot[name], value))
                 running[name], velocity[name] = {}, {}
                 for part, (z, surprise) in _local_surprise(snapshot[name], key, target, rule.surprise).items():
-                    rate = _step(rule, eta, z)
-                    if rule.errors == "exact" and part == "second":
+                    read = name == "memory" and part == "second"
+                    rate = _step(rule, read, eta(name, part), z)
+                    if rule.errors == "exact" and read:
                         surprise = key + w[part] @ z - target
                     push = theta * carry[2][name][part]
                     push -= (1 - theta) * rate * jnp.outer(surprise, z)
@@ -179,9 +182,11 @@ def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> lis
     return [part[0] for part in project_in(weights, _convolve(weights["taps"], x)[None], layer.heads)]
 
 
-def _step(rule: Rule, eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
-    """eta' of a layer at its input x."""
-    return {"proximal": eta / (1 + eta * x @ x), "normalised": eta / (x @ x + 1e-3), "raw": eta}[rule.step]
+def _step(rule: Rule, read: bool, eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
+    """eta' of a layer at its input x, of the second layer of the memory that is read or another one."""
+    if rule.step == "normalised" and read:
+        return eta / (x @ x + 1e-3)
+    return eta if rule.step == "raw" else eta / (1 + eta * x @ x)
 
 
 def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:

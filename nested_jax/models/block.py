@@ -31,7 +31,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
     rule = Rule(erase, config.step, config.errors, config.retention, config.read, config.surprise)
     match config.mixer:
         case "self-modifying":
-            own = {"projection_chunk": config.projection_chunk, "targets": config.targets}
+            own = {"projection_chunk": config.projection_chunk, "targets": config.targets, "rates": config.rates}
             return SelfModifyingTitans(D, H, F, momentum=config.momentum, max_rate=rate, rule=rule, **own, **chunks)
         case "titans":
             return Titans(D, H, F, config.momentum, config.max_rate, rule, **chunks)

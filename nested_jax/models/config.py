@@ -69,6 +69,9 @@ class ModelConfig:
     """Largest norm of an error that a token writes into a deep or an omega memory; larger ones are scaled down to it."""
     targets: Literal["l2", "rms", "raw"] = "l2"
     """How the targets that self-modifying memories generate are normalised."""
+    rates: Literal["shared", "own"] = "shared"
+    """Whether the layers of self-modifying memories share one learning rate, or learn several: one of all first layers and
+    one of each second layer, which starts at a sixteenth but for the main memory's."""
     max_rate: Positive | None = None
     """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
     window: Count = 256
