@@ -28,7 +28,7 @@ from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig
 from nested_jax.cli import main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
-from nested_jax.memory.deep import boundary_weights
+from nested_jax.memory.deep import Rule, boundary_weights
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
@@ -586,6 +586,17 @@ def test_levels_of_layers_are_what_they_do(layer, seen):
     assert {c.frequency for c in fast} == {1 / period for period in seen} and slow.frequency == 0
     if isinstance(layer, SelfModifyingTitans):
         assert all(c.starts_from == ("slow weights",) for c in fast) and len(fast) == 2
+
+
+def test_errors_and_steps_of_deep_memories_are_said():
+    rules = [Rule(), Rule(errors="exact"), Rule(errors="exact", step="normalised"), Rule(erase="none", step="raw")]
+    said = [describe(SelfModifyingTitans(8, 2, 3, momentum=False, rule=rule)).components[0].rule for rule in rules]
+    assert said == [
+        "delta gradient descent, decay to the start",
+        "delta gradient descent with exact errors, decay to the start",
+        "delta gradient descent with exact errors and normalised steps, decay to the start",
+        "gradient descent with raw steps, decay to the start",
+    ]
 
 
 def test_attention_is_a_level():
