@@ -17,11 +17,28 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nested-jax/nested_jax/blob/main/colab/02_optimizers_as_memory.ipynb)
 
 # %%
-try:
-    import nested_jax  # noqa: F401
-except ImportError:
-    # %pip install -q git+https://github.com/nested-jax/nested_jax
-    import nested_jax  # noqa: F401
+# Installs nested_jax where it is missing. A new enough jax stays as it is; an older one is upgraded with its plugin.
+import sys
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+if find_spec("nested_jax") is None:
+    installed = {d.name.lower().replace("_", "-"): d.version for d in distributions() if d.name}
+    plugins = {"jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13", "libtpu": "tpu"}
+    extras = ",".join(extra for name, extra in plugins.items() if name in installed)
+    old = Version(installed.get("jax", "0")) < Version("0.10.2")
+    needed = f"jax[{extras}]>=0.10.2" if old else f"jax=={installed['jax']}"
+    # %pip install -q "{needed}" git+https://github.com/nested-jax/nested_jax
+    if old and "jax" in sys.modules:
+        raise SystemExit("An older jax is still loaded. Runtime > Restart session, then run this cell again.")
+
+import jax
+
+device = jax.devices()[0]
+versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "nested_jax"))
+print(f"{device.platform} device {device.device_kind}: {versions}")
 
 # %% [markdown]
 # # Optimizers as memory
@@ -162,23 +179,41 @@ rules = {
     "momentum": lambda rate: optim.momentum(rate, decay=0.9),
     "delta momentum": lambda rate: optim.delta_momentum(rate, decay=0.9, erase=0.1),
 }
-fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-r, phi = np.meshgrid(np.linspace(-3, 3, 200), np.linspace(-4, 4, 200))
-left.contourf(r, phi, np.log1p(jax.vmap(jax.vmap(surface))(jnp.stack([r, phi], -1))), levels=20, cmap="Greys")
+found = {}
 for name, make in rules.items():
     descend = jax.vmap(lambda start, rate, make=make: train(make(rate), jax.grad(surface), start, STEPS), (0, None))
-    paths = {rate: descend(starts, rate) for rate in (0.002, 0.003, 0.005, 0.007, 0.01, 0.015)}
+    paths = {rate: descend(starts, rate) for rate in (0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02)}
     values = {rate: np.asarray(jax.vmap(jax.vmap(surface))(path)) for rate, path in paths.items()}
     outside = {rate: ~(v <= WITHIN) for rate, v in values.items()}  # what is not a number is outside
     steps = {rate: np.max(np.where(out, np.arange(1, STEPS + 2), 0), axis=1) for rate, out in outside.items()}
     best = min(steps, key=lambda rate: steps[rate].mean())
+    found[name] = np.asarray(paths[best]).reshape(32, STEPS + 1, 2), values[best], steps[best]
     print(f"{name}: {steps[best].mean():.0f} ± {steps[best].std():.0f} steps until it stays below {WITHIN}, at rate {best}")
-    left.plot(*paths[best][3].reshape(-1, 2).T, "-", lw=1, label=name)
-    right.semilogy(np.median(values[best], axis=0), label=name)
-left.plot(*starts[3].reshape(2), "ko")
-left.set(xlabel="r", ylabel="φ", xlim=(-3, 3), ylim=(-4, 4), title="one descent")
-right.set(xlabel="step", ylabel="ψ", title="median of 32 starts")
-right.legend(frameon=False)
+plain, delta = (steps for _, _, steps in found.values())
+print(f"delta momentum stays there sooner from {np.sum(delta < plain)} of 32 starts, later from {np.sum(delta > plain)}")
+
+# %% [markdown]
+# The two maps show the descents from the first start, with a dot for each step. The dashed line is the floor of the valley,
+# where the second term of $\psi$ is zero.
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=(1, 1, 1.15))
+r, phi = np.meshgrid(np.linspace(-1, 4, 200), np.linspace(-1, 4, 200))
+height = jax.vmap(jax.vmap(surface))(jnp.stack([r, phi], -1))
+for ax, color, (name, (paths, values, steps)) in zip(axes, ("C0", "C1"), found.items(), strict=False):
+    ax.contourf(r, phi, np.log10(height), levels=np.arange(-2, 3.1, 0.5), cmap="Greys", vmax=7, extend="min")
+    ax.plot(r[0], r[0] + np.sin(2 * r[0]), "k--", lw=1, label="floor of the valley")
+    ax.plot(*paths[0].T, "o-", lw=1, ms=3, color=color)
+    ax.plot(*paths[0, 0], "ks", ms=7, label="start")
+    ax.plot(0, 0, "k*", ms=13, label="minimum")
+    ax.set(xlabel="r", ylabel="φ", xlim=(-1, 4), ylim=(-1, 4), aspect="equal", title=f"{name}: {steps[0]} steps")
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+    axes[2].semilogy(middle, color=color, label=name)
+    axes[2].fill_between(np.arange(STEPS + 1), low, high, color=color, alpha=0.2, lw=0)
+axes[0].legend(loc="lower right", fontsize=9)
+axes[2].axhline(WITHIN, color="0.5", lw=1, ls=":", label=f"ψ = {WITHIN}")
+axes[2].set(xlabel="step", ylabel="ψ", xlim=(0, 150), ylim=(1e-5, 1e2), title="median and quartiles of 32 starts")
+axes[2].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -17,12 +17,28 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nested-jax/nested_jax/blob/main/colab/05_meta_gradients.ipynb)
 
 # %%
-try:
-    import nested_jax  # noqa: F401
-except ImportError:
-    # %pip install -q git+https://github.com/nested-jax/nested_jax
-    import nested_jax  # noqa: F401
+# Installs nested_jax where it is missing. A new enough jax stays as it is; an older one is upgraded with its plugin.
+import sys
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
 
+from packaging.version import Version
+
+if find_spec("nested_jax") is None:
+    installed = {d.name.lower().replace("_", "-"): d.version for d in distributions() if d.name}
+    plugins = {"jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13", "libtpu": "tpu"}
+    extras = ",".join(extra for name, extra in plugins.items() if name in installed)
+    old = Version(installed.get("jax", "0")) < Version("0.10.2")
+    needed = f"jax[{extras}]>=0.10.2" if old else f"jax=={installed['jax']}"
+    # %pip install -q "{needed}" git+https://github.com/nested-jax/nested_jax
+    if old and "jax" in sys.modules:
+        raise SystemExit("An older jax is still loaded. Runtime > Restart session, then run this cell again.")
+
+import jax
+
+device = jax.devices()[0]
+versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "nested_jax"))
+print(f"{device.platform} device {device.device_kind}: {versions}")
 
 # %% [markdown]
 # # Gradients through inner loops

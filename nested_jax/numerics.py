@@ -42,7 +42,7 @@ def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
 
     def cast(x):
         more = axes - _AXES(jax.typeof(x))
-        return jax.lax.pcast(x, tuple(more), to="varying") if more and x.ndim >= rank else x
+        return jax.lax.pcast(x, tuple(more), to="varying") if more and jnp.ndim(x) >= rank else x
 
     return jax.tree.map(cast, state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 
 from nested_jax.checks import Count
 from nested_jax.errors import UserError, is_whole
+from nested_jax.numerics import vary
 from nested_jax.typing import Array, PyTree
 
 Checkpoint = Literal["none", "full", "sqrt", "log"] | Count | tuple[Count, ...]
@@ -39,6 +41,8 @@ def scan(
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
         name: of what runs it, in errors.
 
+    Inside `jax.shard_map` a state that is the same on all devices is cast to vary over them where a step makes it vary.
+
     Raises:
         UserError: a checkpoint that is none of these, more segments than steps, or none to offload; a step that does not
             return (state, y), or another state than it was given.
@@ -59,8 +63,11 @@ def scan(
         segmented = _scan_segments if len(counts) == 1 else _scan_layers
         return segmented(take, counts, offload, state, list(map(_slot, leaves)), length)
     except TypeError:
-        _assert_steady(name, step, state, xs)
-        raise
+        varied = _varied(step, state, xs)
+        if varied is None:
+            _assert_steady(name, step, state, xs)
+            raise
+    return scan(step, varied, xs, length, checkpoint=checkpoint, offload=offload, name=name)
 
 
 def _scan_even(step, size, offload, state, xs, length):
@@ -218,6 +225,19 @@ def fit_checkpoint(checkpoint: Checkpoint, steps: int) -> Checkpoint:
     if isinstance(checkpoint, tuple):
         return checkpoint if math.prod(checkpoint) <= steps else "sqrt"
     return checkpoint if isinstance(checkpoint, str) else min(checkpoint, steps)
+
+
+def _varied(step: Callable, state: PyTree, xs: PyTree) -> PyTree | None:
+    """The state, varying over the mesh axes of `jax.shard_map` over which a step makes it vary; None where it does already.
+
+    A step on what differs between devices may sum over them and keep its state the same on all, so it is asked.
+    """
+    try:
+        after, _ = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
+        varied = jax.tree.map(vary, state, after)
+    except Exception:  # told by `_assert_steady`
+        return None
+    return varied if any(map(operator.is_not, jax.tree.leaves(varied), jax.tree.leaves(state))) else None
 
 
 def _assert_steady(name: str, step: Callable, state: PyTree, xs: PyTree) -> None:

@@ -1,29 +1,35 @@
 """The command line: what it prints, what it refuses in one line, and how it stops."""
 
+import contextlib
 import dataclasses
 import errno
 import io
 import json
 import os
+import pty
 import pydoc_data.topics
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import orbax.checkpoint
 import pytest
+from rare import cases
 
 from nested_jax import cli
 from nested_jax.cli import flags, main, parsing
 from nested_jax.data import open_documents
 from nested_jax.train import loop
+from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, flag, flatten
 from nested_jax.train.folder import write_config
 
@@ -86,13 +92,72 @@ def start(compiled_once):
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def _start(*words: str) -> subprocess.Popen:
-    env = os.environ | {
+def _environment() -> dict[str, str]:
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return subprocess.Popen([sys.executable, "-m", "nested_jax", *words], env=env, **PIPES)
+
+
+def _start(*words: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "nested_jax", *words], env=_environment(), **PIPES)
+
+
+class Terminal:
+    """A command and a pseudo-terminal that controls it, whose driver sends the signals of Ctrl-C and of its end."""
+
+    def __init__(self, *words: str):
+        self.said = ""
+        self._ends = pty.openpty()
+        script = f"""if True:
+            import os, signal, sys
+            terminal = os.open({os.ttyname(self._ends[1])!r}, os.O_RDWR)  # the first one that a session opens controls it
+            for stream in range(3):
+                os.dup2(terminal, stream)
+            for number in (signal.SIGINT, signal.SIGHUP):  # which a job in the background and nohup ignore
+                signal.signal(number, signal.SIG_DFL)
+            os.execv(sys.executable, [sys.executable, "-m", "nested_jax", *sys.argv[1:]])
+        """
+        env = _environment() | {"TERM": "xterm", "COLUMNS": "160"}
+        self.process = subprocess.Popen([sys.executable, "-c", script, *words], env=env, start_new_session=True)
+
+    def type(self, keys: str) -> None:
+        os.write(self._ends[0], keys.encode())
+
+    def read(self, until: Callable[[], object]) -> None:
+        """Adds to `said` what is printed, until a condition holds or the process has ended."""
+        limit = time.monotonic() + 120
+        while not until():
+            over = self.process.poll() is not None
+            assert time.monotonic() < limit, self.said
+            if select.select(self._ends[:1], (), (), 0.02)[0]:
+                self.said += os.read(self._ends[0], 2**16).decode(errors="replace")
+            elif over:
+                break
+
+    def hang_up(self) -> None:
+        os.close(self._ends[0])
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                os.close(end)
+
+
+@pytest.fixture
+def terminal(compiled_once):
+    """A function that starts a command on a terminal of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*words: str) -> Terminal:
+            started = Terminal(*words)
+            stack.callback(started.end)
+            return started
+
+        yield start
 
 
 def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
@@ -483,15 +548,109 @@ def test_a_signal_saves_and_says_how_to_resume(place, start, number, code):
     assert process.returncode == code
 
 
+STOPPED = "nested-jax: stopped; what was saved before is kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_on_a_terminal_stops_at_ctrl_c_and_where_the_terminal_is_lost(place, terminal, lost):
+    rows = lambda: Path("a/metrics.jsonl").read_text().splitlines() if Path("a/metrics.jsonl").exists() else []
+    run = terminal(*f"train {SMALL} --data text.txt --run-dir a --steps 100000 --checkpoint-every 100000".split())
+    run.read(lambda: len(rows()) > 3)
+    if lost:
+        run.hang_up()
+        assert run.process.wait(120) == 129
+    else:
+        before = run.said
+        run.type("\x03")
+        run.read(lambda: "again to stop now" in run.said)
+        run.read(lambda: False)
+        assert run.process.returncode == 130
+        after = run.said.removeprefix(before)
+        assert after.count("stopping after this step; again to stop now\r\n") == 1
+        bar, line, rest = after.rsplit("\r\n", 2)
+        last = re.search(r"step (\d+)/100000 .* left$", bar.rsplit("\r", 1)[-1])
+        assert rest == "" and last and int(last[1]) == len(rows()), bar
+        assert re.fullmatch(rf"(\x1b\[\?25h)?nested-jax: stopped at step {last[1]} of .*; resume with: nested-jax .*", line)
+    saved = rows()
+    again = terminal("train", "--run-dir", "a")
+    again.read(lambda: len(rows()) > len(saved))
+    assert f"from step {len(saved)};" in again.said and rows()[: len(saved)] == saved
+
+
+@pytest.mark.parametrize("during", cases(["importing", "compiling"], ["importing"]))
+def test_ctrl_c_on_a_terminal_before_the_first_update_is_one_line(place, terminal, during):
+    run = terminal(*f"train {SMALL} --model.layers 3 --data text.txt --run-dir a --steps 6".split())
+    run.read(lambda: catches(run.process, signal.SIGTERM) if during == "importing" else "compiling" in run.said)
+    run.type("\x03")
+    run.read(lambda: False)
+    assert run.process.returncode == 130
+    assert re.sub(r"\x1b\[[?0-9]*\w", "", run.said).split("^C")[1] == f"\r\n{STOPPED}\r\n", run.said
+    assert ("compiling" in run.said) == (during == "compiling") and not Path("a/checkpoints").exists()
+
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("of", ["list", "write"])
+def test_a_signal_inside_a_save_leaves_whole_checkpoints(place, say, number, of, times):
+    """Before Orbax writes, or before the list of files. After one the save goes on; at a second one the program ends."""
+    script = f"""if True:
+        import os, signal, sys
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        from nested_jax import __main__
+        from nested_jax.train import checkpoint, stopping
+        owner, name = dict(write=(checkpoint.ocp.Checkpointer, "save"), list=(checkpoint, "_list_files"))[{of!r}]
+        inner = getattr(owner, name)
+
+        def signalled(*arguments, **named):
+            if any(str(x).endswith("4.part") for x in arguments):
+                for i in range({times}):
+                    os.kill(os.getpid(), {int(number)})
+                    while stopping.Interruption.current or i == 1:  # a thread of the program answers it
+                        pass
+            return inner(*arguments, **named)
+
+        setattr(owner, name, signalled)
+        sys.exit(__main__.run())
+    """
+    command = f"train {SMALL} --data text.txt --steps 6 --run-dir"
+    words = [sys.executable, "-c", script, *f"{command} a".split()]
+    done = subprocess.run(words, env=_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == SIGNALS[number], done.stderr
+    assert re.fullmatch(r"nested-jax: stopped at step 4 of .*\n" if times == 1 else f"{STOPPED}\n", done.stderr)
+    last = 4 if times == 1 else 2
+    assert Checkpoints(Path("a")).latest() == last
+    code, out, err = say(f"{command} a")
+    assert (code, err) == (0, []) and f"from step {last};" in out[0]
+    assert {path.name for path in Path("a/checkpoints").iterdir()} == {"4", "6"}
+    assert say(f"{command} straight")[0] == 0
+    assert timeless("a") == timeless("straight")
+
+
+def timeless(run_dir: str) -> str:
+    """The rows of a run, without times."""
+    return re.sub(r'"(seconds|tokens_per_second)": [^,}]*', "", Path(run_dir, "metrics.jsonl").read_text())
+
+
+def catches(process: subprocess.Popen, number: int) -> int:
+    """Whether a process catches a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return int(caught[1], 16) >> (number - 1) & 1
+
+
 def test_a_signal_while_importing_is_one_line(start):
     process = start("train", "--help")
-    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
-    while not caught() >> (signal.SIGTERM - 1) & 1:  # Python itself does not catch it: the program's first line has run
+    while not catches(process, signal.SIGTERM):  # Python itself does not catch it: the program's first line has run
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (130, "", "nested-jax: stopped; what was saved before is kept\n")
+    assert (process.returncode, out, err) == (130, "", f"{STOPPED}\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -513,7 +672,7 @@ def test_a_signal_is_answered_while_the_main_thread_cannot(number, code):
     assert process.stdout.readline() == "stopping after this step; again to stop now\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (code, "", "nested-jax: stopped; what was saved before is kept\n")
+    assert (process.returncode, out, err) == (code, "", f"{STOPPED}\n")
 
 
 def test_a_killed_run_resumes_to_the_same_rows(place, say, start):
@@ -523,7 +682,6 @@ def test_a_killed_run_resumes_to_the_same_rows(place, say, start):
     process.kill()
     process.wait()
     assert say(f"{command} killed")[0] == say(f"{command} straight")[0] == 0
-    timeless = lambda folder: re.sub(r'"(seconds|tokens_per_second)": [^,}]*', "", Path(folder, "metrics.jsonl").read_text())
     assert timeless("straight") == timeless("killed")
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import rich.console
@@ -27,7 +28,7 @@ from nested_jax import CMSConfig, Description, LanguageModel, Level, ModelConfig
 from nested_jax.cli import main
 from nested_jax.errors import UserError
 from nested_jax.memory.attention import Attention
-from nested_jax.memory.deep import boundary_weights
+from nested_jax.memory.deep import Rule, boundary_weights
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
@@ -587,6 +588,17 @@ def test_levels_of_layers_are_what_they_do(layer, seen):
         assert all(c.starts_from == ("slow weights",) for c in fast) and len(fast) == 2
 
 
+def test_errors_and_steps_of_deep_memories_are_said():
+    rules = [Rule(), Rule(errors="exact"), Rule(errors="exact", step="normalised"), Rule(erase="none", step="raw")]
+    said = [describe(SelfModifyingTitans(8, 2, 3, momentum=False, rule=rule)).components[0].rule for rule in rules]
+    assert said == [
+        "delta gradient descent, decay to the start",
+        "delta gradient descent with exact errors, decay to the start",
+        "delta gradient descent with exact errors and normalised steps, decay to the start",
+        "gradient descent with raw steps, decay to the start",
+    ]
+
+
 def test_attention_is_a_level():
     layer = Attention(8, 2, window=5)
     weights = layer.init_weights(jax.random.key(0))
@@ -712,6 +724,18 @@ def test_no_arrow_of_the_figure_goes_through_a_text(system, tokens):
             assert all(axes.get_window_extent().contains(*point) for point in line)  # nothing is cut off
     corners = [corner for box in boxes.values() for corner in (box.min, box.max)]
     assert all(figure.bbox.contains(*corner) for corner in corners)
+
+
+def test_arrows_that_lead_to_neighbours_alike_are_drawn_once():
+    picture = describe((preset("tiny-hope"), optax.adam(1e-3)), tokens_per_step=1024)
+    (axes,) = picture.plot().axes
+    bars = [np.ptp(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 1]
+    assert bars == [1, 3]  # mu and nu; the four groups of parameters
+    # memories to one another 3, starts 3, gradients to Adam's memories 1, Adam's memories to the parameters 2
+    assert len([patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]) == 9
+    (axes,) = describe(optax.adam(1e-3)).plot().axes  # no gradients of a model, no starts, nothing in common
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["context: its new state is read by"]
+    assert describe(optax.sgd(0.1)).plot().axes[0].get_legend() is None
 
 
 def imports_of(path):

@@ -21,6 +21,7 @@ HELDOUT = 0.05  # share of the documents, or of the pieces of a few documents, t
 FEW = 20  # fewer documents than this are cut into pieces, so that a twentieth can be held out
 PIECE = 2**14  # bytes of such a piece
 _LONGEST = 2**24  # bytes beyond which any document is cut
+_MOST = 2**30  # bytes that a .gz file may hold: a small file can unpack to more than any memory
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 _LINES = (".jsonl", ".ndjson")
 HELP = 'give "stdlib", the path of a text folder or file, or a TFDS dataset name, optionally name:feature'
@@ -118,13 +119,10 @@ class _NoText(Exception):
 
 def _read(path: Path, name: str, field: str = "") -> list[tuple[str, bytes]]:
     """The documents, as (name, text), of a file. Raises _NoText where it holds no text."""
-    data = path.read_bytes()
     if path.suffix == ".gz":
-        name = name.removesuffix(".gz")
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error):
-            raise _NoText("damaged .gz") from None
+        name, data = name.removesuffix(".gz"), _unpacked(path)
+    else:
+        data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise _NoText("UTF-16: write it in UTF-8")
     text = data.removeprefix(codecs.BOM_UTF8)
@@ -135,6 +133,20 @@ def _read(path: Path, name: str, field: str = "") -> list[tuple[str, bytes]]:
     if field:
         raise _NoText(f"no JSON Lines: only .jsonl and .ndjson files have a field {field!r}")
     return [(name, text)]
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a .gz file holds, read in blocks: one that holds too much is refused before all of it is in memory."""
+    data = bytearray()
+    with path.open("rb") as packed, gzip.open(packed) as file:
+        try:
+            while block := file.read(2**20):
+                data += block
+                if len(data) > _MOST:
+                    raise UserError(f"{path} unpacks to more than {_MOST:,} bytes: unpack it, or split it in smaller files")
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            raise _NoText("damaged .gz") from None
+    return bytes(data)
 
 
 def _lines(text: bytes, field: str) -> Iterator[bytes]:

@@ -41,7 +41,7 @@ def open_documents(
     path is the same documents. Local text stays in memory.
 
     Each line of a .jsonl or .ndjson file is a document: an object whose field "text" is read, or the field that follows a
-    colon, as in "papers.jsonl:abstract". Files that end in .gz are unpacked. A byte-order mark is no text.
+    colon, as in "papers.jsonl:abstract". Files that end in .gz are unpacked, up to 1 GiB each. A byte-order mark is no text.
 
     Args:
         source: "stdlib" (the running Python's standard library: its help topics, which are prose, and its modules), an
@@ -56,7 +56,7 @@ def open_documents(
         The bytes of each document's UTF-8 text, with a `summary` of what was read and what was left out.
 
     Raises:
-        UserError: the source is missing, unreadable or no text.
+        UserError: the source is missing, unreadable or no text, or a .gz file holds more.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,9 @@
 
     M(z) = z + W_1 silu(W_2 z)                                            (NL Eq. 89)
 
-Each layer is one linear map of `recurrence`, with its own input: z for W_2 and h = silu(W_2 z) for W_1. Errors are taken
-at the last chunk boundary (the snapshot); reads see the exact weights inside the chunk.
+Each layer is one linear map of `recurrence`, with its own input: z for W_2 and h = silu(W_2 z) for W_1. Inputs and errors
+are taken at the last chunk boundary (the snapshot), W_1's error at its exact weights if so chosen; reads see the exact
+weights inside the chunk.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 
 from nested_jax.checks import Interval, check_fields
 from nested_jax.description import Description
+from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
-from nested_jax.memory.recurrence import Decays, Gates, MemoryState, decays, read, write
+from nested_jax.memory.recurrence import Decays, Gates, MemoryState, Written, decays, read, write
 from nested_jax.memory.stream import Chunk, Snapshots
 from nested_jax.numerics import clip_rows, normal, square, upcast
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
@@ -33,9 +35,12 @@ class Deep(NamedTuple):
 
 
 class Strengths(NamedTuple):
-    """Gates of one token before they are split by layer: rate eta, retain alpha, momentum theta or None, (..., C)."""
+    """Gates of a chunk's tokens before they are split by layer: rate eta, retain alpha, momentum theta or None, (..., C).
 
-    rate: Float[Array, "*batch C"]
+    The rate is one of all layers, or Deep: one of all first layers (B, H, C), and one of each second layer (B, H, M, C).
+    """
+
+    rate: Float[Array, "*batch C"] | Deep
     retain: Float[Array, "*batch C"]
     momentum: Float[Array, "*batch C"] | None
 
@@ -58,7 +63,12 @@ class Rule:
 
     Args:
         erase: "layer": DGD, each layer erases what it holds at its own input; "none": plain gradient descent.
-        step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "raw": eta' = eta.
+        step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "normalised": eta' = eta /
+            (|x|^2 + 0.001) in the second layer of the memory that is read, proximal elsewhere; "raw": eta' = eta.
+        errors: "boundary": both layers' errors are as old as the chunk; "exact": in the second layer of the memory that is
+            read it is that of the weights before the token, k + W_1 h - v, and not clipped. With an erase and a normalised
+            step that layer multiplies what it holds along h by alpha - 2 eta, between -1 and 1: it can flip it and does not
+            expand.
         retention: where decay leads, to zero or to the learned start.
         read: "after" or "before" the token's own write.
         surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
@@ -67,7 +77,7 @@ class Rule:
             layers correct the same error in full, and where W_1 is large the memory overshoots by more each time, up to
             overflow.
 
-    Raises UserError for an option that is none of these.
+    Raises UserError for an option that is none of these; so does `assert_bounded` for a rate with which a layer grows.
 
     Source: NL Eq. 89-93; Titans, arXiv 2501.00663; MIRAS, arXiv 2504.13173.
 
@@ -76,13 +86,21 @@ class Rule:
     """
 
     erase: Literal["layer", "none"] = "layer"
-    step: Literal["proximal", "raw"] = "proximal"
+    step: Literal["proximal", "normalised", "raw"] = "proximal"
+    errors: Literal["boundary", "exact"] = "boundary"
     retention: Literal["zero", "initial"] = "initial"
     read: Literal["after", "before"] = "after"
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
 
     def __post_init__(self):
         check_fields(self, "Rule: ")
+
+    def assert_bounded(self, name: str, max_rate: float) -> None:
+        """Raises UserError where normalised steps at the largest rate would expand what a layer holds along its input."""
+        terms = (self.erase == "layer") + (self.errors == "exact")
+        if self.step == "normalised" and terms and max_rate > 2 / terms:
+            grows = f"{name}: with step normalised, errors {self.errors} and erase {self.erase}, max_rate {max_rate:g} makes"
+            raise UserError(f"{grows} what a layer holds grow at every token: give at most {2 / terms:g}")
 
 
 class Activations(NamedTuple):
@@ -138,7 +156,7 @@ def learn(
         snapshot, start: weights at the last boundary, and learned starts, of the same shape.
         keys: `forward(snapshot, keys)`.
         targets: v of each memory.
-        strengths: gates (B, H, C).
+        strengths: gates; rates of second layers (B, H, M, C), all others (B, H, C).
         rule: see `Rule`.
         mask: False for empty slots.
         queries: what the last memory is read at.
@@ -157,19 +175,41 @@ def learn(
     inner_error *= gate * (1 + keys.before * (1 - gate))
     inner_error = clip_rows(inner_error.reshape(B, H, C, M, F), rule.surprise).reshape(B, H, C, M * F)
 
+    rate = strengths.rate if isinstance(strengths.rate, Deep) else Deep(strengths.rate, _repeat(strengths.rate, M))
+    retain, theta = strengths.retain, strengths.momentum
+    usual = "proximal" if rule.step == "normalised" else rule.step  # of all layers but the second of the memory that is read
+
     first = write(
-        jax.tree.map(_merge, running.first), keys.inputs, inner_error, _gates(keys.inputs, strengths, rule),
+        jax.tree.map(_merge, running.first), keys.inputs, inner_error,
+        _gates(keys.inputs, rate.first, retain, theta, rule.erase, usual),
         anchor=None if anchor.first is None else _merge(anchor.first), mask=None if mask is None else mask[None, None],
         decay=decay, product=keys.before if at_boundary else None,
     )  # fmt: skip
-    each: tuple[Strengths, Decays] = jax.tree.map(partial(_repeat, memories=M), (strengths, decay))
-    second = write(
-        running.second, keys.hidden, error, _gates(keys.hidden, each[0], rule),
-        anchor=anchor.second, mask=None if mask is None else mask[None, None, None], decay=each[1],
-        product=keys.second if at_boundary else None,
-    )  # fmt: skip
+    each: tuple[Array, Array | None, Decays] = jax.tree.map(partial(_repeat, memories=M), (retain, theta, decay))
+
+    def write_second(which: slice, errors: Array, step: str, exact: bool = False) -> Written:
+        """The second layers of some of the memories."""
+        cut = lambda tree: jax.tree.map(lambda x: x[:, :, which], tree)
+        hidden, eta, (retain, theta, decay) = cut((keys.hidden, rate.second, each))
+        return write(
+            cut(running.second), hidden, errors, _gates(hidden, eta, retain, theta, rule.erase, step),
+            anchor=cut(anchor.second), mask=None if mask is None else mask[None, None, None], decay=decay,
+            product=cut(keys.second) if at_boundary else None, exact=exact,
+        )  # fmt: skip
+
+    if queries is None or (rule.errors == "boundary" and rule.step == usual):
+        second = write_second(slice(None), error, usual)
+        after_second = second.state
+    else:
+        exact = rule.errors == "exact"
+        given = keys.inputs[:, :, None] - targets[:, :, -1:] if exact else error[:, :, -1:]
+        second = write_second(slice(-1, None), given, rule.step, exact)
+        after_second = second.state
+        if M > 1:
+            others = write_second(slice(-1), error[:, :, :-1], usual).state
+            after_second = jax.tree.map(lambda *w: jnp.concatenate(w, axis=2), others, after_second)
     unmerge = lambda w: w.reshape(B, H, M, F, -1)
-    after = Deep(jax.tree.map(unmerge, first.state), second.state)
+    after = Deep(jax.tree.map(unmerge, first.state), after_second)
     if queries is None:
         return after, None
     last = lambda w: w[:, :, -F:]  # the memory that is read
@@ -182,13 +222,21 @@ def learn(
     return after, queries + read(second, jax.nn.silu(read(first, queries, before=early)), before=early)
 
 
-def _gates(inputs: Float[Array, "*batch C K"], strengths: Strengths, rule: Rule) -> Gates:
+def _gates(
+    inputs: Float[Array, "*batch C K"],
+    rate: Float[Array, "*batch C"],
+    retain: Float[Array, "*batch C"],
+    momentum: Float[Array, "*batch C"] | None,
+    erase: str,
+    step: str,
+) -> Gates:
     """The gates of one layer, from its own inputs."""
-    rate, retain, theta = strengths
-    if rule.step == "proximal":
+    if step == "proximal":
         rate = rate / (1 + rate * square(inputs))
-    push = rate if theta is None else rate * (1 - theta)
-    return Gates(push, rate if rule.erase == "layer" else jnp.zeros_like(rate), retain, theta)
+    elif step == "normalised":
+        rate = rate / (square(inputs) + 1e-3)
+    push = rate if momentum is None else rate * (1 - momentum)
+    return Gates(push, rate if erase == "layer" else jnp.zeros_like(rate), retain, momentum)
 
 
 def weights_of(memory: Deep) -> Deep:
@@ -237,6 +285,8 @@ def memory_level(init: Callable, act: Callable, period: int, tokens: int, name: 
 def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
     """The description of a level of deep memories; its momentum is a memory of its own, of surprises."""
     descent = "delta gradient descent" if rule.erase == "layer" else "gradient descent"
+    more = ["exact errors"] * (rule.errors == "exact") + [f"{rule.step} steps"] * (rule.step != "proximal")
+    descent += f" with {' and '.join(more)}" if more else ""
     start = "the start" if rule.retention == "initial" else "zero"
     inner = Description(
         objective="-<S, surprise>", rule="gradient descent, decay", context="local surprises", name="momentum",

@@ -18,7 +18,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from nested_jax.checks import Positive
 from nested_jax.description import Description
+from nested_jax.errors import UserError
 from nested_jax.level import Level
 from nested_jax.memory.projections import init_projections, project_in
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_transposed, write
@@ -34,6 +36,10 @@ class LinearMemory(MemoryLayer):
     Args:
         width, heads, chunk, checkpoint: as of `MemoryLayer`.
         rule: see above.
+        max_rate: largest eta. Beyond 1 the delta rules turn the sign of what they hold along a key, with which a memory
+            tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2 it would grow.
+
+    Raises UserError for options of another type or out of range, and for a max_rate with which the memory would grow.
 
     Source: NL Eq. 64-67.
 
@@ -45,7 +51,14 @@ class LinearMemory(MemoryLayer):
     """
 
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
+    max_rate: Positive = 1.0
     memory_state = MemoryState
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule != "linear" and self.max_rate > 2:
+            grows = f"LinearMemory: with max_rate {self.max_rate:g} what {self.rule} holds grows at every token"
+            raise UserError(f"{grows}: give at most 2")
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
@@ -61,7 +74,8 @@ class LinearMemory(MemoryLayer):
 
     def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
         """Queries, keys, values, rates and, but for the delta rule, retentions."""
-        return project_in(weights, x, self.heads)
+        q, k, v, rate, *retain = project_in(weights, x, self.heads)
+        return q, k, v, self.max_rate * rate, *retain
 
     def level(self, weights: PyTree, batch_size: int) -> Level:
         """The memories of all heads, state `MemoryState` (B, H, V, K)."""

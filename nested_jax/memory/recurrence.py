@@ -9,6 +9,9 @@ alpha, momentum decay theta and queries q:
 `tokenwise` is that definition. `chunked` computes the same with matrix products only: the erase couples the tokens of a
 chunk through one unit lower triangular system. With an anchor, W = anchor + E and only E decays.
 
+Errors are given, or, where they are linear in the weights, exact: delta_t = W_{t-1} x_t + e_t, of which e_t is given. Then
+the writes are part of that system, which gets no larger.
+
 Leading axes are batch axes and need only broadcast against one another: arrays of unequal batch shapes must have equal
 rank, with axes of length 1 where they repeat. What is shared that way is computed once.
 """
@@ -51,11 +54,12 @@ def tokenwise(
     *,
     anchor: Float[Array, "*#batch V K"] | None = None,
     mask: Bool[Array, "*#batch C"] | None = None,
+    exact: bool = False,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence as it is defined, one token after the other: the slow twin of `chunked`.
 
     Args:
-        state, inputs, errors, gates, queries, anchor, mask: as of `chunked`.
+        state, inputs, errors, gates, queries, anchor, mask, exact: as of `chunked`.
 
     Returns:
         (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
@@ -80,8 +84,9 @@ def tokenwise(
     def step(carry, token):
         weights, momentum = carry
         x, delta, q, write, erase, retain, theta, m = token
-        momentum = theta[..., None, None] * momentum - (write[..., None] * delta)[..., :, None] * x[..., None, :]
         erased = jnp.einsum("...vk,...k->...v", weights, x)
+        delta = delta + erased if exact else delta
+        momentum = theta[..., None, None] * momentum - (write[..., None] * delta)[..., :, None] * x[..., None, :]
         weights = (
             anchor
             + retain[..., None, None] * (weights - anchor)
@@ -109,6 +114,7 @@ def chunked(
     *,
     anchor: Float[Array, "*#batch V K"] | None = None,
     mask: Bool[Array, "*#batch C"] | None = None,
+    exact: bool = False,
 ) -> tuple[MemoryState, Float[Array, "*batch C V"] | None]:
     """The recurrence over one chunk, by matrix products.
 
@@ -116,10 +122,13 @@ def chunked(
         state: weights (..., V, K) and momentum (..., V, K) before the first token.
         inputs: what each token writes at, (..., C, K).
         errors: what each token writes, negated: (..., C, V).
-        gates: strengths (..., C); beta |x|^2 <= 1 keeps the erase a contraction.
+        gates: strengths (..., C); beta |x|^2 <= 1 keeps the erase a contraction, exact (beta + eta) |x|^2 <= 2 without
+            momentum.
         queries: (..., C, K), each read after its own token was written; None to read nothing.
         anchor: (..., V, K), where retention decays to; None for zero.
         mask: (..., C), False for empty slots, which leave the state as it is. Reads there are of no meaning.
+        exact: errors are e_t of W_{t-1} x_t + e_t, the memory's output at its input less a target, say; by default they are
+            the errors themselves, such as those of the weights at the chunk's start.
 
     Returns:
         (state after the last token, outputs (..., C, V) or None), in float32 (or float64).
@@ -139,7 +148,7 @@ def chunked(
     [[0.0, 3.0]]
     """
     _assert_fits(state, inputs, errors, gates, queries)
-    written = write(state, inputs, errors, gates, anchor=anchor, mask=mask)
+    written = write(state, inputs, errors, gates, anchor=anchor, mask=mask, exact=exact)
     return written.state, None if queries is None else read(written, queries)
 
 
@@ -213,6 +222,7 @@ def write(
     *,
     anchor: Float[Array, "*#batch V K"] | None = None,
     mask: Bool[Array, "*#batch C"] | None = None,
+    exact: bool = False,
     decay: Decays | None = None,
     product: Float[Array, "*#batch C V"] | None = None,
 ) -> Written:
@@ -222,10 +232,12 @@ def write(
         W_C = gamma_C W_0 + pi_C S_0 - [diag(c_C o eta) Delta + diag(A_C o beta) U]^T X
         S_C = coasting S_0 - [diag(last o eta) Delta]^T X
 
-    with _ for a shift by one token, and A, c, gamma, pi, last, coasting as in `Decays`.
+    with _ for a shift by one token, and A, c, gamma, pi, last, coasting as in `Decays`. Exact errors are Delta = E + U:
+
+        (I + (A_ o X X^T) diag beta + (c_ o X X^T) diag eta) U = gamma_ o ... + pi_ o ... - (c_ o X X^T) diag(eta) E
 
     Args:
-        state, inputs, errors, gates, anchor, mask: as of `chunked`.
+        state, inputs, errors, gates, anchor, mask, exact: as of `chunked`.
         decay: `decays(gates.retain, gates.momentum, mask)`, if the caller has it already.
         product: W_0 x (..., C, V), if the caller has it already.
 
@@ -258,7 +270,12 @@ def write(
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
     right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
     lower = _shift_rows(decay.retained) * (inputs @ scale(gates.erase, inputs).mT)
-    erased = scale(gates.erase, solve_unit_lower(lower, right))
+    if exact:
+        lower += _shift_rows(decay.carried) * (inputs @ scale(gates.write, inputs).mT)
+    held = solve_unit_lower(lower, right)
+    erased = scale(gates.erase, held)
+    if exact:
+        written += scale(gates.write, held)
 
     change = scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased)
     kept = decay.retention[..., -1:]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory.attention import Attention, rotate
+from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
@@ -25,6 +26,7 @@ from nested_jax.typing import Array, Float, PyTree
 def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """`LinearMemory` token by token, as its rule is written."""
     q, k, v, rate, *retain = _project(layer, weights, x)
+    rate = layer.max_rate * rate
 
     def token(memory, now):
         q, k, v, rate, *retain = now
@@ -81,7 +83,9 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             after, pushes = {}, {}
             for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
-                step = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                step = _step(rule, part == "second", eta, z)
+                if rule.errors == "exact" and part == "second":
+                    surprise = k + running[part] @ z - v
                 pushes[part] = theta * velocity[part]
                 pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
                 erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
@@ -119,9 +123,11 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
             )
             snapshot = {name: renew(name) for name in names}
             made = {name: _memory(snapshot[name], x) for name in names}
-            squash = lambda name: jax.nn.sigmoid(made[name] @ gates[name] + gates[f"{name}_bias"])
+            squash = lambda name: jax.nn.sigmoid(gates[name] @ made[name] + gates[f"{name}_bias"])
             key, value = l2norm(made["keys"]), layer.normalise(made["values"])
-            eta, alpha = layer.max_rate * squash("rate"), squash("retention")
+            rates, alpha = layer.max_rate * squash("rate"), squash("retention")
+            own = lambda name, part: rates[0 if part == "first" else 1 + names.index(name)]
+            eta = own if layer.rates == "own" else lambda name, part: rates
             q = l2norm(made["query"]) if layer.adaptive_query else q
             before, running, velocity = running, {}, {}
             for name in names:
@@ -129,7 +135,10 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
                 target = layer.normalise(_memory(snapshot[name], value))
                 running[name], velocity[name] = {}, {}
                 for part, (z, surprise) in _local_surprise(snapshot[name], key, target, rule.surprise).items():
-                    rate = eta / (1 + eta * z @ z) if rule.step == "proximal" else eta
+                    read = name == "memory" and part == "second"
+                    rate = _step(rule, read, eta(name, part), z)
+                    if rule.errors == "exact" and read:
+                        surprise = key + w[part] @ z - target
                     push = theta * carry[2][name][part]
                     push -= (1 - theta) * rate * jnp.outer(surprise, z)
                     erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
@@ -171,6 +180,13 @@ def _convolve(taps: Float[Array, "W D"], x: Float[Array, "T D"]) -> Float[Array,
 def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> list[Array]:
     """q, k, v and gates of convolved tokens, (T, H, ...)."""
     return [part[0] for part in project_in(weights, _convolve(weights["taps"], x)[None], layer.heads)]
+
+
+def _step(rule: Rule, read: bool, eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
+    """eta' of a layer at its input x, of the second layer of the memory that is read or another one."""
+    if rule.step == "normalised" and read:
+        return eta / (x @ x + 1e-3)
+    return eta if rule.step == "raw" else eta / (1 + eta * x @ x)
 
 
 def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:

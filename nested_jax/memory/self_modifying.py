@@ -76,6 +76,9 @@ class SelfModifyingTitans(MemoryLayer):
         projection_chunk: C_proj, the same for the other memories, a multiple of `chunk`; None: equal.
         momentum: writes carry momentum with a learned, data-dependent decay.
         max_rate: eta_max. Rates start near 3 / period, or at half of it if that is less.
+        rates: "shared": one rate of all layers; "own": one of all first layers, which read the same keys, and one of each
+            second layer, a sixteenth of the shared one's start but for the main memory's, so that self-modification has to
+            earn its rate.
         targets: how targets are normalised. "l2" keeps the self-reference bounded; "rms" and "raw" do not.
         adaptive_query: queries come from a memory too.
         rule: the remaining choices, see `Rule`.
@@ -95,6 +98,7 @@ class SelfModifyingTitans(MemoryLayer):
     projection_chunk: Count | None = None
     momentum: bool = True
     max_rate: Positive = 1.0
+    rates: Literal["shared", "own"] = "shared"
     targets: Literal["l2", "rms", "raw"] = "l2"
     adaptive_query: bool = False
     rule: Rule = Rule()
@@ -103,6 +107,7 @@ class SelfModifyingTitans(MemoryLayer):
 
     def __post_init__(self):
         super().__post_init__()
+        self.rule.assert_bounded("SelfModifyingTitans", self.max_rate)
         if self.period % self.chunk:
             raise UserError(
                 f"SelfModifyingTitans: projection_chunk {self.period} is not a multiple of chunk {self.chunk}: change one"
@@ -128,11 +133,14 @@ class SelfModifyingTitans(MemoryLayer):
         # Errors are as old as the chunk, so that steps which add up to much more than one can overshoot from chunk to chunk.
         # A chunk's steps start at a sum of 3; momentum's 1 - theta halves that.
         rate = min(3 / self.period, self.max_rate / 2) / self.max_rate
+        bias = lambda rate: jnp.full(H, math.log(rate / (1 - rate)), jnp.float32)
+        own = self.rates == "own"
+        rate_bias = jnp.stack([bias(rate / 16)] * len(self.memories) + [bias(rate)], axis=-1) if own else bias(rate)
         weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),
-            "rate": normal(keys[2], (H, K)) * 0.1 * K**-0.5,
-            "rate_bias": jnp.full(H, math.log(rate / (1 - rate)), jnp.float32),
+            "rate": normal(keys[2], (*rate_bias.shape, K)) * 0.1 * K**-0.5,
+            "rate_bias": rate_bias,
             "retention": normal(keys[4], (H, K)) * 0.1 * K**-0.5,
             "retention_bias": retention_bias(H),
             "norm": jnp.ones((H, K)),
@@ -165,14 +173,14 @@ class SelfModifyingTitans(MemoryLayer):
         def read_main(running, snapshot, context, slower):
             chunk = jax.tree.map(itemgetter(0), context)
             generated = self.generate(weights, boundary_weights(slower[0]), *chunk.tokens)
-            running, y = self._learn(running, snapshot, main, generated, chunk.mask, read=True)
+            running, y = self._learn(running, snapshot, main, generated, chunk.mask, _MAIN)
             return running, (y, (generated, chunk.mask)), count_tokens(chunk)
 
         def learn_projections(running, snapshot, emitted, slower):
             y, (generated, mask) = emitted  # stacked over the ticks of the main memory
             join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])  # (ticks, B, H, C, ...)
             generated, mask = jax.tree.map(join, generated), None if mask is None else mask.reshape(-1)
-            running, _ = self._learn(running, snapshot, projecting, generated, mask, read=False)
+            running, _ = self._learn(running, snapshot, projecting, generated, mask, _PROJECTING)
             return running, y, generated.keys.shape[2] if mask is None else mask.sum(dtype=jnp.int32)
 
         init = lambda which: lambda slower: init_level_state(_select(starts, which), batch_size, self.momentum)
@@ -187,7 +195,7 @@ class SelfModifyingTitans(MemoryLayer):
         def act(running, snapshot, context, slower):
             chunk = jax.tree.map(itemgetter(0), context)
             generated = self.generate(weights, _select(snapshot, _PROJECTING), *chunk.tokens)
-            running, y = self._learn(running, snapshot, start, generated, chunk.mask, read=True)
+            running, y = self._learn(running, snapshot, start, generated, chunk.mask)
             return running, y, count_tokens(chunk)
 
         description = self._describe("they make their own keys, values, rates, retention", "tokens")
@@ -209,9 +217,10 @@ class SelfModifyingTitans(MemoryLayer):
         """Keys, values, queries and strengths from the memories that make them, and from the fixed projections."""
         made = forward(projections, x).output
         query = q if q is not None else l2norm(made[:, :, 4])
-        strengths = Strengths(
-            self.max_rate * _gate(weights, "rate", made[:, :, 2]), _gate(weights, "retention", made[:, :, 3]), momentum
-        )
+        rate = self.max_rate * _gate(weights, "rate", made[:, :, 2])
+        if self.rates == "own":
+            rate = Deep(rate[..., 0], rate[..., 1:])
+        strengths = Strengths(rate, _gate(weights, "retention", made[:, :, 3]), momentum)
         return Generated(l2norm(made[:, :, 0]), self.normalise(made[:, :, 1]), query, strengths)
 
     def normalise(self, targets: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
@@ -221,17 +230,27 @@ class SelfModifyingTitans(MemoryLayer):
         return l2norm(targets) * targets.shape[-1] ** 0.5 if self.targets == "rms" else targets
 
     def _learn(
-        self, running: Deep, snapshot: Deep, start: Deep, generated: Generated, mask: Bool[Array, " C"] | None, read: bool
+        self,
+        running: Deep,
+        snapshot: Deep,
+        start: Deep,
+        generated: Generated,
+        mask: Bool[Array, " C"] | None,
+        which: slice = slice(None),
     ) -> tuple[Deep, Float[Array, "B H C K"] | None]:
-        """Some memories over one chunk, towards targets that they generate themselves."""
+        """Some memories over one chunk, towards targets that they generate themselves; reads of the main one."""
         keys, values, queries, strengths = generated
         C = keys.shape[2]
         both = forward(snapshot, jnp.concatenate([keys, values], axis=2))
         targets = self.normalise(both.output[:, :, :, C:])
         at_keys = Activations(keys, both.before[:, :, :C], both.hidden[:, :, :, :C], both.second[:, :, :, :C])
-        return learn(running, snapshot, start, at_keys, targets, strengths, self.rule, mask, queries if read else None)
+        if isinstance(strengths.rate, Deep):
+            strengths = strengths._replace(rate=Deep(strengths.rate.first, strengths.rate.second[..., which].mT))
+        read = None if which == _PROJECTING else queries
+        return learn(running, snapshot, start, at_keys, targets, strengths, self.rule, mask, read)
 
 
-def _gate(weights: PyTree, name: str, z: Float[Array, "B H C K"]) -> Float[Array, "B H C"]:
-    logit = jnp.einsum("bhck,hk->bhc", z, weights[name]) + weights[f"{name}_bias"][None, :, None]
+def _gate(weights: PyTree, name: str, z: Float[Array, "B H C K"]) -> Float[Array, "B H C *gates"]:
+    """One gate a head, or several: weights (H, K) or (H, N, K)."""
+    logit = jnp.einsum("bhck,h...k->bhc...", z, weights[name]) + weights[f"{name}_bias"][None, :, None]
     return jax.nn.sigmoid(logit)

@@ -62,6 +62,10 @@ class Titans(MemoryLayer):
     snapshots = SNAPSHOTS
     memory_state = LevelState
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.rule.assert_bounded("Titans", self.largest_rate)
+
     @property
     def largest_rate(self) -> float:
         """eta_max: errors are those of the chunk's start, so its steps must not add up to much more than one."""

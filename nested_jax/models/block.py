@@ -25,25 +25,28 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
     """The config's sequence layer."""
     D, H, F = config.width, config.heads, config.memory_hidden
     chunks: dict[str, Any] = {"chunk": config.chunk, "checkpoint": config.memory_policy}
+    omega: dict[str, Any] = {"max_rate": config.max_rate, "surprise": config.surprise, **chunks}
+    rate = 1.0 if config.max_rate is None else config.max_rate
+    erase = config.erase or ("layer" if config.mixer == "self-modifying" else "none")
+    rule = Rule(erase, config.step, config.errors, config.retention, config.read, config.surprise)
     match config.mixer:
         case "self-modifying":
-            rule = Rule(retention=config.retention)
-            return SelfModifyingTitans(D, H, F, config.projection_chunk, config.momentum, rule=rule, **chunks)
+            own = {"projection_chunk": config.projection_chunk, "targets": config.targets, "rates": config.rates}
+            return SelfModifyingTitans(D, H, F, momentum=config.momentum, max_rate=rate, rule=rule, **own, **chunks)
         case "titans":
-            rule = Rule(erase="none", retention=config.retention)
-            return Titans(D, H, F, config.momentum, rule=rule, **chunks)
+            return Titans(D, H, F, config.momentum, config.max_rate, rule, **chunks)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
             return Attention(D, H, window, "xla" if differentiated_twice else None)
         case "lp":
-            return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **chunks)
+            return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **omega)
         case "huber":
-            return OmegaMemory(D, H, "huber", window=1, threshold=config.huber_threshold, **chunks)
+            return OmegaMemory(D, H, "huber", window=1, threshold=config.huber_threshold, **omega)
         case "omega":
-            return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, **chunks)
-        case rule:
-            return LinearMemory(D, H, rule, **chunks)
+            return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, **omega)
+        case linear:
+            return LinearMemory(D, H, linear, rate, **chunks)
 
 
 def init_block(key: Array, config: ModelConfig) -> dict[str, Any]:

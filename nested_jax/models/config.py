@@ -57,6 +57,23 @@ class ModelConfig:
     """Whether the deep memories' writes carry momentum."""
     retention: Literal["zero", "initial"] = "initial"
     """Where a deep memory's content decays to: nothing, or its learned start."""
+    errors: Literal["boundary", "exact"] = "boundary"
+    """Errors that a deep memory's second layer writes: as old as the chunk, or of its weights before the token."""
+    step: Literal["proximal", "normalised", "raw"] = "proximal"
+    """Step of a deep memory's layers at their inputs x: eta / (1 + eta |x|^2), eta / |x|^2, or eta."""
+    erase: Literal["layer", "none"] | None = None
+    """Whether a deep memory's layers erase what they hold at their inputs; None: those of self-modifying Titans do."""
+    read: Literal["after", "before"] = "after"
+    """Whether a deep memory is read after or before its token's own write."""
+    surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+    """Largest norm of an error that a token writes into a deep or an omega memory; larger ones are scaled down to it."""
+    targets: Literal["l2", "rms", "raw"] = "l2"
+    """How the targets that self-modifying memories generate are normalised."""
+    rates: Literal["shared", "own"] = "shared"
+    """Whether the layers of self-modifying memories share one learning rate, or learn several: one of all first layers and
+    one of each second layer, which starts at a sixteenth but for the main memory's."""
+    max_rate: Positive | None = None
+    """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
     window: Count = 256
     """Tokens that sliding-window attention sees, the query's own included."""
     omega_window: Count = 16

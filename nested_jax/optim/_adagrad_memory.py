@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from nested_jax.description import Description
@@ -112,16 +115,33 @@ def _root_over(H: Float[Array, "*batch N N"], penalty: ArrayLike) -> Float[Array
     return _shrunk_inverse(H / unit, penalty / unit) * jax.lax.rsqrt(unit)
 
 
-@jax.custom_jvp
-def _shrunk_inverse(H, penalty):
-    """f = R (H + penalty I)^{-1} with R = H^{1/2}, zero on the null space of H."""
-    return _of_eigenvalues(H, lambda root: safe_divide(root, jnp.square(root) + penalty))
+def _with_derivative(name: str, function: Callable, jvp: Callable) -> Callable:
+    """A function of arrays of as many axes, to the type of the first, with a rule for its derivative.
+
+    A primitive, since scans drop the rule of a `jax.custom_jvp` where they are differentiated: second derivatives would be
+    those of eigenvectors, which are NaN where eigenvalues are equal.
+
+    Args:
+        function: takes any leading axes.
+        jvp: (primals, tangents, which may be symbolic zeros) -> (value, its tangent).
+    """
+    primitive = Primitive(name)
+
+    def batched(values, axes):
+        size = next(x.shape[axis] for x, axis in zip(values, axes, strict=True) if axis is not None)
+        return primitive.bind(*(batching.bdim_at_front(x, axis, size) for x, axis in zip(values, axes, strict=True))), 0
+
+    primitive.def_impl(jax.jit(function))
+    primitive.def_abstract_eval(lambda first, *others: first)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    return primitive.bind
 
 
-@_shrunk_inverse.defjvp
 def _shrunk_inverse_jvp(primals, tangents):
     """f is the pseudo-inverse of R + penalty P, where P, of penalty 0, is that of R. Derivatives of all orders follow."""
-    (H, penalty), (dH, dpenalty) = primals, tangents
+    (H, penalty), (dH, dpenalty) = primals, map(ad.instantiate_zeros, tangents)
     f, P = _shrunk_inverse(H, penalty), _shrunk_inverse(H, jnp.zeros_like(penalty))
     dR = _root_derivative(H, dH)
     null = jnp.broadcast_to(jnp.eye(H.shape[-1], dtype=H.dtype), H.shape) - _root(H) @ P
@@ -133,12 +153,6 @@ def _shrunk_inverse_jvp(primals, tangents):
     return f, change(f, dR + penalty * change(P, dR) + dpenalty * P)
 
 
-@jax.custom_jvp
-def _root(H):
-    return _of_eigenvalues(H, lambda root: root)
-
-
-@_root.defjvp
 def _root_jvp(primals, tangents):
     return _root(*primals), _root_derivative(*primals, *tangents)
 
@@ -152,16 +166,29 @@ def _root_derivative(H, dH):
     return jax.lax.custom_linear_solve(lambda X: R @ X + X @ R, dH, solve, symmetric=True)
 
 
-def _of_eigenvalues(H, function):
+def _of_eigenvalues(function):
     """The matrix with the eigenvectors of H and a function of the square roots of its eigenvalues."""
-    values, vectors = _eigen(H)
-    return (vectors * function(jnp.sqrt(values)[..., None, :])) @ jnp.swapaxes(vectors, -2, -1)
+
+    def matrix(H, *more):
+        values, vectors = _eigen(H)
+        return (vectors * function(jnp.sqrt(values)[..., None, :], *more)) @ jnp.swapaxes(vectors, -2, -1)
+
+    return matrix
 
 
 def _eigen(H):
     values, vectors = jnp.linalg.eigh(H)
     floor = H.shape[-1] * jnp.finfo(H.dtype).eps * jnp.max(values, axis=-1, keepdims=True)
     return jnp.where(values > floor, values, 0), vectors
+
+
+# R = H^{1/2}, and R (H + penalty I)^{-1}, zero on the null space of H; penalty has the axes of H.
+_root = _with_derivative("root", _of_eigenvalues(lambda root: root), _root_jvp)
+_shrunk_inverse = _with_derivative(
+    "shrunk_inverse",
+    _of_eigenvalues(lambda root, penalty: safe_divide(root, jnp.square(root) + penalty)),
+    _shrunk_inverse_jvp,
+)
 
 
 def adagrad_memory(

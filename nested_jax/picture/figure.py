@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -12,25 +13,32 @@ from matplotlib.patches import FancyArrowPatch
 from nested_jax.picture.component import Component, closure
 
 SHADES = ("#eef3f8", "#ffffff")
-CONTEXT, START, GENERATED = "#1f5a99", "#c26a1b", "#7a7a7a"
+CONTEXT, START, GENERATED, BAR = "#1f5a99", "#c26a1b", "#7a7a7a", "#a9bfd6"
 MEANINGS = {
     CONTEXT: ("-", "context: its new state is read by"),
     GENERATED: (":", "generation: gradients through it are the context of"),
     START: ("--", "initialisation: it makes the start of"),
 }
-ROW, UNIT, LEVELS, TOP, BOTTOM = 0.55, 1.15, 0.9, 0.95, 0.75  # in inches: a row, a unit of the axis, and margins
+ROW, UNIT, LEVELS, BOTTOM = 0.55, 1.15, 0.9, 0.75  # in inches: a row, a unit of the axis, and margins
+TOP, LINE = 0.3, 0.2  # inches above the rows, and for each line of the legend
+PAD = 0.08  # inches between the edge of the shading and a name
 
 
 def draw(components: Sequence[Component]) -> Figure:
     """A figure of components in the order of their levels.
 
     Names and objectives stand in a column of their own, at the left of all dots. Arrows bend to the right of the dots that
-    they join and stay between their rows, so that none crosses a text.
+    they join and stay between their rows, so that none crosses a text. Where the same arrows lead to neighbouring rows of
+    a level, a bar joins their dots and each arrow is drawn once, to the nearest of them.
     """
     places = _places(components)
     x = {c.name: places[_key(c)] for c in components}
     y = {c.name: float(row) for row, c in enumerate(components)}
-    rows, width = len(components), max(max(places.values()), 1.0) + 2.2
+    rows, width = len(components), max(max(places.values()), 1.0) + 1.7
+    arrows = list(_arrows(components))
+    groups = _groups(components, arrows)
+    legend = [(words, color, dashes, 1.5) for color, (dashes, words) in MEANINGS.items() if color in {a[2] for a in arrows}]
+    legend += [("an arrow to one of these leads to each of them", BAR, "-", 5)] if groups else []
     texts = [(c, ", ".join(filter(None, [c.objective or "objective not stated", _count(c)]))) for c in components]
     figure = Figure()
     FigureCanvasAgg(figure)
@@ -46,17 +54,22 @@ def draw(components: Sequence[Component]) -> Figure:
     for c, text in texts:
         for words, up, font, color in ((c.name, 6, 10, "black"), (text, -7, 8, "#444444")):
             labels.append(axes.annotate(words, (0, y[c.name]), (0, up), fontsize=font, color=color, **options))
-    column = max(label.get_window_extent().width for label in labels) / figure.dpi + 0.2  # inches
-    size = LEVELS + column + width * UNIT, TOP + rows * ROW + BOTTOM
+    column = max(label.get_window_extent().width for label in labels) / figure.dpi + 0.3  # inches
+    size = LEVELS + column + width * UNIT, TOP + LINE * len(legend) + rows * ROW + BOTTOM
     figure.set_size_inches(*size)
     axes.set_position(((LEVELS + column) / size[0], BOTTOM / size[1], width * UNIT / size[0], rows * ROW / size[1]))
     for label in labels:
-        label.set_x(-72 * column)
+        label.set_x(-72 * (column - PAD))
     for c in components:
         at, left = y[c.name], -column / (width * UNIT)
         axes.axhspan(at - 0.5, at + 0.5, left, 1, color=SHADES[c.level % 2], zorder=-1, linewidth=0, clip_on=False)
         axes.plot(x[c.name], at, "o", color=CONTEXT if c.frequency else "gray", markersize=9, zorder=3)
-    for source, target, color in _arrows(components):
+    for group in groups:
+        axes.plot([x[group[0]]] * 2, [y[group[0]], y[group[-1]]], color=BAR, linewidth=5, zorder=1)
+    for source, target, color in arrows:
+        group = next((g for g in groups if target in g), [target])
+        if target != min(group, key=lambda name: abs(y[name] - y[source])):  # noqa: B023
+            continue
         over, up = (x[target] - x[source]) * UNIT, (y[source] - y[target]) * ROW
         bend = min(0.4 if color == START else 0.25, abs(up / (2 * over)) if over else 1, 1.5 * UNIT / abs(up))
         arrow = FancyArrowPatch(
@@ -74,9 +87,10 @@ def draw(components: Sequence[Component]) -> Figure:
     axes.tick_params(length=0)
     axes.tick_params(axis="y", pad=72 * column + 8)
     axes.spines[:].set_visible(False)
-    for color, (dashes, meaning) in MEANINGS.items():
-        axes.plot([], [], color=color, linestyle=dashes, label=meaning)
-    axes.legend(loc="lower left", bbox_to_anchor=(-column / (width * UNIT), 1.0), frameon=False, fontsize=9)
+    for words, color, dashes, thick in legend:
+        axes.plot([], [], color=color, linestyle=dashes, linewidth=thick, label=words)
+    if legend:
+        axes.legend(loc="lower left", bbox_to_anchor=(-column / (width * UNIT), 1.0), frameon=False, fontsize=9)
     return figure
 
 
@@ -92,6 +106,14 @@ def _arrows(components: Sequence[Component]) -> Iterator[tuple[str, str, str]]:
             (CONTEXT, needs), (START, there(c.starts_from)), (GENERATED, () if needs else there(c.generated_by))
         )  # fmt: skip
         yield from ((name, c.name, color) for color, others in kinds for name in others)
+
+
+def _groups(components: Sequence[Component], arrows: Sequence[tuple[str, str, str]]) -> list[list[str]]:
+    """Names of neighbours of a level to which the same arrows lead, at least two each."""
+    into = lambda c: frozenset((source, color) for source, name, color in arrows if name == c.name)
+    runs = itertools.groupby(components, lambda c: (c.level, _key(c), into(c)))
+    groups = [(sources, [c.name for c in run]) for (_, _, sources), run in runs]
+    return [names for sources, names in groups if sources and len(names) > 1]
 
 
 def _count(component: Component) -> str:

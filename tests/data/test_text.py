@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,21 @@ def test_the_same_text_packed_or_by_another_path_is_the_same_documents(folder, t
     one.unlink(), other.unlink()
     for split in ("train", "heldout"):
         assert read(folder, split) == read(packed, split)
+
+
+@pytest.mark.parametrize("source", ["bomb.txt.gz", "."])
+def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is_in_memory(folder, monkeypatch, source):
+    bomb, most = folder / "bomb.txt.gz", 2**20
+    monkeypatch.setattr(local, "_MOST", most)
+    bomb.write_bytes(gzip.compress(bytes(2**26)))
+    assert bomb.stat().st_size < 2**17
+    tracemalloc.start()
+    with pytest.raises(UserError, match="bomb.txt.gz unpacks to more than 1,048,576 bytes: unpack it, or split it"):
+        open_documents(folder / source)
+    assert tracemalloc.get_traced_memory()[1] < 8 * most
+    tracemalloc.stop()
+    bomb.write_bytes(gzip.compress(b"It was the best of times, it was".ljust(most)))
+    assert open_documents(bomb).summary.text_bytes == most
 
 
 @pytest.mark.parametrize("name", ["poems.jsonl", "poems.ndjson", "poems.jsonl.gz", "poems:old.jsonl"])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rare import cases
 
+from nested_jax.errors import UserError
 from nested_jax.memory import reference
-from nested_jax.memory.deep import Deep, broadcast_start
+from nested_jax.memory.deep import Deep, Rule, broadcast_start
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
@@ -20,10 +21,12 @@ from nested_jax.memory.titans import Titans
 D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
+EXACT = Rule(errors="exact", step="normalised", read="before")
 LAYERS = {
     "linear": LinearMemory(D, H, "linear", chunk=4),
     "delta": LinearMemory(D, H, "delta", chunk=4),
     "gated-delta": LinearMemory(D, H, "gated-delta", chunk=4),
+    "gated-delta-2": LinearMemory(D, H, "gated-delta", 2.0, chunk=4),
     "oja": LinearMemory(D, H, "oja", chunk=4),
     "lp-4": OmegaMemory(D, H, "lp", 1, chunk=4),
     "lp-1.5-1": OmegaMemory(D, H, "lp", 1, chunk=1, power=1.5),
@@ -32,7 +35,9 @@ LAYERS = {
     "omega-2-7": OmegaMemory(D, H, "l2", 7, chunk=2, surprise=0.5),
     "titans-1": Titans(D, H, F, chunk=1, momentum=False),
     "titans-4": Titans(D, H, F, chunk=4),
+    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact")),
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
+    "self-modifying-exact-4": SelfModifyingTitans(D, H, F, chunk=4, max_rate=0.9, rule=EXACT),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
 }
 REFERENCES = {
@@ -40,7 +45,17 @@ REFERENCES = {
     OmegaMemory: reference.omega_memory,
     Titans: reference.titans,
 }  # self-modifying Titans': test_self_modifying.py
-RARE = ("lp-4", "lp-1.5-1", "omega-2-7", "titans-1", "delta", "self-modifying-4")
+RARE = (
+    "gated-delta-2",
+    "titans-exact-4",
+    "self-modifying-exact-4",
+    "lp-4",
+    "lp-1.5-1",
+    "omega-2-7",
+    "titans-1",
+    "delta",
+    "self-modifying-4",
+)
 every_layer = pytest.mark.parametrize("name", cases(LAYERS, LAYERS.keys() - set(RARE)))
 
 
@@ -90,7 +105,9 @@ def assert_close(got, expected, rtol=1e-9):
 WITH_REFERENCE = [name for name, layer in LAYERS.items() if type(layer) in REFERENCES]
 
 
-@pytest.mark.parametrize("name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1"}))
+@pytest.mark.parametrize(
+    "name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1", "titans-exact-4"})
+)
 def test_layer_is_its_reference(x64, name):
     """Values, and gradients with respect to all weights and inputs."""
     layer = LAYERS[name]
@@ -306,3 +323,19 @@ def test_other_biases_stay_bounded(layer):
     kinds = 2 if isinstance(layer, LinearMemory) or layer.window == 1 else 3  # rate, retention, strength
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 12.0]])[:, :kinds]
     assert_bounded(layer, {"gates_bias": jnp.repeat(gates, 2, axis=1)})
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (lambda rate: LinearMemory(D, H, "delta", rate), 2),
+        (lambda rate: LinearMemory(D, H, "oja", rate), 2),
+        (lambda rate: Titans(D, H, F, max_rate=rate, rule=Rule(erase="none", errors="exact", step="normalised")), 2),
+        (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=Rule(step="normalised")), 2),
+        (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=EXACT), 1),
+    ],
+)
+def test_a_rate_with_which_a_memory_grows_is_refused(make, most):
+    make(float(most))
+    with pytest.raises(UserError, match=f"max_rate {most + 0.5:g}.* grow.*: give at most {most}"):
+        make(most + 0.5)

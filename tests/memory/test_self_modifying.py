@@ -11,6 +11,7 @@ from nested_jax.memory.deep import Deep, Rule, broadcast_start
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
+EXACT = Rule(errors="exact", step="normalised")
 
 
 def layer_and_weights(key=0, **options):
@@ -38,6 +39,10 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=1, projection_chunk=4, adaptive_query=True), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(read="before")), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, projection_chunk=8, rule=Rule(errors="exact")), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, rates="own"), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, projection_chunk=8, rates="own", rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
         pytest.param(
             dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
             13,

@@ -16,7 +16,8 @@ from tiny import config, differentiable, model, read, tokens
 from nested_jax import PRESETS, LanguageModel, cms, preset
 from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
-from nested_jax.memory import linear, reference
+from nested_jax.memory import SelfModifyingTitans, Titans, linear, reference
+from nested_jax.memory.deep import Rule
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.language_model import init_state, init_weights
@@ -252,6 +253,14 @@ def test_options_reach_the_memory():
     assert made("oja") == linear.LinearMemory(8, 2, "oja", chunk=4)
     assert made("lp", lp_power=1.5) == OmegaMemory(8, 2, "lp", window=1, chunk=4, power=1.5)
     assert made("huber", huber_threshold=0.3) == OmegaMemory(8, 2, "huber", window=1, chunk=4, threshold=0.3)
+    assert made("gated-delta", max_rate=2.0) == linear.LinearMemory(8, 2, "gated-delta", 2.0, chunk=4)
+    assert made("huber", max_rate=0.1, surprise=1.0) == OmegaMemory(8, 2, "huber", 1, max_rate=0.1, surprise=1.0, chunk=4)
+    fields = dict(retention="zero", errors="exact", step="normalised", read="before", surprise=1.5)
+    layer = made("self-modifying", erase="none", max_rate=0.5, targets="rms", rates="own", **fields)
+    own = dict(max_rate=0.5, targets="rms", rates="own", rule=Rule(erase="none", **fields))
+    assert layer == SelfModifyingTitans(8, 2, 3, chunk=4, **own)
+    assert made("titans", max_rate=0.5, **fields) == Titans(8, 2, 3, True, 0.5, Rule(erase="none", **fields), chunk=4)
+    assert (made("self-modifying").rule.erase, made("titans").rule.erase) == ("layer", "none")
     for features in ("identity", "polynomial"):
         layer = made("omega", omega_window=3, omega_features=features)
         assert layer == OmegaMemory(8, 2, "l2", window=3, features=features, chunk=4)

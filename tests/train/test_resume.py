@@ -18,7 +18,7 @@ from tiny_run import rows, small_model
 
 from nested_jax.errors import UserError
 from nested_jax.models.config import Mixer
-from nested_jax.train import evaluation, loop
+from nested_jax.train import checkpoint, evaluation, loop
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.folder import lock, write_config
 from nested_jax.train.record import read_rows
@@ -94,6 +94,21 @@ def test_a_signal_during_an_evaluation_postpones_it(small, finished, quiet, monk
             quiet(config)
     assert [row["step"] for row in rows(config) if "heldout_bits_per_byte" in row] == [0]
     quiet(config)
+    assert rows(config) == rows(finished(6, "straight")[0])
+
+
+@pytest.mark.parametrize("number", cases([signal.SIGINT, signal.SIGTERM], [signal.SIGINT]))
+def test_a_signal_inside_a_save_ends_the_run_after_it(small, finished, quiet, monkeypatch, number):
+    """Before the checkpoint has its list of files; in the program, and at a second signal, in test_cli.py."""
+    config, inner = small(), checkpoint._list_files
+    listed = lambda path, step: os.kill(os.getpid(), number) or inner(path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_list_files", listed)
+        with pytest.raises(Interrupted, match="stopped at step 2 of 6, saved") as stop:
+            quiet(config)
+    assert stop.value.signal == number
+    assert [path.name for path in Path(config.run_dir, "checkpoints").iterdir()] == ["2"]
+    assert "from step 2;" in quiet(config)[1]
     assert rows(config) == rows(finished(6, "straight")[0])
 
 
