@@ -219,7 +219,7 @@ MEMORIES = [
     (lambda: SelfModifyingTitans(8, 2, projection_chunk=48), "projection_chunk 48 is not a multiple of chunk 64"),
     (lambda: Attention(8, 2, window=0), "Attention: window 0: give a whole number"),
     (lambda: Attention(8, 2, implementation="flash"), "Attention: implementation 'flash': give one of xla, cudnn"),
-    (lambda: Rule(step="newton"), "Rule: step 'newton': give one of proximal, raw"),
+    (lambda: Rule(step="newton"), "Rule: step 'newton': give one of proximal, normalised, raw"),
     (lambda: objective.lp(0.5), "objective lp: power 0.5 must be at least 1"),
     (lambda: objective.huber(0.0), "objective huber: threshold 0.0 must be positive"),
     *(

@@ -198,7 +198,7 @@ def test_any_split_of_a_chunk(x64):
         np.random.default_rng(5), (2,), 11, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=False
     )
     state, inputs, errors, gates, queries = arrays
-    read = jax.jit(chunked)
+    read = jax.jit(chunked, static_argnames="exact")
     whole = read(*arrays, **keywords)
     outputs = []
     for piece in (slice(0, 3), slice(3, 4), slice(4, 11)):

@@ -28,7 +28,7 @@ def other(hint, value):
     if isinstance(value, tuple):
         return tuple(2 * item for item in value) or (8,)
     if value is None:
-        return 1024 if allows(hint, 1024) else "elsewhere"
+        return next(choice for choice in (1024, "elsewhere", "layer") if allows(hint, choice))
     return 2 * value or 1 if isinstance(value, int | float) else value
 
 
