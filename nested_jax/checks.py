@@ -19,9 +19,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.export import is_symbolic_dim
 
-from nested_jax.errors import UserError, is_whole, shown
+from nested_jax.errors import UserError, shown
 
 
 class Interval(NamedTuple):
@@ -118,17 +117,6 @@ def check_key(thing: str, key: Any) -> None:
     if not typed and not (dtype == np.uint32 and shape == (2,)):
         remedy = f"jax.random.key({key})" if isinstance(key, int) else "jax.random.key(seed)"
         raise UserError(f"{thing}: key {shown(key)}: give {remedy}")
-
-
-def check_count(thing: str, value: Any) -> None:
-    """Raises UserError for what is no whole number of at least 1, nor a symbolic size of `jax.export`.
-
-    >>> check_count("batch_size", 0)
-    Traceback (most recent call last):
-    nested_jax.errors.UserError: batch_size 0: give a whole number of at least 1
-    """
-    if not is_whole(value) and not is_symbolic_dim(value):
-        raise UserError(f"{thing} {shown(value)}: give a whole number of at least 1")
 
 
 @functools.cache

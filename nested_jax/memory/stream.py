@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 
-from nested_jax.checks import Count, check_count, check_fields
+from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
@@ -141,11 +142,24 @@ def bounded(position: Position | Int[Array, "*batch"], period: int) -> Any:
     return position if position < far else position - less
 
 
+def check_size(thing: str, value: Any) -> None:
+    """Raises UserError for what is no whole number of at least 1, nor a symbolic size of `jax.export`.
+
+    >>> check_size("batch_size", 0)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: batch_size 0: give a whole number of at least 1
+    """
+    if is_symbolic_dim(value):
+        return
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+        raise UserError(f"{thing} {shown(value)}: give a whole number of at least 1")
+
+
 def check_sizes(name: str, batch_size: int, max_length: int | None) -> None:
     """Raises UserError for sizes that no state can have."""
-    check_count(f"{name}: batch_size", batch_size)
+    check_size(f"{name}: batch_size", batch_size)
     if max_length is not None:
-        check_count(f"{name}: max_length", max_length)
+        check_size(f"{name}: max_length", max_length)
 
 
 def check_call(name: str, states: tuple, weights: PyTree, state: PyTree, position: Position) -> None:

@@ -20,12 +20,12 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from nested_jax import cms
-from nested_jax.checks import check_count, check_key
+from nested_jax.checks import check_key
 from nested_jax.cms.in_context import fast_weights, segment_state, with_segment
 from nested_jax.cms.reader import InContext, Reader
 from nested_jax.errors import UserError, shown
 from nested_jax.memory.attention import AttentionState, reserve
-from nested_jax.memory.stream import bounded, check_documents, check_rows
+from nested_jax.memory.stream import bounded, check_documents, check_rows, check_size
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
 from nested_jax.numerics import normal, rms_norm, upcast, vary
@@ -93,9 +93,9 @@ def init_state(
     """
     check_config(config)
     rules = as_rules(config, rules)
-    check_count("batch_size", batch_size)
+    check_size("batch_size", batch_size)
     if max_length is not None:
-        check_count("max_length", max_length)
+        check_size("max_length", max_length)
     _check_weights(config, weights)
     whole = min(config.layers - config.adapting + 1, config.layers)
     mixers = init_mixers(config, _cut(weights["blocks"], slice(whole)), batch_size, max_length)
@@ -145,7 +145,7 @@ def apply(
     """
     check_config(config)
     rules = as_rules(config, rules)
-    check_count("multiple", multiple)
+    check_size("multiple", multiple)
     _check_weights(config, weights)
     _check_state(config, state, rules)
     ids = _check_tokens(config, tokens)
