@@ -111,6 +111,7 @@ def test_steps_without_inputs():
             unroll(double, 1.0, length=length)
 
 
+@pytest.mark.slow
 def test_third_derivatives(x64):
     """Two derivatives, in reverse, of a loop with inner gradients."""
     third = lambda **how: jax.jit(jax.grad(jax.grad(lambda rate: outer(start(), rate, tasks(), **how))))(0.1)

@@ -16,6 +16,7 @@ from nested_jax.models import reference
 CASES = {
     "two levels": dict(periods=(8, 4)),
     "last block": dict(periods=(8, 4), blocks=1),
+    "one block": dict(periods=(8, 4), layers=1),
     "one of two levels": dict(periods=(4,), activation="swiglu"),
     "three levels": dict(hidden=(5, 4, 3), periods=(16, 8, 4), mixer="sliding-window"),
     "nested": dict(hidden=(4, 4, 4), periods=(16, 8, 4), variant="nested"),
@@ -27,7 +28,7 @@ CASES = {
     "two of three blocks": dict(periods=(8, 4), blocks=2, layers=3, mixer="self-modifying"),
     "two chunks a segment": dict(periods=(8, 4), chunk=2, mixer="self-modifying"),
     "segments across chunks": dict(periods=(12, 6), mixer="self-modifying"),
-    "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum", mixer="delta"),
+    "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum", mixer="delta", layers=1),
     "titans": dict(periods=(8, 4), mixer="titans"),
     "huber": dict(periods=(8, 4), mixer="huber", huber_threshold=0.3),
     "shared by the batch": dict(periods=(8, 4), scope="batch", activation="swiglu"),
@@ -66,7 +67,7 @@ def test_equals_a_loop_of_gradients(x64, case):
     assert not np.allclose(fast, still)
 
 
-OF_GRADIENTS = ("last block", "first order", "nested", "two of three blocks")
+OF_GRADIENTS = ("one block", "last block", "first order", "nested", "two of three blocks")
 
 
 @pytest.mark.parametrize("case", cases(OF_GRADIENTS, OF_GRADIENTS[:1]))

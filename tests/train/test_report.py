@@ -107,6 +107,7 @@ def test_a_broken_run_keeps_its_checkpoint_and_saves_nothing_broken(small, quiet
         quiet(config)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_a_sample(finished):
     config, _ = finished(1)
     saved, params, tokenizer, _ = trained.load_run(config.run_dir)

@@ -145,6 +145,7 @@ def test_a_run_stopped_before_its_report_gets_it(finished, quiet):
     assert Path(config.run_dir, "report.md").exists()
 
 
+@pytest.mark.slow
 def test_more_steps_go_on(small, quiet, monkeypatch):
     """The clock goes on too: one that counts how often it is read."""
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))

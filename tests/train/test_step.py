@@ -116,7 +116,7 @@ def test_every_parameter_learns(name):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.optimizer[1][0].mu))
 
 
-@pytest.mark.parametrize("run", cases(RUNS, RUNS[1:3]))
+@pytest.mark.parametrize("run", cases(RUNS, RUNS[1:2]))
 def test_the_second_update_compiles_nothing_and_donates(run):
     fields = {"carry": True, "accumulate": 2} if run.endswith("carry") else {}
     config, _, step = make(run.split()[0], **fields)
