@@ -56,7 +56,9 @@ def test_a_training_step_of_tiny_hope():
 
 @pytest.mark.slow
 def test_the_gradient_of_the_readme():
-    graph, weights = nnx.split(LanguageModel(preset("tiny-hope"), rngs=nnx.Rngs(0)), nnx.Param)
+    config = preset("tiny-hope")
+    assert config.alignment == 256 and inner_rule(config.cms) and expected_shapes(config)[1]  # once for every config
+    graph, weights = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
     tokens = jnp.zeros((1, 1025), int)
 
     def loss(weights):
