@@ -235,7 +235,7 @@ def _varied(step: Callable, state: PyTree, xs: PyTree) -> PyTree | None:
     try:
         after, _ = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], xs))
         varied = jax.tree.map(vary, state, after)
-    except Exception:  # told by `_assert_steady`
+    except Exception:  # `_assert_steady` reports it
         return None
     return varied if any(map(operator.is_not, jax.tree.leaves(varied), jax.tree.leaves(state))) else None
 

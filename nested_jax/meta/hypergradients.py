@@ -27,7 +27,7 @@ class Hypergradient(NamedTuple):
         fixed_point_residual: |step(s) - s| / |s| for the final state s of an implicit hypergradient, or |condition| / |s|,
             otherwise 0.
         linear_residual: |A^T u - v| / |v| of the implicit linear system, otherwise 0.
-        aux: what the outer loss returns beside its value; None without `has_aux`.
+        aux: what the outer loss returns in addition to its value; None without `has_aux`.
 
     >>> import optax
     >>> from nested_jax.meta import descent
@@ -92,7 +92,7 @@ def hypergradient(
         UserError: the inner level is no `Level`; implicit is unknown or combined with truncate; condition or solver without
             it; truncate or iterations are no whole numbers from 1; the tolerance is not in [0, 1); meta has a leaf that is
             no float; with truncate or implicit, the stream ends inside a tick of the level. With implicit: the level is
-            first-order; "symmetric" of a `descent` whose state has floats beside the parameters, such as a momentum, or,
+            first-order; "symmetric" of a `descent` whose state has floats other than the parameters, such as a momentum, or,
             outside `jit`, of any J that is not (inside, the gradient is NaN); a leaf of meta on which nothing depends; a
             condition of other shapes.
 
@@ -181,7 +181,7 @@ def hypergradient(
         smooth = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         if implicit == "symmetric" and isinstance(state, Descent) and len(smooth) > len(jax.tree.leaves(state.params)):
             raise UserError(
-                f"hypergradient: implicit='symmetric', but level {inner_level.name!r} has floats beside its parameters, "
+                f"hypergradient: implicit='symmetric', but level {inner_level.name!r} has floats other than its parameters, "
                 "such as a momentum, so the derivative of its step is not: give 'general', or the condition jax.grad(loss)"
             )
 

@@ -29,7 +29,7 @@ def accumulating(name: str, period: Any) -> Iterator[None]:
 def refuse_sums(rule: str, things: str) -> None:
     """Raises UserError inside `accumulating` and inside `optax.MultiSteps`, which passes on the last step's extra arguments.
 
-    A rule that MultiSteps calls is not told so: its object is looked for among the callers'.
+    optax passes a rule nothing that says so: a MultiSteps object is looked for among the callers' variables.
     """
     within = lambda frame: isinstance(frame.f_locals.get("self"), optax.MultiSteps)
     name = _sums.get() or ("optax.MultiSteps" if any(within(frame) for frame, _ in traceback.walk_stack(None)) else None)

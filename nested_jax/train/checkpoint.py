@@ -143,7 +143,7 @@ class Checkpoints:
         return sorted((_step_of(path, self._run), path) for path in paths)
 
     def _read(self, trees: dict[str, PyTree], **others: Any) -> tuple[int, dict[str, Any]]:
-        """The step and items of the newest checkpoint that is whole. A trainer beside this process may delete any."""
+        """The step and items of the newest complete checkpoint. Another process that trains may delete any."""
         faults = {}
         while steps := self._steps():
             step, path = steps[-1]

@@ -105,9 +105,7 @@ def assert_close(got, expected, rtol=1e-9):
 WITH_REFERENCE = [name for name, layer in LAYERS.items() if type(layer) in REFERENCES]
 
 
-@pytest.mark.parametrize(
-    "name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1", "titans-exact-4"})
-)
+@pytest.mark.parametrize("name", cases(WITH_REFERENCE, set(WITH_REFERENCE) - {"lp-1.5-1", "omega-2-7", "titans-1"}))
 def test_layer_is_its_reference(x64, name):
     """Values, and gradients with respect to all weights and inputs."""
     layer = LAYERS[name]
@@ -301,7 +299,7 @@ def test_self_modification_stays_bounded(chunk):
     assert_bounded(SelfModifyingTitans(16, 2, 4, chunk=chunk), biases)
 
 
-@pytest.mark.parametrize("chunk", cases([16, 64], [16]))
+@pytest.mark.parametrize("chunk", cases([16, 64], [64]))
 def test_titans_stay_bounded(chunk):
     """The same, though nothing is erased: the largest rate is what a chunk allows."""
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 6.0]])  # rate, retention, momentum

@@ -169,7 +169,7 @@ def test_implicit_derivatives_that_would_be_wrong_or_zero_are_refused():
         UserError, match="level 'descent' is first-order, .*: make it without first_order, or give a condition"
     ):
         implicit(of_rule(optax.sgd(RATE), first_order=True))
-    with pytest.raises(UserError, match="has floats beside its parameters, such as a momentum, .*: give 'general'"):
+    with pytest.raises(UserError, match="has floats other than its parameters, such as a momentum, .*: give 'general'"):
         jax.jit(lambda: implicit(of_rule(optax.sgd(RATE, momentum=0.5))))()
     start_only = descent(lambda w, x, meta: (w - x) ** 2, optax.sgd(RATE), start=lambda meta: meta["w"])
     with pytest.raises(UserError, match=r"meta\['w'\] moves neither the fixed point nor the outer loss"):

@@ -115,9 +115,10 @@ def test_rates_of_zero_are_the_frozen_model(x64, case):
     np.testing.assert_allclose(fast, jax.jit(lambda: read(nnx.merge(frozen_net, frozen), text, 40)[0])(), rtol=1e-11)
 
 
-def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64):
+@pytest.mark.parametrize("fields", cases([dict(layers=1), dict(blocks=1)], [dict(layers=1)]), ids=str)
+def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64, fields):
     """With adam inside, and a zero inner gradient (the head is zero), outer gradients are finite."""
-    made = model(config(periods=(8, 4), layers=1, rule="adam", tie_embeddings=False))
+    made = model(config(periods=(8, 4), rule="adam", tie_embeddings=False, **fields))
     text, (net, weights) = tokens(1, 20), differentiable(made)
     weights["head"] = jax.tree.map(jnp.zeros_like, weights["head"])
     loss = lambda w: optax.softmax_cross_entropy_with_integer_labels(
@@ -129,7 +130,7 @@ def test_outer_gradients_are_finite_at_a_zero_inner_gradient(x64):
 @pytest.mark.slow
 def test_any_optax_rule_for_any_level(x64):
     """One rule a level; rate 1 and sgd are the config's own rule without a clip."""
-    settings = config(periods=(8, 4), layers=1, clip=0.0)
+    settings = config(periods=(8, 4), blocks=1, clip=0.0)
     text = tokens(1, 20)
     own = jax.jit(lambda: read(model(settings), text, 40)[0])()
     given = jax.jit(lambda: read(model(settings, rule=[optax.sgd(1.0), optax.sgd(1.0)]), text, 40)[0])()

@@ -85,9 +85,10 @@ def test_any_split_is_one_call(x64, name):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, **tolerance(name))
 
 
-def test_a_document_that_starts_in_an_open_segment(x64):
+@pytest.mark.parametrize("fields", cases([dict(layers=1), dict(mixer="titans")], [dict(layers=1)]), ids=str)
+def test_a_document_that_starts_in_an_open_segment(x64, fields):
     """Calls whose positions are known at run time only, on the grid by promise or not: the next call closes the segment."""
-    made, text = model(config(layers=1, **IN_CONTEXT)), tokens(2, 20)
+    made, text = model(config(**fields, **IN_CONTEXT)), tokens(2, 20)
     reset = jnp.zeros((2, 20), bool).at[1, 8].set(True)
     whole, state = jax.jit(lambda: read(made, text, 20, reset=reset))()
     for length, multiple in ((5, 1), (4, 4)):

@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_targets(name):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(x64, run):
     name, carry = run.split()[0], run.endswith("carry")
     gradients = []
-    for accumulate in (1, 2):
+    for accumulate in (1, 2, 4):
         config, net, _ = make(name, accumulate=accumulate, carry=carry)
         step = train_step(net, optax.sgd(1.0), accumulate=accumulate)
         params = to_float64(states.init_params(config.model, 0))
