@@ -7,7 +7,7 @@ import re
 import pytest
 
 PAPERS = ("nested_jax.optim", "nested_jax.meta", "nested_jax.paths", "nested_jax.memory", "nested_jax.cms")
-PACKAGES = (*PAPERS, "nested_jax", "nested_jax.data")
+PACKAGES = (*PAPERS, "nested_jax", "nested_jax.data", "nested_jax.data.tasks")
 
 
 def public_names():
