@@ -12,6 +12,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from matplotlib.figure import Figure
 from nested_jax.errors import UserError
 
 matplotlib.use("agg")
-LISTS = ("presets", "optimizers", "rates", "further", "seeds")  # which runs to make; all other flags are about each run
+LISTS = ("presets", "optimizers", "networks", "tasks", "forms", "chunks", "text_chunks", "rates", "further", "seeds")
+"""Fields that say which runs to make; all others are about each run."""
 
 
 def start(path: Path, config: Any) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def start(path: Path, config: Any) -> dict[str, Any]:
         raise UserError(f"{path.parent} is no folder for results, {error.strerror}: make it one") from None
     script = f"experiments/{path.parents[1].name}/{Path(sys.argv[0]).name}"
     command = shlex.join(["python", script, *sys.argv[1:]])
-    choices = {name: value for name, value in dataclasses.asdict(config).items() if name != "fresh"}
+    choices = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("fresh", "jobs")}
     return {"command": command, "config": json.loads(json.dumps(choices)), "jax": jax.__version__}
 
 
@@ -97,6 +100,25 @@ def once(path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]]
     save(path, results)
     print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
     return row
+
+
+def each_once(
+    path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]], choices: Iterable[dict[str, Any]], jobs: int = 1
+) -> list[dict[str, Any]]:
+    """The runs of all these choices, those that are not in the results yet made in `jobs` processes.
+
+    `run` is a function of a module; each run is saved to NAME.json as soon as it ends.
+    """
+    choices = list(choices)
+    known = lambda one: next((row for row in results["runs"] if one.items() <= row.items()), None)
+    missing = [one for one in choices if known(one) is None]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+        started = {pool.submit(run, **one): one for one in missing}
+        for done in as_completed(started):
+            results["runs"].append(json.loads(json.dumps(strict(started[done] | done.result()))))
+            save(path, results)
+            print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "curve")}, flush=True)
+    return [row for one in choices if (row := known(one))]
 
 
 def in_one_go(path: Path, config: Any, measure: Callable, table: Callable, figure: Callable) -> None:

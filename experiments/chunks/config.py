@@ -1,0 +1,57 @@
+"""The config of chunks/run.py; its fields are the flags."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_jax.checks import Count, Positive
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from flags import Counts, Seeds
+
+FORMS: dict[str, dict[str, Any]] = {
+    "boundary, proximal": {},
+    "boundary, normalised": {"step": "normalised"},
+    "exact, proximal": {"errors": "exact", "rates": "own"},
+    "exact, normalised": {"errors": "exact", "rates": "own", "step": "normalised"},
+}
+"""Fields of Hope's `ModelConfig`."""
+TASKS = ("parity", "parity to 150", "mqar", "text")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a chunk costs: quality and speed of Hope against its chunk length."""
+
+    forms: tuple[str, ...] = tuple(FORMS)
+    """Errors and step."""
+    chunks: Counts = (1, 4, 16, 64, 128)
+    """Chunk lengths of parity and mqar, and of the speed."""
+    text_chunks: Counts = (16, 64, 128)
+    """Chunk lengths on text."""
+    tasks: tuple[str, ...] = TASKS
+    """parity: trained on lengths 2-50, tested to 150; parity to 150: trained on those, tested to 450, from chunk 64 on;
+    mqar: 8 pairs in 64 tokens; text: the first command of the README, held-out bits per byte."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the parameters and of the training data."""
+    rate: Positive = 0.01
+    """Learning rate of parity and mqar."""
+    steps: Count = 800
+    """Updates of parity and mqar."""
+    text_steps: Count = 280
+    """Updates on text."""
+    rounds: Count = 7
+    """Rounds in which the speeds are measured, in turn."""
+    jobs: Count = 2
+    """Runs at a time, each in a process of its own."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+    def __post_init__(self):
+        flags.check(self, "forms", "chunks", "text_chunks", "tasks", "seeds")
+        flags.check_known(self, "forms", FORMS)
+        flags.check_known(self, "tasks", TASKS)

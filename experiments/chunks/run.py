@@ -1,0 +1,186 @@
+"""What a chunk costs: `python experiments/chunks/run.py` writes results/chunks.*."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from networks import network
+from record import each_once, finish, markdown, resume, spread
+from sequences import Training
+from sequences import run as train_network
+from timing import alternate
+
+from nested_jax import ModelConfig, preset
+from nested_jax.data.tasks import TASKS
+from nested_jax.models.language_model import apply, init_state, init_weights
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.loop import train
+from nested_jax.train.record import read_rows
+
+RESULTS = Path(__file__).parent / "results"
+BITS = "heldout_bits_per_byte"
+
+
+def fields(form: str, chunk: int) -> dict[str, Any]:
+    """Fields of Hope's `ModelConfig`."""
+    return settings.FORMS[form] | {"chunk": chunk}
+
+
+def run(config: settings.Config, form: str, chunk: int, task: str, seed: int) -> dict:
+    """One form of Hope, trained on a task."""
+    if task == "text":
+        return read_text(config, form, chunk, seed)
+    longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
+    shortest = 64 if task == "mqar" else 2
+    one = TASKS[task.split(" ")[0]]
+    hope = network(f"hope, chunk {16}", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
+    bins = [(shortest, longest)] if task == "mqar" else [(longest * i + 2, longest * (i + 1)) for i in range(3)]
+    return train_network(hope, one, Training(config.steps, 16, shortest, longest, config.rate), bins, 256, seed)
+
+
+def read_text(config: settings.Config, form: str, chunk: int, seed: int) -> dict:
+    """The README's first command with another memory; held-out bits per byte."""
+    model = dataclasses.replace(preset("tiny-hope"), **fields(form, chunk))
+    with tempfile.TemporaryDirectory() as folder:
+        made = TrainConfig(
+            model=model, run_dir=folder, seed=seed, steps=config.text_steps, eval_every=0, sample_tokens=0,
+            reading_documents=0, checkpoint_every=config.text_steps,
+        )  # fmt: skip
+        train(made, Console(quiet=True))
+        rows = read_rows(Path(folder))
+    norms = [row["gradient_norm"] for row in rows if "gradient_norm" in row]
+    last = next(row for row in rows if BITS in row)
+    return {BITS: last[BITS], "norm": [float(np.median(norms)), max(norms)], "seconds": rows[-1].get("seconds")}
+
+
+def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
+    """The choices of all runs, the first seed of everything first."""
+    for seed in config.seeds:
+        for task in config.tasks:
+            for chunk in config.text_chunks if task == "text" else config.chunks:
+                if task != "parity to 150" or chunk >= 64:
+                    yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for form in config.forms)
+
+
+def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
+    """Median seconds of an update of `tiny-hope` (2 x 512 tokens, forward and backward pass), by form and chunk."""
+
+    def call(model: ModelConfig):
+        params = jax.jit(partial(init_weights, model))(jax.random.key(0))
+        text = jax.random.randint(jax.random.key(1), (2, 513), 0, model.vocabulary)
+
+        def loss(params, text):
+            logits = apply(model, params, text[:, :-1], init_state(model, params, 2))[0]
+            return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), text[:, 1:]).mean()
+
+        step = jax.jit(jax.grad(loss)).lower(params, text).compile()
+        return lambda: step(params, text)
+
+    made = {
+        (form, chunk): call(dataclasses.replace(preset("tiny-hope"), **fields(form, chunk)))
+        for form in config.forms
+        for chunk in config.chunks
+    }
+    times = alternate(made, config.rounds)
+    return {form: {str(chunk): median(times[form, chunk]) for chunk in config.chunks} for form in config.forms}
+
+
+def measure(config: settings.Config, results: dict) -> dict:
+    """The speeds, then all runs."""
+    if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
+        form: [str(chunk) for chunk in config.chunks] for form in config.forms
+    }:
+        results["speeds"] = speeds(config)
+    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), config.jobs)
+    return results
+
+
+def rows_of(results: dict, **choices: Any) -> list[dict]:
+    """The runs of these choices."""
+    return [row for row in results["runs"] if choices.items() <= row.items()]
+
+
+def in_bins(rows: list[dict], key: str) -> str:
+    """Mean over seeds, and least, of each bin."""
+    if not rows:
+        return ""
+    found = np.array([row[key] for row in rows], float)
+    pairs = zip(found.mean(0), found.min(0), strict=True)
+    return " / ".join(f"{mean:.2f}" + (f" ({low:.2f})" if mean - low >= 0.005 else "") for mean, low in pairs)
+
+
+def table(results: dict) -> str:
+    """Markdown: a row for each form and chunk."""
+    config, cells = results["config"], []
+    for form in config["forms"]:
+        for chunk in config["chunks"]:
+            of = lambda task: rows_of(results, form=form, chunk=chunk, task=task)  # noqa: B023
+            bits = [row[BITS] for row in of("text")]
+            norms = [row["norm"][1] for task in config["tasks"] for row in of(task) if row["norm"][1] is not None]
+            cells.append(
+                [form, str(chunk), in_bins(of("parity"), "right"), in_bins(of("parity to 150"), "right")]
+                + [in_bins(of("mqar"), "labels"), spread(bits) if bits else ""]
+                + [f"{max(norms):.3g}" if norms else "", f"{1e3 * results['speeds'][form][str(chunk)]:.0f}"]
+            )
+    heads = ("errors, step", "chunk", "parity 2-50 / 52-100 / 102-150", "trained to 150: 2-150 / 152-300 / 302-450")
+    heads += ("MQAR, right labels", "text, bits per byte", "largest gradient norm", "ms an update")
+    seeds = {task: len({row["seed"] for row in rows_of(results, task=task)}) for task in config["tasks"]}
+    note = "Wholly right sequences, mean over seeds (least). Seeds: " + ", ".join(f"{k} {n}" for k, n in seeds.items())
+    return "\n".join([*markdown(heads, cells), "", f"{note}. ms: 2 x 512 tokens of `tiny-hope`, medians."]) + "\n"
+
+
+def figure(results: dict) -> Figure:
+    """Parity in the second bin, MQAR, text and speed against the chunk."""
+    config = results["config"]
+    panels = {
+        "parity, twice the trained length": lambda form, chunk: [
+            row["right"][1] for row in rows_of(results, form=form, chunk=chunk, task="parity")
+        ],
+        "MQAR, right labels": lambda form, chunk: [
+            row["labels"][0] for row in rows_of(results, form=form, chunk=chunk, task="mqar")
+        ],
+        "text, bits per byte": lambda form, chunk: [
+            row[BITS] for row in rows_of(results, form=form, chunk=chunk, task="text")
+        ],
+        "ms an update": lambda form, chunk: [1e3 * results["speeds"][form][str(chunk)]],
+    }
+    fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        for form in config["forms"]:
+            found = {chunk: values(form, chunk) for chunk in config["chunks"]}
+            found = {chunk: np.mean(one) for chunk, one in found.items() if one}
+            ax.plot(list(found), list(found.values()), "o-", label=form)
+        ax.set_xscale("log", base=2)
+        ax.set(title=title, xlabel="chunk", xticks=config["chunks"], xticklabels=config["chunks"])
+    axes[3].set_yscale("log")
+    handles, labels = axes[3].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return fig
+
+
+def main() -> None:
+    config = flags.parse(settings.Config)
+    results = resume(RESULTS / "chunks", config)
+    finish(RESULTS / "chunks", measure(config, results), table(results), figure(results))
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,72 @@
+"""The config of formal_languages/run.py; its fields are the flags."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_jax.checks import Count
+from nested_jax.data.tasks import TASKS
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from flags import Rates, Seed, Seeds
+from networks import NETWORKS
+
+LANGUAGES = ("parity", "aa-star", "abab-star", "anbn", "anbncn", "shuffle-2", "s3", "a5")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train networks on formal languages and word problems of groups, test them on longer words."""
+
+    networks: tuple[str, ...] = (
+        "hope exact, chunk 16",
+        "hope exact, chunk 64",
+        "hope, chunk 16",
+        "hope, chunk 64",
+        "hope, chunk 1",
+        "titans, chunk 16",
+        "gated-delta, rates to 2",
+        "gated-delta",
+        "transformer",
+        "lstm",
+    )
+    """Names of `networks.NETWORKS`."""
+    tasks: tuple[str, ...] = LANGUAGES
+    """Names of `nested_jax.data.tasks.TASKS`."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the parameters and of the training words."""
+    rates: Rates = (0.003, 0.01)
+    """Learning rates that every network tries on the first task, with the tuning seed."""
+    tuning_seed: Seed = 100
+    """Seed of the tries."""
+    steps: Count = 800
+    """Updates."""
+    batch_size: Count = 16
+    """Words of an update."""
+    shortest: Count = 2
+    """Length of the shortest words."""
+    longest: Count = 50
+    """Length of the longest words in training."""
+    width: Count = 32
+    """Width of the models."""
+    layers: Count = 2
+    """Blocks."""
+    sequences: Count = 256
+    """Test words in each bin."""
+    jobs: Count = 2
+    """Runs at a time, each in a process of its own."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+    def __post_init__(self):
+        flags.check(self, "networks", "tasks", "seeds", "rates")
+        flags.check_known(self, "networks", NETWORKS)
+        flags.check_known(self, "tasks", TASKS)
+
+    @property
+    def bins(self) -> tuple[tuple[int, int], ...]:
+        """Lengths of the test words: those of training, up to twice and up to three times as long."""
+        return tuple((self.longest * i + 2 if i else self.shortest, self.longest * (i + 1)) for i in range(3))

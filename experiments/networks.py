@@ -1,0 +1,111 @@
+"""Networks of equal parameters for experiments on synthetic tasks, a row each in `NETWORKS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from nested_jax import CMSConfig, ModelConfig
+from nested_jax.models.language_model import apply, init_state, init_weights
+
+_HOPE = {"mixer": "self-modifying", "momentum": False}
+_EXACT = {"errors": "exact", "step": "normalised", "rates": "own"}
+_ATTENTION = {"mixer": "attention"}
+
+NETWORKS: dict[str, dict[str, Any] | None] = {
+    **{f"hope, chunk {chunk}": _HOPE | {"chunk": chunk} for chunk in (1, 16, 64)},
+    **{f"hope exact, chunk {chunk}": _HOPE | _EXACT | {"chunk": chunk} for chunk in (1, 4, 16, 64, 128)},
+    "hope-attention": _ATTENTION,
+    "titans, chunk 16": {"mixer": "titans", "chunk": 16},
+    "gated-delta": {"mixer": "gated-delta", "chunk": 16},
+    "gated-delta, rates to 2": {"mixer": "gated-delta", "chunk": 16, "max_rate": 2.0},
+    "transformer": _ATTENTION,
+    "lstm": None,
+}
+"""Fields of `ModelConfig`; None: an LSTM."""
+
+
+class Network(NamedTuple):
+    """A network as two pure functions."""
+
+    init: Callable[[jax.Array], Any]
+    """Random key -> parameters."""
+    logits: Callable[[Any, jax.Array], jax.Array]
+    """(parameters, tokens (B, T)) -> logits (B, T, V)."""
+
+
+def network(name: str, vocabulary: int, width: int, layers: int, changes: dict[str, Any] | None = None) -> Network:
+    """A network of `NETWORKS`, its feed-forward width chosen so that all have as many parameters as Hope, within 2 %.
+
+    Args:
+        name: a key of `NETWORKS`.
+        vocabulary: tokens and labels V.
+        width: of Hope and of all models but the LSTM.
+        layers: number of blocks.
+        changes: further fields of the `ModelConfig`.
+
+    Returns:
+        Its functions.
+    """
+    sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": 2, "memory_hidden": 16}
+    hope = ModelConfig(**sizes, **_HOPE, chunk=16, cms=_cms(2 * width, "hope"), tie_embeddings=False)
+    goal, fields = _count(_language_model(hope)), NETWORKS[name]
+    if fields is None:
+        return min((_lstm(vocabulary, n, layers) for n in range(4, 4 * width)), key=lambda one: abs(_count(one) - goal))
+    config = dataclasses.replace(hope, **{"mixer": "attention", **fields, **(changes or {})})
+    if config.mixer == "self-modifying":
+        return _language_model(config)
+    fitted = (_language_model(dataclasses.replace(config, cms=_cms(n, name))) for n in range(4, 8 * width, 2))
+    return min(fitted, key=lambda one: abs(_count(one) - goal))
+
+
+def _cms(hidden: int, name: str) -> CMSConfig:
+    """One level that does not learn in context: tasks are shorter than its periods."""
+    return CMSConfig(hidden=(hidden,), activation="gelu" if name.startswith("hope") else "swiglu")
+
+
+def _language_model(config: ModelConfig) -> Network:
+    return Network(
+        partial(init_weights, config),
+        lambda params, tokens: apply(config, params, tokens, init_state(config, params, *_rows(tokens)))[0],
+    )
+
+
+def _rows(tokens: jax.Array) -> tuple[int]:
+    return (tokens.shape[0],)
+
+
+def _count(network: Network) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
+
+
+class _LSTM(nnx.Module):
+    """Embedding, LSTM layers, linear head."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.layers = nnx.List([nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs)) for _ in range(layers)])
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def _lstm(vocabulary: int, width: int, layers: int) -> Network:
+    make = lambda key: _LSTM(vocabulary, width, layers, nnx.Rngs(key))
+
+    def logits(params: Any, tokens: jax.Array) -> jax.Array:
+        module = make(jax.random.key(0))  # of its own random numbers nothing is used
+        nnx.update(module, params)
+        return module(tokens)
+
+    return Network(lambda key: nnx.state(make(key), nnx.Param), logits)
