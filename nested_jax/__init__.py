@@ -45,7 +45,7 @@ def load(run_dir: str | os.PathLike) -> Trained:
         run_dir: what `nested-jax train --run-dir` wrote.
 
     Returns:
-        `Trained`: `.model`, a `LanguageModel`; `.tokenizer`; `.config`, a `TrainConfig`; `.step`.
+        `Trained`: `.model`, a `LanguageModel`; `.tokenizer`, None for a task's; `.config`, a `TrainConfig`; `.step`.
 
     Raises:
         UserError: the folder holds no run, or no checkpoint that can be read.

@@ -372,14 +372,14 @@ def test_train_resume_evaluate_generate(place, say, monkeypatch):
 
 
 def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkeypatch):
-    opened, inner = loop.open_text, []
+    opened, inner = loop.open_source, []
 
     def slow(*arguments):
-        monkeypatch.setattr(loop, "open_text", opened)
+        monkeypatch.setattr(loop, "open_source", opened)
         inner.append(main(f"train {SMALL} --data text.txt --run-dir a --steps 6".split()))
         return opened(*arguments)
 
-    monkeypatch.setattr(loop, "open_text", slow)
+    monkeypatch.setattr(loop, "open_source", slow)
     code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6 --seed 7")
     assert inner == [0] and code == 2 and "another process has trained in a" in err[0]
     assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[1] == [
@@ -389,14 +389,14 @@ def test_another_process_that_trained_meanwhile_keeps_its_run(place, say, monkey
 
 def test_a_signal_before_the_first_update_is_not_lost(place, say, monkeypatch):
     opened, before = (
-        loop.open_text,
+        loop.open_source,
         signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # a job in the background has none
-    monkeypatch.setattr(loop, "open_text", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
+    monkeypatch.setattr(loop, "open_source", lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or opened(*arguments))
     code, _, err = say(f"train {SMALL} --data text.txt --run-dir a --steps 6")
     signal.signal(signal.SIGINT, before)
     assert code == 130 and len(err) == 1 and "stopped" in err[0]
-    monkeypatch.setattr(loop, "open_text", opened)
+    monkeypatch.setattr(loop, "open_source", opened)
     assert say(f"train {SMALL} --data text.txt --run-dir a --steps 6")[0] == 0
 
 

@@ -16,6 +16,7 @@ import nested_jax
 from nested_jax import CMSConfig, LanguageModel, Level, ModelConfig, data, describe, meta, nest, optim, preset, run
 from nested_jax.cms import init_weights as init_cms
 from nested_jax.cms import inner_rule
+from nested_jax.data import tasks
 from nested_jax.memory import (
     Attention,
     Gates,
@@ -198,6 +199,12 @@ CONFIGS = [
     (lambda: TrainConfig(batch_size=8, accumulate=3), "--batch-size 8 is not a multiple of --accumulate 3: change one"),
     (lambda: TrainConfig(optimizer="lion"), "--optimizer 'lion': give one of"),
     (lambda: TrainConfig(learning_rate="fast"), "--learning-rate 'fast': give a finite number"),
+    (lambda: TrainConfig(task="pairity"), "task 'pairity' is unknown: give parity"),
+    (lambda: TrainConfig(task=3), "--task 3: give the name of a task or None"),
+    (lambda: TrainConfig(task="parity", data="text.txt"), "--data text.txt is for text, which --task parity takes the place of: leave one out"),
+    (lambda: TrainConfig(task="parity", carry=True), "--carry is for text, which --task parity takes the place of: leave one out"),
+    (lambda: TrainConfig(task="parity", model=ModelConfig(vocabulary=1)), "--model.vocabulary 1 is too small for --task parity: give 2"),
+    (lambda: TrainConfig(task="parity", shortest=0), "--shortest 0: give a whole number"),
     (lambda: TrainConfig.from_preset("tiny-hop"), "preset 'tiny-hop' is unknown: give SIZE-FAMILY"),
     (lambda: TrainConfig.from_preset("tiny-hope", step=3), "TrainConfig has no field 'step': give some of its fields"),
     (lambda: nested_jax.load("no/such/run"), "holds no run: make one with nested-jax train"),
@@ -353,6 +360,10 @@ DATA = [
     (lambda: data.open_documents("stdlib", "test"), "split 'test' is unknown: give \"train\" or \"heldout\""),
     (lambda: data.open_documents("no/such/path/at/all.txt"), "path no/such/path/at/all.txt does not exist"),
     (lambda: data.ngram_bits([], ["a"], data.ByteTokenizer()), "n-grams of no text: give documents"),
+    (lambda: tasks.task("pairity"), "task 'pairity' is unknown: give parity"),
+    (lambda: tasks.MQAR(pairs=40), "MQAR: vocabulary 64 for 40 pairs: give 80 or more"),
+    (lambda: tasks.Parity().sample(np.random.default_rng(0), 2, 9, 8), "no sequence of parity has from 9 to 8 tokens: give 9 or more"),
+    (lambda: tasks.Parity().sample(np.random.default_rng(0), 0, 2, 8), "parity: batch_size 0: give a whole number"),
     (lambda: BYTES.decode([256]), "token id 256 is out of range: this tokenizer's ids are 0 to 255"),
     (lambda: data.load_tokenizer("no/such/file"), "tokenizer no/such/file: No such file or directory; "),
     (lambda: data.train_batches([], BYTES, window=4, batch_size=1, alignment=1, seed=0), "no documents.*: give at least one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
@@ -11,16 +12,20 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nested_jax.cli.flags import Depiction, Evaluation, Generation
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
-from nested_jax.train.config import TrainConfig
+from nested_jax.train.config import TrainConfig, flag
 from nested_jax.train.stopping import Diverged, Interrupted
+
+if TYPE_CHECKING:
+    from nested_jax.train.trained import Trained
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train a language model on text; the same command again resumes."""
+    """Train a language model on text, or on a synthetic task; the same command again resumes."""
     flags = parse(training(argv), "train", argv)
     from nested_jax.train import loop
     from nested_jax.train.compilation import keep_compiled
@@ -30,7 +35,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Measure a trained model on held-out text."""
+    """Measure a trained model on held-out text, or on sequences of its task."""
     flags = parse(Evaluation(), "eval", argv)
     from nested_jax.data import open_documents
     from nested_jax.train import evaluation, trained
@@ -39,7 +44,11 @@ def evaluate(argv: Sequence[str]) -> None:
     from nested_jax.train.text import count_ngrams, read_heldout
 
     keep_compiled(flags.compilation_cache)
-    config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
+    run = config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
+    if tokenizer is None:
+        return _evaluate_task(flags, run)
+    if flags.eval_sequences is not None:
+        raise UserError(f"--eval-sequences: --run-dir {flags.run_dir} is of a run on text: give --eval-bytes")
     limit, ngrams = flags.eval_bytes or config.eval_bytes, None
     if flags.data is None:  # the run's own text, as its folder keeps it: what the folder only names is not opened
         data, documents = config.data, read_heldout(Path(flags.run_dir), config, limit)
@@ -57,6 +66,25 @@ def evaluate(argv: Sequence[str]) -> None:
     print(f"  this model        {bits:.3f}")
 
 
+def _evaluate_task(flags: Evaluation, run: Trained) -> None:
+    from nested_jax.train.progress import announced
+    from nested_jax.train.task_scores import TaskScores
+
+    for name in ("data", "eval_bytes"):
+        if getattr(flags, name) is not None:
+            raise UserError(f"{flag(name)}: --run-dir {flags.run_dir} is of --task {run.config.task}: give --eval-sequences")
+    number = flags.eval_sequences or run.config.eval_sequences
+    scores = TaskScores(dataclasses.replace(run.config, eval_sequences=number))
+    with announced("compiling the evaluation"):
+        scores.compile(run.params)
+    row = scores.measure(run.params) or {}
+    print(
+        f"{flags.run_dir}, step {run.step}, on {number:,} sequences of {run.config.task} a row, right labels and sequences:"
+    )
+    for (shortest, longest), labels, whole in scores.table(row):
+        print(f"  {f'{shortest} to {longest} tokens':<20}{labels:>7.1%}{whole:>8.1%}")
+
+
 def generate(argv: Sequence[str]) -> None:
     """Write text with a trained model."""
     flags = parse(Generation(), "generate", argv)
@@ -67,6 +95,8 @@ def generate(argv: Sequence[str]) -> None:
 
     keep_compiled(flags.compilation_cache)
     config, params, tokenizer, _ = trained.load_run(flags.run_dir, _warn)
+    if tokenizer is None:
+        raise UserError(f"--run-dir {flags.run_dir} is of --task {config.task} and writes no text: give a run on text")
     options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
     with announced("compiling the model"):
         texts = sample.samples(config.model, params, tokenizer, prompt, number=flags.samples, seed=flags.seed, **options)

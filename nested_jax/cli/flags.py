@@ -22,7 +22,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Training(TrainConfig, Program):
-    """Train a language model on text. The same command again resumes a stopped run, and so does --run-dir alone.
+    """Train a language model on text, or with --task on a synthetic task. The same command again resumes a stopped run, and
+    so does --run-dir alone.
 
     On the command line --memory-policy is short for --model.memory-policy.
     """
@@ -38,7 +39,7 @@ class Training(TrainConfig, Program):
 
 @dataclass(frozen=True)
 class Evaluation(Program):
-    """Measure a trained model on held-out text, with --data next to what counting tokens gives."""
+    """Measure a trained model on held-out text, with --data next to what counting tokens gives, or on its task."""
 
     run_dir: Folder = TrainConfig.run_dir
     """Folder of the run."""
@@ -46,6 +47,8 @@ class Evaluation(Program):
     """Text whose held-out part is read: "stdlib", a path or a TFDS name. None: the run's own, as its folder keeps it."""
     eval_bytes: Count | None = None
     """Bytes of it to read. None: as many as the run's evaluations."""
+    eval_sequences: Count | None = None
+    """Sequences of the run's task to read of each range of lengths. None: as many as the run's evaluations."""
 
     def __post_init__(self):
         check_fields(self, flag)

@@ -20,10 +20,11 @@ from nested_jax.train.config import TrainConfig, flag, flatten
 _LARGEST = 2**20  # bytes of a file of --config
 
 
-def of_preset(argv: Sequence[str], preset: str | None = None) -> TrainConfig:
-    """What the other flags' defaults are: of the last --preset and --tokenizer given, or of another preset."""
+def of_preset(argv: Sequence[str], preset: str | None = None, task: str | None = None) -> TrainConfig:
+    """What the other flags' defaults are: of the last --preset, --tokenizer and --task given, or of others."""
     tokenizer = _given("tokenizer", argv) or TrainConfig.tokenizer
-    return TrainConfig.from_preset(preset or _given("preset", argv) or TrainConfig.preset, tokenizer=tokenizer)
+    preset, task = preset or _given("preset", argv) or TrainConfig.preset, task or _given("task", argv)
+    return TrainConfig.from_preset(preset, tokenizer=tokenizer, task=task)
 
 
 def _given(name: str, argv: Sequence[str]) -> str | None:
@@ -46,7 +47,7 @@ def training(argv: Sequence[str]) -> Training:
     if source and (theirs := read_config(Path(source))) is None:
         raise UserError(f"--init-from {source} holds no run: give the folder of one")
     preset = given("preset") or (theirs and theirs.preset)
-    config = of_preset(argv, preset)
+    config = of_preset(argv, preset, given("task"))
     run_dir = given("run_dir") or config.run_dir
     saved = None if "--fresh" in argv or values.get("fresh") else read_config(Path(run_dir))
     if saved is None and theirs:

@@ -20,6 +20,7 @@ _SAME_RUN = (  # fields that may differ when a run is resumed
     "log_every",
     "eval_every",
     "eval_bytes",
+    "eval_sequences",
     "checkpoint_every",
     "max_loss_rise",
     "sample_tokens",
@@ -38,7 +39,7 @@ Seed = Annotated[int, Interval(least=0, below=2**32)]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a language model on text. The same command again resumes a stopped run.
+    """Train a language model on text, or on a synthetic task. The same command again resumes a stopped run.
 
     On the command line --memory-policy is short for --model.memory-policy.
     """
@@ -59,8 +60,14 @@ class TrainConfig:
     them; the schedule and the optimizer's memory start anew."""
     tokenizer: Annotated[str, Named("sentencepiece, bytes or the path of a saved tokenizer")] = "sentencepiece"
     """sentencepiece (learned from the text, with --model.vocabulary pieces), bytes, or the path of a saved tokenizer."""
+    task: Annotated[str, Named("the name of a task")] | None = None
+    """Synthetic task to learn in place of text: parity, aa-star, abab-star, anbn, anbncn, shuffle-2, s3, a5, mqar,
+    mad-recall, mad-fuzzy-recall, mad-noisy-recall, mad-selective-copying, mad-compression, mad-memorization or passkey.
+    Sequences have --shortest to --window tokens; evaluations read longer ones too, up to three times --window."""
+    shortest: Count = 2
+    """Tokens of a task's shortest sequence."""
     window: Count = 512
-    """Tokens T of one training window."""
+    """Tokens T of one training window; of a task, of its longest sequence."""
     batch_size: Count = 2
     """Windows B of one update."""
     accumulate: Count = 1
@@ -90,6 +97,8 @@ class TrainConfig:
     """Updates between two evaluations on held-out text, the first before any; 0 for one at the end only."""
     eval_bytes: Count = 2**16
     """Bytes of held-out text that an evaluation reads, the same ones each time."""
+    eval_sequences: Count = 256
+    """Sequences of a task that an evaluation reads of each range of lengths, the same ones each time."""
     checkpoint_every: Count = 100
     """Updates between two checkpoints; the last two are kept, and the one before the least mean loss of ten updates."""
     show_surprise: bool = False
@@ -113,6 +122,20 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             sizes = f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
             raise UserError(f"{sizes}: change one")
+        if self.task is not None:
+            self._check_task(self.task)
+
+    def _check_task(self, name: str) -> None:
+        """Raises UserError for an unknown task, and for fields that do not go with it."""
+        others = {"data": TrainConfig.data, "tokenizer": TrainConfig.tokenizer, "carry": False}
+        for field_name, default in others.items():
+            if (value := getattr(self, field_name)) != default:
+                given = flag(field_name) + ("" if value is True else f" {value}")
+                raise UserError(f"{given} is for text, which --task {name} takes the place of: leave one out")
+        if self.model.vocabulary < (least := _vocabulary(name)):
+            raise UserError(f"--model.vocabulary {self.model.vocabulary} is too small for --task {name}: give {least}")
+        if self.shortest > self.window:
+            raise UserError(f"--shortest {self.shortest} is more than --window {self.window}: change one")
 
     @classmethod
     def from_preset(cls, name: str, **fields: Any) -> TrainConfig:
@@ -120,7 +143,8 @@ class TrainConfig:
 
         Args:
             name: SIZE-FAMILY.
-            **fields: other values of these; with the tokenizer "bytes" the preset's model has the 256 tokens of bytes.
+            **fields: other values of these; with the tokenizer "bytes" the preset's model has the 256 tokens of bytes, and
+                with a task the task's, as many windows of 64 as make a batch of the same size, and a folder of its own.
 
         Raises:
             UserError: the name or a field is unknown, or a value cannot be used.
@@ -133,10 +157,16 @@ class TrainConfig:
         model = preset(name)
         if fields.get("tokenizer") == "bytes":
             model = dataclasses.replace(model, vocabulary=2**8)
-        own: dict[str, Any] = {"preset": name, "model": model, "run_dir": f"runs/{name}"}
+        task = fields.get("task")
+        if task is not None:
+            model = dataclasses.replace(model, vocabulary=_vocabulary(task))
+        own: dict[str, Any] = {"preset": name, "model": model, "run_dir": f"runs/{name}" + (f"-{task}" if task else "")}
         if not name.startswith("tiny-"):
             own |= {"window": 2048, "batch_size": 8, "steps": 20_000}
             own |= {"warmup": 500, "learning_rate": 6e-4, "eval_every": 1000}
+        if task is not None:
+            tokens = own.get("window", cls.window) * own.get("batch_size", cls.batch_size)
+            own |= {"window": 64, "batch_size": tokens // 64, "steps": own.get("steps", 800)}
         return cls(**(own | fields))
 
     def to_json(self) -> dict[str, Any]:
@@ -187,8 +217,9 @@ def command(config: TrainConfig) -> str:
     >>> command(TrainConfig.from_preset("tiny-transformer", steps=10))
     'nested-jax train --preset tiny-transformer --steps 10'
     """
-    default = dict(flatten(TrainConfig.from_preset(config.preset, tokenizer=config.tokenizer)))
-    words, default = ["nested-jax", "train"], default | {"preset": TrainConfig.preset, "tokenizer": TrainConfig.tokenizer}
+    default = dict(flatten(TrainConfig.from_preset(config.preset, tokenizer=config.tokenizer, task=config.task)))
+    words = ["nested-jax", "train"]
+    default |= {"preset": TrainConfig.preset, "tokenizer": TrainConfig.tokenizer, "task": None}
     for name, value in flatten(config):
         if value == default[name] or name == "fresh":
             continue
@@ -214,8 +245,16 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, value
 
 
+def _vocabulary(task: str) -> int:
+    """The tokens that a model of a task needs. Raises UserError where there is no such task."""
+    from nested_jax.data import tasks  # not above: it brings the libraries that read data
+
+    own = tasks.task(task)
+    return max(own.tokens, own.labels)
+
+
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
 
 
 def _from_json(cls: type, values: Any, prefix: str = "") -> Any:

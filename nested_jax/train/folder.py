@@ -59,7 +59,7 @@ def write_config(folder: Path, config: TrainConfig, text: str) -> None:
     Args:
         folder: the run folder.
         config: of the run.
-        text: the fingerprint of its documents.
+        text: the fingerprint of its data.
     """
     values = {"train": config.to_json(), "text": text}
     write_file(folder / _CONFIG, (json.dumps(values, indent=2, default=lambda number: number.item()) + "\n").encode())
@@ -88,10 +88,10 @@ def resumable(folder: Path, given: TrainConfig) -> TrainConfig | None:
     return saved
 
 
-def assert_same_text(folder: Path, text: str) -> None:
-    """Raises UserError where the run in a folder was made with documents of another fingerprint."""
-    if json.loads(read_file(folder / _CONFIG, _LARGEST_CONFIG, within=folder)).get("text") != text:
-        raise UserError(f"the text of --data has changed since the run in {folder} was made, or is another: give {_REMEDY}")
+def assert_same_data(folder: Path, data: str, name: str) -> None:
+    """Raises UserError, which names the data, where the run in a folder was made with data of another fingerprint."""
+    if json.loads(read_file(folder / _CONFIG, _LARGEST_CONFIG, within=folder)).get("text") != data:
+        raise UserError(f"{name} has changed since the run in {folder} was made, or is another: give {_REMEDY}")
 
 
 def fingerprint(*splits: Sequence[bytes], most: int = 10_000) -> str:

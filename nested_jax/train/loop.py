@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,21 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from nested_jax.data import Batch, NgramBits
+from nested_jax.data import Batch
 from nested_jax.errors import UserError
 from nested_jax.train import folder as folders
-from nested_jax.train import layers, reading, report
+from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig, command, flatten
 from nested_jax.train.divergence import Running
 from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, assert_rows, read_rows
-from nested_jax.train.sample import characters, sample
+from nested_jax.train.source import Source, open_source
 from nested_jax.train.state import TrainState, init_train_state, shapes_of
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Diverged, Interrupted, Interruption
-from nested_jax.train.text import Text, open_text
 from nested_jax.train.trained import load_run
 from nested_jax.typing import PyTree
 
@@ -38,7 +36,7 @@ from nested_jax.typing import PyTree
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     """Trains in `config.run_dir`, from where a run in it stopped.
 
-    The folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.model and, at the end, loss.png
+    The folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, with text tokenizer.model, at the end loss.png
     and report.md. A run that was stopped and resumed has the state and metrics, to the bit, of one that was not. A lower
     `learning_rate` than that of a run which has diverged resumes it from the last checkpoint before.
 
@@ -56,7 +54,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP after an update, and saved.
     """
     console, folder = console or Console(), Path(config.run_dir)
-    state, progress, text = None, {}, None
+    state, progress, source = None, {}, None
     with contextlib.ExitStack() as stack:
         if locked := folders.holds_run(folder):
             stack.enter_context(folders.lock(folder))  # before anything in it is read
@@ -68,15 +66,15 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
                 state, progress = checkpoints.restore(shapes)
             assert_resumable(folder, saved, config, state, progress)
             if saved.data != config.data:
-                text = open_text(config, folder)
-                folders.assert_same_text(folder, text.fingerprint)
+                source = open_source(config, folder)
+                folders.assert_same_data(folder, source.fingerprint, source.name)
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
         first = _first_weights(config) if state is None and config.init_from else None
-        text = text or open_text(config, folder if saved else Path(config.init_from) if config.init_from else None)
+        source = source or open_source(config, folder if saved else Path(config.init_from) if config.init_from else None)
         if saved:
-            folders.assert_same_text(folder, text.fingerprint)
+            folders.assert_same_data(folder, source.fingerprint, source.name)
         elif config.fresh and (aside := folders.set_aside(folder)):
             print_line(console, f"the run that was in {folder} is now in {aside}")
             locked = False
@@ -85,8 +83,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if folders.holds_run(folder):
                 began = f"another process has trained in {folder} since this one started"
                 raise UserError(f"{began}: give the same command again")
-        folders.write_config(folder, dataclasses.replace(config, fresh=False), text.fingerprint)
-        text.save(folder)
+        folders.write_config(folder, dataclasses.replace(config, fresh=False), source.fingerprint)
+        source.save(folder)
         if saved and config.learning_rate < saved.learning_rate and (step := _last_good(folder, checkpoints)):
             checkpoints.return_to(step)
             state, progress = checkpoints.restore(shapes)
@@ -94,11 +92,11 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         if state is None:
             state = jax.jit(lambda: init_train_state(config, first))()
         else:
-            text.batches.set_state(progress["data"])
+            source.batches.set_state(progress["data"])
         state = jax.device_put(state, jax.devices()[0])  # committed, whether new or restored: one program for both
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
         record.add_config(dict(flatten(config)))
-        run = _Run(config, console, text, checkpoints, record, state, progress)
+        run = _Run(config, console, source, checkpoints, record, state, progress)
         run.print_start()
         run.compile()
         run.update()
@@ -113,13 +111,13 @@ class _Run:
         self,
         config: TrainConfig,
         console: Console,
-        text: Text,
+        source: Source,
         checkpoints: Checkpoints,
         record: Record,
         state: TrainState,
         progress: dict[str, Any],
     ):
-        self.config, self.console, self.text = config, console, text
+        self.config, self.console, self.source = config, console, source
         self.checkpoints, self.record = checkpoints, record
         self.state, self.step, self.tokens = state, int(state.step), progress.get("tokens", 0)
         self.compiling, self.evaluating = progress.get("compiling", 0.0), progress.get("evaluating", 0.0)
@@ -137,16 +135,16 @@ class _Run:
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def print_start(self) -> None:
-        """Prints the model, the device, the text and the step that the run starts from."""
-        config, heldout = self.config, self.text.heldout
+        """Prints the model, the device, the data and the step that the run starts from."""
+        config, (first, *others) = self.config, self.source.lines()
         where = f"from step {self.step}" if self.step else "from the start"
         where += f" with the weights of {config.init_from}" if config.init_from and not self.step else ""
         say = lambda line: print_line(self.console, line)
         say(f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes")
-        sizes = f"{config.batch_size * config.window:,} tokens an update, {self.text.epoch:,.0f} an epoch"
+        sizes = f"{config.batch_size * config.window:,} tokens an update, {first}"
         say(f"on {jax.devices()[0].device_kind}, JAX {jax.__version__}; {sizes}")
-        say(f"{config.data}: {self.text.summary}")
-        say(f"{config.data}: {heldout.text_bytes:,} bytes held out, {_ngrams(self.text.ngrams)}")
+        for line in others:
+            say(line)
         slowest = max(config.model.cms.periods, default=0)
         if slowest > config.window and not config.carry:
             never = f"the CMS level of period {slowest} never steps within a window of {config.window}"
@@ -168,9 +166,9 @@ class _Run:
             waiting = contextlib.nullcontext()
         with waiting:
             self._update = update.lower(self.state, batch).compile()
-            self.text.heldout.compile(self.state.params)
+            self.source.compile(self.state.params)
             if config.show_surprise:
-                self.text.heldout.layer_surprise(self.state.params)
+                self.source.layer_surprise(self.state.params)
         self.compiling += time.monotonic() - start
 
     def update(self) -> None:
@@ -181,30 +179,27 @@ class _Run:
             Diverged: as `train`.
         """
         config, rate = self.config, learning_rate(self.config)
-        display = Display(self.console, self.step, config.steps, evaluations=self._evaluations_after)
+        display = Display(self.console, self.step, config.steps, evaluations=self._evaluations_after, unit=self.source.unit)
         with display:
             self._evaluate(display, lambda: False)  # before the first update, or where a signal has stopped it
             with Interruption(display.print_line) as interruption:
                 stopped = lambda: interruption.signal is not None
                 while self.step < config.steps and interruption.signal is None:
-                    batch = next(self.text.batches)
+                    batch = next(self.source.batches)
                     self.state, metrics = self._update(self.state, batch)
                     self.step += 1
                     self._assert_healthy(metrics)
                     targets = int(batch.weights.sum())
-                    text_bytes = float((self.text.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
                     self.tokens += targets
-                    row = {"loss": float(metrics.loss), "bits_per_byte": float(metrics.bits) * targets / max(text_bytes, 1)}
-                    epoch = self.tokens / self.text.epoch
-                    speed = display.update(self.step, targets, epoch=epoch, **row)
+                    row = {"loss": float(metrics.loss)} | self.source.numbers(batch, float(metrics.bits), self.tokens)
+                    speed = display.update(self.step, targets, **row)
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         row |= {
                             "gradient_norm": float(metrics.gradient_norm),
                             "update_norm": float(metrics.update_norm),
                             "learning_rate": float(jnp.asarray(rate(self.step - 1))),
                         }
-                        row |= {"tokens": self.tokens, "epoch": epoch}
-                        row |= {"seconds": self.seconds, "tokens_per_second": speed}
+                        row |= {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": speed}
                         self.record.add(self.step, **row)
                     self._evaluate(display, stopped)
                     if self.step % config.checkpoint_every == 0 or self.step == config.steps:
@@ -216,45 +211,17 @@ class _Run:
 
     def report(self) -> None:
         """Writes loss.png and report.md and prints where they are."""
-        config, heldout, seconds = self.config, self.text.heldout, self.seconds
+        config, folder, seconds = self.config, Path(self.config.run_dir), self.seconds
         row = self.record.heldout(self.step) or {}
-        bits = row["heldout_bits_per_byte"]
-        options = {"tokens": config.sample_tokens, "temperature": report.TEMPERATURE, "seed": config.seed}
-        ids = sample(self.config.model, self.state.params, self.text.tokenizer, **options)
-        folder, written = Path(config.run_dir), "".join(characters(self.text.tokenizer, ids))
-        self.record.add_text(self.step, "sample", written)
-        report.draw(folder, self.record.rows, self.text.ngrams)
-        report.write(
-            folder,
-            config,
-            bits_per_byte=bits,
-            loss=row["heldout_loss"],
-            ngrams=self.text.ngrams,
-            text_bytes=heldout.text_bytes,
-            parameters=self.size,
-            tokens=self.tokens,
-            epochs=self.tokens / self.text.epoch,
-            seconds=seconds,
-            compiling=self.compiling,
-            evaluating=self.evaluating,
-            sample=written,
-            reading=self._read(),
-            layers=layers.section(row) if config.show_surprise else "",
-        )
-        print_line(self.console, f"held-out {bits:.3f} bits per byte, {_ngrams(self.text.ngrams)}")
-        print_line(
-            self.console, f"{folder / report.REPORT} has the rest; nested-jax generate --run-dir {folder} writes text"
-        )
-
-    def _read(self) -> str:
-        """Draws reading.png and returns its section of the report; "" where no document is long enough."""
-        config, documents = self.config, self.text.documents
-        found = reading.read(config, self.state.params, self.text.tokenizer, documents)
-        if found is None:
-            return ""
-        curves = {reading.COLUMNS[name]: curve for name, curve in found.curves().items()}
-        reading.plot(curves, found.positions, Path(config.run_dir, reading.FIGURE))
-        return reading.section(found)
+        outcome = self.source.report(folder, self.state.params, self.record.rows, self.tokens)
+        if outcome.sample is not None:
+            self.record.add_text(self.step, "sample", outcome.sample)
+        if config.show_surprise:
+            outcome = outcome._replace(sections=[*outcome.sections, layers.section(row)])
+        costs = report.Costs(self.size, self.tokens, seconds, self.compiling, self.evaluating)
+        report.write(folder, config, outcome, costs)
+        print_line(self.console, self.source.summary(row))
+        print_line(self.console, f"{folder / report.REPORT} has the rest; {self.source.farewell(folder)}")
 
     def _evaluations_after(self, step: int) -> int:
         """How many evaluations come after a step."""
@@ -266,25 +233,22 @@ class _Run:
         every, last = self.config.eval_every, self.step == self.config.steps
         if not (last or (every and self.step % every == 0)) or self.record.heldout(self.step):
             return
-        heldout, start = self.text.heldout, time.monotonic()
+        params, start = self.state.params, time.monotonic()
         with display.evaluating():
-            bits = heldout.bits_per_byte(self.state.params, stop=stop)
-            surprise = heldout.layer_surprise(self.state.params) if bits is not None and self.config.show_surprise else {}
+            row = self.source.evaluate(params, stop)
+            surprise = self.source.layer_surprise(params) if row is not None and self.config.show_surprise else {}
         self.evaluating += time.monotonic() - start
-        if bits is None:
+        if row is None:
             return
-        loss = bits * math.log(2) * heldout.text_bytes / heldout.targets
-        row = {"heldout_bits_per_byte": bits, "heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
-        self.record.add(self.step, **row, **self.text.ngrams._asdict(), **surprise)
-        step = f"step {self.step}/{self.config.steps}"
-        display.print_line(f"{step}  held-out {bits:.3f} bits/byte, {_ngrams(self.text.ngrams)}")
+        self.record.add(self.step, **row, **surprise)
+        display.print_line(f"step {self.step}/{self.config.steps}  {self.source.summary(row)}")
         if surprise:
             display.print_table(layers.table(surprise))
 
     def _save(self) -> None:
         times = {"seconds": self.seconds, "compiling": self.compiling, "evaluating": self.evaluating}
         progress = {"tokens": self.tokens, **times, "running": self.running._asdict()}
-        progress |= {"data": self.text.batches.get_state(), "rows": self.record.count(self.step)}
+        progress |= {"data": self.source.batches.get_state(), "rows": self.record.count(self.step)}
         self.checkpoints.save(self.state, progress, before=self.running.best)
 
     def _assert_healthy(self, metrics: Metrics) -> None:
@@ -337,7 +301,3 @@ def assert_resumable(
             remedy = f"give --steps {state.step} or more"
             raise UserError(f"{folder} was trained to step {state.step}, beyond --steps {config.steps}: {remedy}")
         assert_rows(folder, int(state.step), progress["rows"])
-
-
-def _ngrams(ngrams: NgramBits) -> str:
-    return f"counting tokens {ngrams.unigram:.3f}, pairs {ngrams.bigram:.3f}"

@@ -31,6 +31,9 @@ def announced(what: str, seconds: float = 1.0) -> Iterator[None]:
         timer.cancel()
 
 
+_FORMATS = {"epoch": "epoch {:.2f}", "loss": "loss {:.3f}", "bits_per_byte": "{:.3f} bits/byte"}
+
+
 class Display:
     """A context that shows updates.
 
@@ -40,6 +43,7 @@ class Display:
         steps: updates in all.
         evaluations: of a step, the number of evaluations after it.
         seconds: between two lines, where the console is no terminal.
+        unit: what targets are.
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class Display:
         *,
         evaluations: Callable[[int], int] = lambda step: 0,
         seconds: float = 10,
+        unit: str = "tokens",
     ):
         self._console, self._first, self._steps, self._seconds = console, step, steps, seconds
-        self._evaluations, self._evaluation = evaluations, math.inf
+        self._evaluations, self._evaluation, self._unit = evaluations, math.inf, unit
         self._shown = self._before = time.monotonic()
         self._tokens = self._busy = 0.0  # of the last updates, and the seconds that they took
         words = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[numbers]}")
@@ -86,15 +91,13 @@ class Display:
         self._evaluation = min(self._evaluation, passed)
         self._before += passed
 
-    def update(self, step: int, tokens: int, *, epoch: float, loss: float, bits_per_byte: float) -> float:
+    def update(self, step: int, tokens: int, **numbers: float) -> float:
         """Shows an update.
 
         Args:
             step: updates made.
             tokens: targets of this one.
-            epoch: times that the text was read.
-            loss: nats per target.
-            bits_per_byte: bits per byte of text.
+            **numbers: to show: of text `epoch`, the times that it was read, `loss`, nats per target, and `bits_per_byte`.
 
         Returns:
             Tokens per second, averaged over the last updates.
@@ -105,12 +108,12 @@ class Display:
         left = (self._steps - step) * tokens / max(speed, 1e-9)
         if further := self._evaluations(step):
             left += further * (self._evaluation if self._evaluation < math.inf else 0)
-        numbers = f"epoch {epoch:.2f}  loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed:,.0f} tokens/s"
-        numbers += f"  {_clock(left)} left"
-        self._bar.update(self._task, completed=step, numbers=numbers)
+        shown = [form.format(numbers[name]) for name, form in _FORMATS.items() if name in numbers]
+        words = "  ".join([*shown, f"{speed:,.0f} {self._unit}/s", f"{_clock(left)} left"])
+        self._bar.update(self._task, completed=step, numbers=words)
         if not self._console.is_terminal and (now - self._shown > self._seconds or step in (self._first + 1, self._steps)):
             self._shown = now
-            print_line(self._console, f"step {step}/{self._steps}  {numbers}")
+            print_line(self._console, f"step {step}/{self._steps}  {words}")
         return speed
 
 

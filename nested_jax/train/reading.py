@@ -126,6 +126,15 @@ def plot(curves: dict[str, Float[np.ndarray, "N P"]], positions: Sequence[int], 
     figure.savefig(path, dpi=120)
 
 
+def report_on(config: TrainConfig, params: PyTree, tokenizer: Tokenizer, documents: Sequence[bytes], folder: Path) -> str:
+    """Draws reading.png in a folder and returns its section of the report; "" where no document is long enough."""
+    found = read(config, params, tokenizer, documents)
+    if found is None:
+        return ""
+    plot({COLUMNS[name]: curve for name, curve in found.curves().items()}, found.positions, folder / FIGURE)
+    return section(found)
+
+
 def section(reading: Reading) -> str:
     """Markdown: the table, and whether learning in the CMS saves bits of the same documents."""
     names, cells = [COLUMNS[name] for name in reading.curves()], list(reading.curves().values())

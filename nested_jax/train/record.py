@@ -72,7 +72,7 @@ class Record:
 
     def heldout(self, step: int) -> dict[str, Any] | None:
         """The row of the evaluation at a step; None where there is none."""
-        return next((row for row in self.rows if row["step"] == step and "heldout_bits_per_byte" in row), None)
+        return next((row for row in self.rows if row["step"] == step and "heldout_loss" in row), None)
 
     def count(self, step: int) -> int:
         """`count_rows` of the rows, for a checkpoint to keep."""

@@ -2,44 +2,77 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from nested_jax.data import NgramBits
 from nested_jax.train.config import TrainConfig, command
 
 FIGURE, REPORT = "loss.png", "report.md"
 TEMPERATURE = 0.8  # of the sample
+Points = list[tuple[float, float]]
 
 
-def draw(folder: Path, rows: list[dict[str, Any]], ngrams: NgramBits) -> None:
-    """Writes loss.png: bits per byte over steps, of the training windows and of the held-out text.
+class Outcome(NamedTuple):
+    """What a source of data says of a finished run, in Markdown."""
+
+    title: str
+    """What the model was trained on."""
+    results: str
+    """The last evaluation, and what the figure shows."""
+    seen: str
+    """What was read in training."""
+    unit: str
+    """What the speed is counted in, such as tokens."""
+    sections: Sequence[str] = ()
+    """More sections."""
+    sample: str | None = None
+    """Text drawn from the model; None where it writes none."""
+
+
+class Costs(NamedTuple):
+    """What a run took."""
+
+    parameters: int
+    """Number of parameters."""
+    tokens: int
+    """Targets seen in training."""
+    seconds: float
+    """Wall time."""
+    compiling: float
+    """Seconds of these."""
+    evaluating: float
+    """Seconds of these."""
+
+
+def draw(
+    folder: Path, label: str, *, noisy: dict[str, Points], curves: dict[str, Points], levels: dict[str, float] | None = None
+) -> None:
+    """Writes loss.png: numbers over steps.
 
     Args:
         folder: the run folder.
-        rows: of metrics.jsonl.
-        ngrams: of the held-out text.
+        label: what the numbers are.
+        noisy: (step, number) by name, which are smoothed too.
+        curves: the same, drawn as they are.
+        levels: numbers to compare with, by name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
-    for key, style, label in (("bits_per_byte", "-", "training"), ("heldout_bits_per_byte", "o-", "held-out")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        if key == "bits_per_byte":
-            axes.plot(steps, values, style, color="tab:blue", alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(values), style, color="tab:blue", label=f"{label}, smoothed")
-        else:
-            axes.plot(steps, values, style, color="tab:orange", label=label)
-    for name, value, dashes in (("tokens", ngrams.unigram, ":"), ("pairs", ngrams.bigram, "--")):
-        axes.axhline(value, color="gray", linestyle=dashes, label=f"counting {name} {value:.2f}")
+    axes, colors = figure.add_subplot(xlabel="step", ylabel=label), (f"C{i}" for i in range(10**6))
+    for name, points in noisy.items():
+        if points:
+            (steps, values), color = zip(*points, strict=True), next(colors)
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(values), color=color, label=f"{name}, smoothed")
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=next(colors), label=name)
+    for (name, value), dashes in zip((levels or {}).items(), (":", "--", "-.", "-"), strict=False):
+        axes.axhline(value, color="gray", linestyle=dashes, label=f"{name} {value:.2f}")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / FIGURE, dpi=120)
@@ -55,86 +88,53 @@ def smoothed(values: Sequence[float], width: int = 15) -> list[float]:
     return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
 
 
-def write(
-    folder: Path,
-    config: TrainConfig,
-    *,
-    bits_per_byte: float,
-    loss: float,
-    ngrams: NgramBits,
-    text_bytes: int,
-    parameters: int,
-    tokens: int,
-    epochs: float,
-    seconds: float,
-    compiling: float,
-    evaluating: float,
-    sample: str,
-    reading: str = "",
-    layers: str = "",
-) -> None:
+def write(folder: Path, config: TrainConfig, outcome: Outcome, costs: Costs) -> None:
     """Writes report.md, which shows loss.png.
 
     Args:
         folder: the run folder.
         config: of the run.
-        bits_per_byte: of the held-out text.
-        loss: of the held-out text, nats per token.
-        ngrams: of the held-out text.
-        text_bytes: bytes of the held-out text.
-        parameters: number of parameters.
-        tokens: targets seen in training.
-        epochs: times that the text was read.
-        seconds: wall time.
-        compiling: seconds of these.
-        evaluating: seconds of these.
-        sample: text drawn from the model.
-        reading: a Markdown section on what is learned while reading; empty for none.
-        layers: the same on linear layers.
+        outcome: what was learned.
+        costs: what it took.
     """
-    verdict = "below" if bits_per_byte < ngrams.bigram else "not below"
-    sections = "".join(f"{section}\n\n" for section in (reading, layers) if section)
-    training = max(seconds - compiling - evaluating, 1e-9)
-    fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
+    training = max(costs.seconds - costs.compiling - costs.evaluating, 1e-9)
+    sections = "".join(f"{section}\n\n" for section in outcome.sections if section)
     lines = f"""\
-# {config.preset} on {config.data}
+# {config.preset} on {outcome.title}
 
-Held-out text: **{bits_per_byte:.3f} bits per byte**, {verdict} what counting pairs of tokens gives.
-
-| held-out text, {text_bytes:,} bytes | bits per byte |
-|---|---|
-| counts of tokens | {ngrams.unigram:.3f} |
-| counts of pairs of tokens | {ngrams.bigram:.3f} |
-| this model | {bits_per_byte:.3f} |
-
-Its loss is {loss:.3f} nats per token, a perplexity of {math.exp(min(loss, 700)):,.2f}.
-
-![bits per byte over steps]({FIGURE})
+{outcome.results}
 
 | | |
 |---|---|
 {_steps_line(config.steps)}
-| parameters | {parameters:,} |
-| tokens seen | {tokens:,}, {epochs:.2f} epochs |
-| wall time | {seconds / 60:.1f} minutes |
-| of it compiling, evaluating, training | {compiling:.1f} s, {evaluating:.1f} s, {training:.1f} s |
-| tokens per second of training | {tokens / training:,.0f} |
+| parameters | {costs.parameters:,} |
+| {outcome.unit} seen | {outcome.seen} |
+| wall time | {costs.seconds / 60:.1f} minutes |
+| of it compiling, evaluating, training | {costs.compiling:.1f} s, {costs.evaluating:.1f} s, {training:.1f} s |
+| {outcome.unit} per second of training | {costs.tokens / training:,.0f} |
 
 {sections}Made by
 
 ```
 {command(config)}
 ```
+{_quote(config, outcome.sample)}"""
+    part = folder / f"{REPORT}.part"
+    part.write_text(lines)
+    part.rename(folder / REPORT)
 
+
+def _quote(config: TrainConfig, sample: str | None) -> str:
+    if sample is None:
+        return ""
+    fence = "`" * (3 + max((len(run) for run in _backticks(sample)), default=0))
+    return f"""
 A sample, seed {config.seed}, temperature {TEMPERATURE}, from the start of a document:
 
 {fence}text
 {sample}
 {fence}
 """
-    part = folder / f"{REPORT}.part"
-    part.write_text(lines)
-    part.rename(folder / REPORT)
 
 
 def written(folder: Path, steps: int) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 
 from nested_jax.data import (
+    Batch,
     ByteTokenizer,
     NgramBits,
     SentencePieceTokenizer,
@@ -22,18 +24,22 @@ from nested_jax.data.ngrams import LIMIT
 from nested_jax.data.text import Summary
 from nested_jax.errors import UserError
 from nested_jax.files import read_file, write_file
+from nested_jax.train import reading, text_report
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.evaluation import HeldOut, first_bytes
 from nested_jax.train.folder import fingerprint
-from nested_jax.train.sample import Tokenizer
+from nested_jax.train.report import TEMPERATURE, Outcome
+from nested_jax.train.sample import Tokenizer, characters, sample
+from nested_jax.typing import PyTree
 
 TOKENIZER, HELDOUT = "tokenizer.model", "heldout.jsonl"
 _MOST_HELDOUT = 2**24  # bytes of held-out text that a run folder keeps
 
 
 class Text(NamedTuple):
-    """The text of a run."""
+    """The text of a run, a `Source`."""
 
+    config: TrainConfig
     tokenizer: Tokenizer
     batches: grain.DatasetIterator
     """Of `Batch`es, without end."""
@@ -46,10 +52,71 @@ class Text(NamedTuple):
     """Of what `heldout` is made of."""
     fingerprint: str
     """A digest of the documents."""
-    summary: Summary
+    contents: Summary
     """What was read and what was left out."""
     epoch: float
     """Targets of the documents read once; of TFDS datasets and of pieces, an estimate."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for errors."""
+        return "the text of --data"
+
+    @property
+    def unit(self) -> str:
+        """What a target is."""
+        return "tokens"
+
+    def lines(self) -> list[str]:
+        """The size of an epoch, what was read, and what is held out."""
+        held_out = f"{self.heldout.text_bytes:,} bytes held out, {text_report.counting(self.ngrams)}"
+        return [f"{self.epoch:,.0f} an epoch", f"{self.config.data}: {self.contents}", f"{self.config.data}: {held_out}"]
+
+    def numbers(self, batch: Batch, bits: float, targets: int) -> dict[str, float]:
+        """Bits per byte of an update's text, and the times that the text was read."""
+        text_bytes = float((self.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
+        bits_per_byte = bits * int(batch.weights.sum()) / max(text_bytes, 1)
+        return {"bits_per_byte": bits_per_byte, "epoch": targets / self.epoch}
+
+    def compile(self, params: PyTree) -> None:
+        """Compiles what `evaluate` runs."""
+        self.heldout.compile(params)
+
+    def evaluate(self, params: PyTree, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Bits per byte of the held-out text, loss and perplexity by its targets, and what counting gives."""
+        if (bits := self.heldout.bits_per_byte(params, stop=stop)) is None:
+            return None
+        loss = bits * math.log(2) * self.heldout.text_bytes / self.heldout.targets
+        row = {"heldout_bits_per_byte": bits, "heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
+        return row | self.ngrams._asdict()
+
+    def layer_surprise(self, params: PyTree) -> dict[str, float]:
+        """As `Source.layer_surprise`."""
+        return self.heldout.layer_surprise(params)
+
+    def summary(self, row: dict[str, Any]) -> str:
+        """Bits per byte, and those of counting."""
+        return f"held-out {row['heldout_bits_per_byte']:.3f} bits/byte, {text_report.counting(self.ngrams)}"
+
+    def report(self, folder: Path, params: PyTree, rows: list[dict[str, Any]], targets: int) -> Outcome:
+        """As `Source.report`: draws loss.png and reading.png, and a sample of the model's text."""
+        config, last = self.config, [row for row in rows if "heldout_loss" in row][-1]
+        text_report.draw_bits(folder, rows, self.ngrams)
+        options = {"tokens": config.sample_tokens, "temperature": TEMPERATURE, "seed": config.seed}
+        ids = sample(config.model, params, self.tokenizer, **options)
+        written = "".join(characters(self.tokenizer, ids))
+        return Outcome(
+            config.data,
+            text_report.results(last, self.ngrams, self.heldout.text_bytes),
+            f"{targets:,}, {targets / self.epoch:.2f} epochs",
+            self.unit,
+            [reading.report_on(config, params, self.tokenizer, self.documents, folder)],
+            written,
+        )
+
+    def farewell(self, folder: Path) -> str:
+        """How to have text written."""
+        return f"nested-jax generate --run-dir {folder} writes text"
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, where the folder has none, and the held-out text, for its owner alone to read."""
@@ -92,6 +159,7 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
     ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)
     return Text(
+        config,
         tokenizer,
         batches,
         heldout,

@@ -29,7 +29,7 @@ class Trained(NamedTuple):
 
     config: TrainConfig
     params: PyTree
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # of a run on text
     step: int
 
     @property
@@ -60,6 +60,8 @@ def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.w
             raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
         shapes, _ = shapes_of(f"the model of --run-dir {folder}", lambda: _weights_and_state(config))
         step, params = checkpoints.restore_parameters(shapes)
+    if config.task is not None:
+        return Trained(config, params, None, step)
     tokenizer = load_tokenizer(folder / TOKENIZER, within=folder)
     if tokenizer.vocabulary > config.model.vocabulary:
         sizes = f"{tokenizer.vocabulary} tokens and its model {config.model.vocabulary}"

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tiny_run import rows, small_model
 
-from nested_jax.data import ByteTokenizer, NgramBits, SentencePieceTokenizer, load_tokenizer
+from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.train import report, trained
 from nested_jax.train.config import TrainConfig, command
@@ -91,9 +91,8 @@ def test_a_run_folder_is_complete(small, quiet):
 
 
 def test_a_sample_cannot_break_the_page(tmp_path):
-    write = {"bits_per_byte": 3.0, "ngrams": NgramBits(4.5, 3.4), "text_bytes": 10, "parameters": 1}
-    write |= {"loss": 2.0, "tokens": 1, "epochs": 0.5, "seconds": 1.0, "compiling": 0.5, "evaluating": 0.1}
-    report.write(tmp_path, TrainConfig(), **write, sample="a ``` b ````\n# c")
+    outcome = report.Outcome("stdlib", "", "1", "tokens", sample="a ``` b ````\n# c")
+    report.write(tmp_path, TrainConfig(), outcome, report.Costs(1, 1, 1.0, compiling=0.5, evaluating=0.1))
     assert (tmp_path / "report.md").read_text().count("`````") == 2
 
 
