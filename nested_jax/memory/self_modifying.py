@@ -231,8 +231,10 @@ class SelfModifyingTitans(MemoryLayer):
     ) -> Generated:
         """Keys, values, queries and strengths from the memories that make them, and from the fixed projections."""
         *names, _ = self.memories
-        output = forward(projections, x).output if names else None
-        made = {name: output[:, :, i] for i, name in enumerate(names)}
+        made: dict[str, Array] = {}
+        if names:
+            output = forward(projections, x).output
+            made = {name: output[:, :, i] for i, name in enumerate(names)}
         vector = lambda name, norm: norm(made[name]) if name in made else fixed[name]
         rate = self.max_rate * _gate(weights, "rate", made.get("rates", x))
         if self.rates == "own":

@@ -13,7 +13,7 @@ from rare import cases
 from tiny import cms_forward as forward
 from tiny import config, differentiable, model, read, tokens
 
-from nested_jax import PRESETS, LanguageModel, cms, preset
+from nested_jax import PRESETS, CMSConfig, LanguageModel, cms, preset
 from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
 from nested_jax.memory import SelfModifyingTitans, Titans, linear, reference
@@ -242,7 +242,7 @@ def test_presets_are_equal_in_parameters_within_a_size():
 
 def test_hope_by_the_papers_equations_reads_a_short_text():
     """A chunk of 64 tokens, from random weights; nothing bounds what it learns from longer ones."""
-    made = dataclasses.replace(preset("tiny-hope-paper"), layers=2)
+    made = dataclasses.replace(preset("tiny-hope-paper"), layers=2, cms=CMSConfig(hidden=(8,)))
     net, weights = nnx.split(LanguageModel(made, rngs=nnx.Rngs(0)), nnx.Param)
     text = jax.random.randint(jax.random.key(1), (1, 64), 0, made.vocabulary)
 
