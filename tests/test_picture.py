@@ -599,6 +599,18 @@ def test_errors_and_steps_of_deep_memories_are_said():
     ]
 
 
+def test_other_choices_of_deep_memories_are_said():
+    paper = Rule("memory", "raw", retention="zero", read="boundary", damped=False)
+    momentum, memories, _ = describe(SelfModifyingTitans(8, 2, 3, rule=paper, generated=("keys", "queries"))).components
+    words = "delta gradient descent in first layers alone with raw steps, decay to zero, read as at the last boundary"
+    assert memories.rule == words
+    assert momentum.rule == "gradient descent, decay, undamped"
+    fixed = "direct parametric conditioning: slow weights make values, rates, retention"
+    assert f"generation: they make their own keys, queries; {fixed}" in memories.knowledge
+    titans = Titans(8, 2, 3, momentum=False, rule=Rule("none", retention="none", read="before"))
+    assert describe(titans).components[0].rule == "gradient descent, no decay, read before it writes"
+
+
 def test_attention_is_a_level():
     layer = Attention(8, 2, window=5)
     weights = layer.init_weights(jax.random.key(0))

@@ -159,7 +159,11 @@ CONFIGS = [
             (dict(width="8"), "a whole number of at least 1"), (dict(width=0), "a whole"), (dict(layers=2.0), "a whole"),
             (dict(layers=True), "a whole"), (dict(vocabulary=-1), "a whole"), (dict(chunk=0), "a whole"),
             (dict(mixer="mamba"), "one of self-modifying"), (dict(mixer=None), "one of"), (dict(mixer=["delta"]), "one of"),
-            (dict(momentum="yes"), "True or False"), (dict(retention="none"), "one of zero, initial"),
+            (dict(momentum="yes"), "True or False"), (dict(retention="no"), "one of zero, initial, none"),
+            (dict(read="never"), "one of after, before, boundary"), (dict(erase="second"), "one of layer, memory, none or None"),
+            (dict(damped=0.5), "True or False"), (dict(values="l2"), "one of unit, raw or None"),
+            (dict(generated="keys"), "a tuple, each one of keys, values, rates, retention, queries"),
+            (dict(generated=("keys", "rate")), "a tuple"), (dict(generated=None), "a tuple"),
             (dict(window=None), "a whole"), (dict(lp_power=float("inf")), "a finite number of at least 1"),
             (dict(lp_power="3"), "a finite number"), (dict(huber_threshold=-1), "a finite number above 0"),
             (dict(cms={}), "a CMSConfig"), (dict(cms=CMSConfig), "a CMSConfig"),
@@ -168,6 +172,17 @@ CONFIGS = [
             (dict(tie_embeddings=None), "True or False"), (dict(width=np.ones((2, 2))), "a whole number"),
         )
     ),
+    *(
+        (lambda fields=fields: ModelConfig(**fields), rf"model.max_rate {rate} makes what .* holds grow.*: give at most {most}$")
+        for rate, most, fields in (
+            (1.5, 1, dict(step="normalised", errors="exact", max_rate=1.5)),
+            (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
+            (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
+            (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
+            (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (3, 2, dict(mixer="oja", max_rate=3.0)),
+        )
+    ),
+    (lambda: ModelConfig(mixer="oja", values="raw"), "model.values raw may make what oja holds grow, .*: give unit"),
     (lambda: ModelConfig(width=9), "model.width 9 is not a multiple of model.heads 4: change one"),
     (lambda: ModelConfig(projection_chunk=48), "model.projection_chunk 48 is not a multiple of model.chunk 64: change one"),
     *(
@@ -221,6 +236,13 @@ MEMORIES = [
     (lambda: Titans(8, 2, rule="raw"), "Titans: rule 'raw': give a Rule"),
     (lambda: Titans(8, 2, momentum=0.9), "Titans: momentum 0.9: give True or False"),
     (lambda: Titans(8, 2, max_rate=0), "Titans: max_rate 0: give a finite number above 0"),
+    (lambda: Titans(8, 2, values="l2"), "Titans: values 'l2': give one of unit, raw"),
+    (lambda: OmegaMemory(8, 2, values=None), "OmegaMemory: values None: give one of unit, raw"),
+    (lambda: LinearMemory(8, 2, "oja", values="raw"), "LinearMemory: values raw may make what oja holds grow"),
+    (lambda: SelfModifyingTitans(8, 2, generated=("query",)), r"generated \('query',\): give a tuple, each one of keys"),
+    (lambda: SelfModifyingTitans(8, 2, generated=["keys"]), r"generated \['keys'\]: give a tuple"),
+    (lambda: Rule(read="start"), "Rule: read 'start': give one of after, before, boundary"),
+    (lambda: Rule(damped=1), "Rule: damped 1: give True or False"),
     (lambda: OmegaMemory(8, 2, objective=objective.l2), "OmegaMemory: objective <function l2.*: give one of l2, lp, huber"),
     (lambda: OmegaMemory(8, 2, window=-1), "OmegaMemory: window -1: give a whole number"),
     (lambda: SelfModifyingTitans(8, 2, projection_chunk=48), "projection_chunk 48 is not a multiple of chunk 64"),

@@ -62,20 +62,23 @@ class Rule:
     """How a deep memory learns; the defaults are those of self-modifying Titans.
 
     Args:
-        erase: "layer": DGD, each layer erases what it holds at its own input; "none": plain gradient descent.
+        erase: "layer": DGD, each layer erases what it holds at its own input; "memory": only first layers do, whose input is
+            the memory's own (Eq. 88 to the letter); "none": plain gradient descent.
         step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "normalised": eta' = eta /
             (|x|^2 + 0.001) in the second layer of the memory that is read, proximal elsewhere; "raw": eta' = eta.
         errors: "boundary": both layers' errors are as old as the chunk; "exact": in the second layer of the memory that is
             read it is that of the weights before the token, k + W_1 h - v, and not clipped. With an erase and a normalised
             step that layer multiplies what it holds along h by alpha - 2 eta, between -1 and 1: it can flip it and does not
             expand.
-        retention: where decay leads, to zero or to the learned start.
-        read: "after" or "before" the token's own write.
+        retention: where decay leads, to zero or to the learned start; "none": alpha = 1, its gate has no effect.
+        read: "after" or "before" the token's own write; "boundary": from the weights at the last chunk boundary.
         surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
             for the second layer that is Huber's objective in place of the square (MIRAS). The default is the largest
             distance of two unit vectors; infinity clips nothing. Errors are as old as the chunk: on a run of equal keys both
             layers correct the same error in full, and where W_1 is large the memory overshoots by more each time, up to
             overflow.
+        damped: writes with momentum have strength eta (1 - theta): S is a running mean of surprises. False: eta, the paper's
+            sum, whose steps are 1 / (1 - theta) times as long.
 
     Raises UserError for an option that is none of these; so does `assert_bounded` for a rate with which a layer grows.
 
@@ -85,22 +88,25 @@ class Rule:
     'initial'
     """
 
-    erase: Literal["layer", "none"] = "layer"
+    erase: Literal["layer", "memory", "none"] = "layer"
     step: Literal["proximal", "normalised", "raw"] = "proximal"
     errors: Literal["boundary", "exact"] = "boundary"
-    retention: Literal["zero", "initial"] = "initial"
-    read: Literal["after", "before"] = "after"
+    retention: Literal["zero", "initial", "none"] = "initial"
+    read: Literal["after", "before", "boundary"] = "after"
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+    damped: bool = True
 
     def __post_init__(self):
         check_fields(self, "Rule: ")
 
-    def assert_bounded(self, name: str, max_rate: float) -> None:
-        """Raises UserError where normalised steps at the largest rate would expand what a layer holds along its input."""
+    def assert_bounded(self, label: str, max_rate: float) -> None:
+        """Raises UserError where normalised steps at the largest rate, of that label, would expand what a layer holds along
+        its input. Nothing bounds raw steps."""
         terms = (self.erase == "layer") + (self.errors == "exact")
         if self.step == "normalised" and terms and max_rate > 2 / terms:
-            grows = f"{name}: with step normalised, errors {self.errors} and erase {self.erase}, max_rate {max_rate:g} makes"
-            raise UserError(f"{grows} what a layer holds grow at every token: give at most {2 / terms:g}")
+            choices = f"with step normalised, errors {self.errors} and erase {self.erase}"
+            grows = f"{label} {max_rate:g} makes what a layer holds grow at every token, {choices}"
+            raise UserError(f"{grows}: give at most {2 / terms:g}")
 
 
 class Activations(NamedTuple):
@@ -148,8 +154,7 @@ def learn(
 ) -> tuple[Deep, Float[Array, "B H C K"] | None]:
     """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads of the last memory along the way.
 
-    With momentum the writes have strength eta (1 - theta): S is a running mean of surprises and not their sum, whose steps
-    would be 1 / (1 - theta) times as long. So memories stay bounded at any theta.
+    With damped momentum S is a running mean of surprises and not their sum, so that memories stay bounded at any theta.
 
     Args:
         running: `MemoryState`s now, (B, H, M, ., .).
@@ -166,7 +171,9 @@ def learn(
     """
     B, H, M, C, F = keys.hidden.shape
     at_boundary = snapshot.first is running.first.weights  # then the running weights' outputs at the keys are known
-    decay = decays(strengths.retain, strengths.momentum, None if mask is None else mask[None, None])
+    retain, theta = strengths.retain, strengths.momentum
+    retain = jnp.ones_like(retain) if rule.retention == "none" else retain
+    decay = decays(retain, theta, None if mask is None else mask[None, None])
     anchor = start if rule.retention == "initial" else Deep(None, None)
 
     gate = jax.nn.sigmoid(keys.before)
@@ -176,12 +183,11 @@ def learn(
     inner_error = clip_rows(inner_error.reshape(B, H, C, M, F), rule.surprise).reshape(B, H, C, M * F)
 
     rate = strengths.rate if isinstance(strengths.rate, Deep) else Deep(strengths.rate, _repeat(strengths.rate, M))
-    retain, theta = strengths.retain, strengths.momentum
     usual = "proximal" if rule.step == "normalised" else rule.step  # of all layers but the second of the memory that is read
 
     first = write(
         jax.tree.map(_merge, running.first), keys.inputs, inner_error,
-        _gates(keys.inputs, rate.first, retain, theta, rule.erase, usual),
+        _gates(keys.inputs, rate.first, retain, theta, rule.erase != "none", usual, rule.damped),
         anchor=None if anchor.first is None else _merge(anchor.first), mask=None if mask is None else mask[None, None],
         decay=decay, product=keys.before if at_boundary else None,
     )  # fmt: skip
@@ -192,7 +198,8 @@ def learn(
         cut = lambda tree: jax.tree.map(lambda x: x[:, :, which], tree)
         hidden, eta, (retain, theta, decay) = cut((keys.hidden, rate.second, each))
         return write(
-            cut(running.second), hidden, errors, _gates(hidden, eta, retain, theta, rule.erase, step),
+            cut(running.second), hidden, errors,
+            _gates(hidden, eta, retain, theta, rule.erase == "layer", step, rule.damped),
             anchor=cut(anchor.second), mask=None if mask is None else mask[None, None, None], decay=decay,
             product=cut(keys.second) if at_boundary else None, exact=exact,
         )  # fmt: skip
@@ -212,6 +219,8 @@ def learn(
     after = Deep(jax.tree.map(unmerge, first.state), after_second)
     if queries is None:
         return after, None
+    if rule.read == "boundary":
+        return after, forward(jax.tree.map(lambda w: w[:, :, -1:], snapshot), queries).output[:, :, 0]
     last = lambda w: w[:, :, -F:]  # the memory that is read
     first = first._replace(
         before=jax.tree.map(last, first.before), anchor=None if first.anchor is None else last(first.anchor),
@@ -227,16 +236,17 @@ def _gates(
     rate: Float[Array, "*batch C"],
     retain: Float[Array, "*batch C"],
     momentum: Float[Array, "*batch C"] | None,
-    erase: str,
+    erase: bool,
     step: str,
+    damped: bool,
 ) -> Gates:
     """The gates of one layer, from its own inputs."""
     if step == "proximal":
         rate = rate / (1 + rate * square(inputs))
     elif step == "normalised":
         rate = rate / (square(inputs) + 1e-3)
-    push = rate if momentum is None else rate * (1 - momentum)
-    return Gates(push, rate if erase == "layer" else jnp.zeros_like(rate), retain, momentum)
+    push = rate * (1 - momentum) if momentum is not None and damped else rate
+    return Gates(push, rate if erase else jnp.zeros_like(rate), retain, momentum)
 
 
 def weights_of(memory: Deep) -> Deep:
@@ -284,15 +294,18 @@ def memory_level(init: Callable, act: Callable, period: int, tokens: int, name: 
 
 def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, knowledge: str) -> Description:
     """The description of a level of deep memories; its momentum is a memory of its own, of surprises."""
-    descent = "delta gradient descent" if rule.erase == "layer" else "gradient descent"
+    kinds = {"layer": "delta gradient descent", "memory": "delta gradient descent in first layers alone"}
+    descent = kinds.get(rule.erase, "gradient descent")
     more = ["exact errors"] * (rule.errors == "exact") + [f"{rule.step} steps"] * (rule.step != "proximal")
     descent += f" with {' and '.join(more)}" if more else ""
-    start = "the start" if rule.retention == "initial" else "zero"
+    descent += {"initial": ", decay to the start", "zero": ", decay to zero", "none": ", no decay"}[rule.retention]
+    descent += {"after": "", "before": ", read before it writes", "boundary": ", read as at the last boundary"}[rule.read]
     inner = Description(
-        objective="-<S, surprise>", rule="gradient descent, decay", context="local surprises", name="momentum",
+        objective="-<S, surprise>", context="local surprises", name="momentum",
+        rule="gradient descent, decay" + ", undamped" * (not rule.damped),
         knowledge="generation: the memory it writes to makes the surprises",
     )  # fmt: skip
-    return Description(objective, f"{descent}, decay to {start}", context, knowledge, inner=(inner,) if momentum else ())
+    return Description(objective, descent, context, knowledge, inner=(inner,) if momentum else ())
 
 
 def _drop_snapshots(state: LevelState | Nested) -> LevelState | Nested:

@@ -29,6 +29,19 @@ from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
 
+def assert_stable(label: str, rule: str, max_rate: float, values: str | None) -> None:
+    """Raises UserError, with the options' label, where what a memory of a rule holds would grow at every token.
+
+    >>> assert_stable("LinearMemory: ", "delta", 2.5, None)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: LinearMemory: max_rate 2.5 makes what delta holds grow at every token: give at most 2
+    """
+    if rule != "linear" and max_rate > 2:
+        raise UserError(f"{label}max_rate {max_rate:g} makes what {rule} holds grow at every token: give at most 2")
+    if rule == "oja" and values == "raw":
+        raise UserError(f"{label}values raw may make what oja holds grow, which erases by values: give unit")
+
+
 @dataclass(frozen=True)
 class LinearMemory(MemoryLayer):
     """A matrix per head that learns while reading. The call is that of `SequenceLayer`.
@@ -38,8 +51,9 @@ class LinearMemory(MemoryLayer):
         rule: see above.
         max_rate: largest eta. Beyond 1 the delta rules turn the sign of what they hold along a key, with which a memory
             tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2 it would grow.
+        values: "unit", of unit norm, or "raw"; None: raw but of Oja's rule, which erases by values and so needs unit ones.
 
-    Raises UserError for options of another type or out of range, and for a max_rate with which the memory would grow.
+    Raises UserError for options of another type or out of range, and for ones with which the memory would grow.
 
     Source: NL Eq. 64-67.
 
@@ -52,13 +66,17 @@ class LinearMemory(MemoryLayer):
 
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
     max_rate: Positive = 1.0
+    values: Literal["unit", "raw"] | None = None
     memory_state = MemoryState
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rule != "linear" and self.max_rate > 2:
-            grows = f"LinearMemory: with max_rate {self.max_rate:g} what {self.rule} holds grows at every token"
-            raise UserError(f"{grows}: give at most 2")
+        assert_stable("LinearMemory: ", self.rule, self.max_rate, self.values)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether values are of unit norm."""
+        return self.values == "unit" or self.rule == "oja"
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
@@ -83,8 +101,9 @@ class LinearMemory(MemoryLayer):
         def step(memory, context, slower):
             (q, k, v, *gates), mask, _ = jax.tree.map(itemgetter(0), context)
             mask = None if mask is None else mask[None, None]
+            v = l2norm(v) if self.normalises else v
             if self.rule == "oja":
-                written = write(memory, l2norm(v), -k, self.gates(*gates), mask=mask)
+                written = write(memory, v, -k, self.gates(*gates), mask=mask)
                 return written.state, read_transposed(written, q)
             return chunked(memory, k, -v, self.gates(*gates), q, mask=mask)
 

@@ -64,6 +64,7 @@ class OmegaMemory(MemoryLayer):
         power, threshold: of lp and huber.
         max_rate: largest eta; None for 2 / (chunk + 1). gamma is at most 1 / c, and 1 if c is 1.
         surprise: largest norm of an error, larger ones are scaled down to it: keeps the memory bounded at any rate.
+        values: "unit", of unit norm, or "raw", the papers'.
 
     Source: NL Eq. 68; ATLAS (arXiv 2505.23735) section 3; MIRAS (arXiv 2504.13173) section 5.
 
@@ -81,6 +82,7 @@ class OmegaMemory(MemoryLayer):
     threshold: Positive = 1.0
     max_rate: Positive | None = None
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
+    values: Literal["unit", "raw"] = "unit"
     memory_state = OmegaState
     snapshots = Snapshots(
         drop=lambda state: state._replace(snapshot=None), take=lambda state: state._replace(snapshot=state.weights)
@@ -148,7 +150,7 @@ class OmegaMemory(MemoryLayer):
         snapshot = state.weights if state.snapshot is None else state.snapshot
 
         join = lambda old, new: jnp.concatenate([old, new], axis=2)
-        seen = Window(*map(join, state.window, (self.lift(k), l2norm(v), strength)))
+        seen = Window(*map(join, state.window, (self.lift(k), l2norm(v) if self.values == "unit" else v, strength)))
         errors = clip_rows(self.bias.error(seen.keys @ jnp.swapaxes(snapshot, -1, -2), seen.values), self.surprise)
         pushes = scale(seen.strengths, errors)
 

@@ -30,8 +30,8 @@ def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) 
 
     def token(memory, now):
         q, k, v, rate, *retain = now
+        v = l2norm(v) if layer.normalises else v
         if layer.rule == "oja":
-            v = l2norm(v)
             erased = jnp.einsum("h,hv,hu,huk->hvk", rate, v, v, memory)
             memory = retain[0][:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)
             return memory, jnp.einsum("hvk,hk->hv", memory, q)
@@ -51,7 +51,8 @@ def omega_memory(layer: OmegaMemory, weights: PyTree, x: Float[Array, "T D"]) ->
     q, k, v, rate, retain, *strength = _project(layer, weights, x)
     before = lambda part: jnp.pad(part, [(layer.window - 1, 0)] + [(0, 0)] * (part.ndim - 1))
     gamma = strength[0] / layer.window if strength else jnp.ones_like(rate)
-    history = [before(part) for part in (layer.lift(k), l2norm(v), gamma)]
+    v = l2norm(v) if layer.values == "unit" else v
+    history = [before(part) for part in (layer.lift(k), v, gamma)]
 
     def gradient(memory, key, value):
         error = jax.grad(lambda y: layer.bias.loss(y, value))(memory @ key)
@@ -79,19 +80,18 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
         def token(carry, now):
             running, snapshot, velocity = carry
             t, q, k, v, eta, alpha, theta = now
-            eta, v = layer.largest_rate * eta, l2norm(v)
+            eta, v = layer.largest_rate * eta, l2norm(v) if layer.values == "unit" else v
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             after, pushes = {}, {}
             for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
                 step = _step(rule, part == "second", eta, z)
                 if rule.errors == "exact" and part == "second":
                     surprise = k + running[part] @ z - v
-                pushes[part] = theta * velocity[part]
-                pushes[part] -= (1 - theta) * step * jnp.outer(surprise, z)
-                erased = step * jnp.outer(running[part] @ z, z) if rule.erase == "layer" else 0.0
-                origin = start[part] if rule.retention == "initial" else 0.0
-                after[part] = origin + alpha * (running[part] - origin) - erased + pushes[part]
-            return (after, renewed, pushes), _memory(running if rule.read == "before" else after, q)
+                after[part], pushes[part] = _write(
+                    rule, part, running[part], velocity[part], start[part], z, surprise, step, alpha, theta
+                )
+            read = {"after": after, "before": running, "boundary": renewed}[rule.read]
+            return (after, renewed, pushes), _memory(read, q)
 
         theta = jnp.zeros_like(rate) if momentum is None else momentum
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))
@@ -104,7 +104,8 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
 
 def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
-    names, rule = layer.memories, layer.rule
+    (*makers, _), rule = layer.memories, layer.rule
+    names = layer.memories
     period = {name: layer.chunk if name == "memory" else layer.period for name in names}
 
     x = _convolve(weights["taps"], x)
@@ -114,21 +115,20 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
     else:
         theta = jnp.zeros((len(x), layer.heads))
 
-    def one_head(start, gates, x, fixed_query, theta):
+    def one_head(start, gates, x, fixed, theta):
         def token(carry, now):
             running, snapshot, velocity = carry
-            t, x, q, theta = now
+            t, x, fixed, theta = now
             renew = lambda name: jax.tree.map(
                 lambda new, old: jnp.where(t % period[name] == 0, new, old), running[name], snapshot[name]
             )
             snapshot = {name: renew(name) for name in names}
-            made = {name: _memory(snapshot[name], x) for name in names}
-            squash = lambda name: jax.nn.sigmoid(gates[name] @ made[name] + gates[f"{name}_bias"])
-            key, value = l2norm(made["keys"]), layer.normalise(made["values"])
-            rates, alpha = layer.max_rate * squash("rate"), squash("retention")
+            made = {**fixed, "rates": x, "retention": x} | {name: _memory(snapshot[name], x) for name in makers}
+            squash = lambda name, z: jax.nn.sigmoid(gates[name] @ z + gates[f"{name}_bias"])
+            key, value, q = l2norm(made["keys"]), layer.normalise(made["values"]), l2norm(made["queries"])
+            rates, alpha = layer.max_rate * squash("rate", made["rates"]), squash("retention", made["retention"])
             own = lambda name, part: rates[0 if part == "first" else 1 + names.index(name)]
             eta = own if layer.rates == "own" else lambda name, part: rates
-            q = l2norm(made["query"]) if layer.adaptive_query else q
             before, running, velocity = running, {}, {}
             for name in names:
                 w = before[name]
@@ -139,22 +139,20 @@ def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[
                     rate = _step(rule, read, eta(name, part), z)
                     if rule.errors == "exact" and read:
                         surprise = key + w[part] @ z - target
-                    push = theta * carry[2][name][part]
-                    push -= (1 - theta) * rate * jnp.outer(surprise, z)
-                    erased = rate * jnp.outer(w[part] @ z, z) if rule.erase == "layer" else 0.0
-                    origin = start[name][part] if rule.retention == "initial" else 0.0
-                    running[name][part] = origin + alpha * (w[part] - origin) - erased + push
-                    velocity[name][part] = push
-            y = _memory((before if rule.read == "before" else running)["memory"], q)
-            return (running, snapshot, velocity), y
+                    running[name][part], velocity[name][part] = _write(
+                        rule, part, w[part], carry[2][name][part], start[name][part], z, surprise, rate, alpha, theta
+                    )
+            read = {"after": running, "before": before, "boundary": snapshot}[rule.read]
+            return (running, snapshot, velocity), _memory(read["memory"], q)
 
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))
-        return jax.lax.scan(token, carry, (jnp.arange(len(x)), x, fixed_query, theta))[1]
+        return jax.lax.scan(token, carry, (jnp.arange(len(x)), x, fixed, theta))[1]
 
     starts = {n: {part: w[:, i] for part, w in weights["start"].items()} for i, n in enumerate(names)}
     gates = {k: weights[k] for k in ("rate", "rate_bias", "retention", "retention_bias")}
-    query = heads(x) if layer.adaptive_query else l2norm(heads(x @ weights["query"]))
-    y = jax.vmap(one_head, in_axes=(0, 0, 1, 1, 1), out_axes=1)(starts, gates, heads(x), query, theta)
+    maps = {"keys": "key", "values": "value", "queries": "query"}
+    fixed = {name: heads(x @ weights[of]) for name, of in maps.items() if name not in makers}
+    y = jax.vmap(one_head, in_axes=(0, 0, 1, 1, 1), out_axes=1)(starts, gates, heads(x), fixed, theta)
     return rms_norm(weights["norm"], y[None]).reshape(len(x), -1) @ weights["out"]
 
 
@@ -187,6 +185,17 @@ def _step(rule: Rule, read: bool, eta: Float[Array, ""], x: Float[Array, " K"]) 
     if rule.step == "normalised" and read:
         return eta / (x @ x + 1e-3)
     return eta if rule.step == "raw" else eta / (1 + eta * x @ x)
+
+
+def _write(rule: Rule, part: str, w, velocity, start, z, surprise, step, alpha, theta) -> tuple[Array, Array]:
+    """(weights, momentum) of a layer after its token; the first layer's input is that of the memory."""
+    push = theta * velocity - step * (1 - theta if rule.damped else 1) * jnp.outer(surprise, z)
+    erases = rule.erase == "layer" or (rule.erase == "memory" and part == "first")
+    erased = step * jnp.outer(w @ z, z) if erases else 0.0
+    if rule.retention == "none":
+        return w - erased + push, push
+    origin = start if rule.retention == "initial" else 0.0
+    return origin + alpha * (w - origin) - erased + push, push
 
 
 def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> Float[Array, " K"]:

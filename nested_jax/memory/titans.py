@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Literal
 
 import jax
 
@@ -36,15 +37,16 @@ class Titans(MemoryLayer):
 
         S_t = theta_t S_{t-1} - eta_t grad 1/2 |M(k_t) - v_t|^2        M_t = alpha_t M_{t-1} + S_t        y_t = M_t(q_t)
 
-    with keys, values and queries of unit norm.
+    with keys and queries of unit norm.
 
     Args:
         width, heads, checkpoint: as of `MemoryLayer`; K = D / H.
         hidden: hidden width F of the memory.
         chunk: tokens between two refreshes of the errors.
-        momentum: writes carry momentum; their strength is then eta (1 - theta), see `learn`.
+        momentum: writes carry momentum; their strength is then eta (1 - theta), see `Rule.damped`.
         max_rate: largest eta; None for 4 / chunk.
         rule: see `Rule`.
+        values: "unit", of unit norm, or "raw", the paper's.
 
     Source: Titans Eq. 8-15.
 
@@ -59,12 +61,13 @@ class Titans(MemoryLayer):
     momentum: bool = True
     max_rate: Positive | None = None
     rule: Rule = Rule(erase="none")
+    values: Literal["unit", "raw"] = "unit"
     snapshots = SNAPSHOTS
     memory_state = LevelState
 
     def __post_init__(self):
         super().__post_init__()
-        self.rule.assert_bounded("Titans", self.largest_rate)
+        self.rule.assert_bounded("Titans: max_rate", self.largest_rate)
 
     @property
     def largest_rate(self) -> float:
@@ -92,7 +95,7 @@ class Titans(MemoryLayer):
             chunk = jax.tree.map(itemgetter(0), context)
             q, k, v, rate, retain, *momentum = chunk.tokens
             strengths = Strengths(self.largest_rate * rate, retain, momentum[0] if self.momentum else None)
-            keys, targets = forward(snapshot, k), l2norm(v)[:, :, None]
+            keys, targets = forward(snapshot, k), (l2norm(v) if self.values == "unit" else v)[:, :, None]
             running, y = learn(running, snapshot, start, keys, targets, strengths, self.rule, chunk.mask, q)
             return running, y, count_tokens(chunk)
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from nested_jax import cms
 from nested_jax.memory.attention import Attention
-from nested_jax.memory.deep import Rule
 from nested_jax.memory.layer import SequenceLayer
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
@@ -25,16 +24,15 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
     """The config's sequence layer."""
     D, H, F = config.width, config.heads, config.memory_hidden
     chunks: dict[str, Any] = {"chunk": config.chunk, "checkpoint": config.memory_policy}
-    omega: dict[str, Any] = {"max_rate": config.max_rate, "surprise": config.surprise, **chunks}
-    rate = 1.0 if config.max_rate is None else config.max_rate
-    erase = config.erase or ("layer" if config.mixer == "self-modifying" else "none")
-    rule = Rule(erase, config.step, config.errors, config.retention, config.read, config.surprise)
+    values = config.values or "unit"
+    omega: dict[str, Any] = {"max_rate": config.max_rate, "surprise": config.surprise, "values": values, **chunks}
+    rate, rule = config.largest_rate, config.rule
     match config.mixer:
         case "self-modifying":
-            own = {"projection_chunk": config.projection_chunk, "targets": config.targets, "rates": config.rates}
+            own = {name: getattr(config, name) for name in ("projection_chunk", "rates", "targets", "generated")}
             return SelfModifyingTitans(D, H, F, momentum=config.momentum, max_rate=rate, rule=rule, **own, **chunks)
         case "titans":
-            return Titans(D, H, F, config.momentum, config.max_rate, rule, **chunks)
+            return Titans(D, H, F, config.momentum, config.max_rate, rule, values, **chunks)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
@@ -46,7 +44,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
         case "omega":
             return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, **omega)
         case linear:
-            return LinearMemory(D, H, linear, rate, **chunks)
+            return LinearMemory(D, H, linear, rate, config.values, **chunks)
 
 
 def init_block(key: Array, config: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal
 from nested_jax.checks import Count, Interval, Positive, check_fields
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError
+from nested_jax.memory.deep import Rule
+from nested_jax.memory.linear import assert_stable
+from nested_jax.memory.self_modifying import Quantity
+from nested_jax.memory.titans import Titans
 
 Mixer = Literal[
     "self-modifying",
@@ -31,7 +35,10 @@ Mixer = Literal[
 class ModelConfig:
     """A language model: an embedding, `layers` blocks of (sequence layer, CMS), a head.
 
-    Raises UserError for a field of another type or out of range, and for sizes that do not divide one another.
+    A field that does not concern the mixer has no effect.
+
+    Raises UserError for a field of another type or out of range, for sizes that do not divide one another, and for choices
+    with which a memory would grow at every token.
 
     >>> ModelConfig(width=64, mixer="titans").reading
     64
@@ -50,25 +57,35 @@ class ModelConfig:
     chunk: Count = 64
     """Tokens between two refreshes of the main memory's errors (C_mem), and the length of one parallel product."""
     projection_chunk: Count | None = None
-    """The same for the memories that make keys, values, rates and retention (C_proj); None: equal to `chunk`."""
+    """The same for the memories that make keys, values, rates and retention (C_proj), where these are generated; None: equal
+    to `chunk`."""
     memory_hidden: Count = 32
     """Hidden width of the deep memories' MLPs, per head."""
     momentum: bool = True
     """Whether the deep memories' writes carry momentum."""
-    retention: Literal["zero", "initial"] = "initial"
-    """Where a deep memory's content decays to: nothing, or its learned start."""
+    damped: bool = True
+    """Whether a deep memory's writes with momentum theta have strength eta (1 - theta), a running mean, or eta, a sum."""
+    retention: Literal["zero", "initial", "none"] = "initial"
+    """Where a deep memory's content decays to: nothing, or its learned start; none: it does not decay."""
     errors: Literal["boundary", "exact"] = "boundary"
     """Errors that a deep memory's second layer writes: as old as the chunk, or of its weights before the token."""
     step: Literal["proximal", "normalised", "raw"] = "proximal"
     """Step of a deep memory's layers at their inputs x: eta / (1 + eta |x|^2), eta / |x|^2, or eta."""
-    erase: Literal["layer", "none"] | None = None
-    """Whether a deep memory's layers erase what they hold at their inputs; None: those of self-modifying Titans do."""
-    read: Literal["after", "before"] = "after"
-    """Whether a deep memory is read after or before its token's own write."""
+    erase: Literal["layer", "memory", "none"] | None = None
+    """Which of a deep memory's layers erase what they hold at their inputs: each, the first alone, whose input is the
+    memory's own, or none; None: layer of self-modifying Titans, none of Titans."""
+    read: Literal["after", "before", "boundary"] = "after"
+    """Whether a deep memory is read after or before its token's own write, or as it was at the last chunk boundary."""
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
     """Largest norm of an error that a token writes into a deep or an omega memory; larger ones are scaled down to it."""
     targets: Literal["l2", "rms", "raw"] = "l2"
-    """How the targets that self-modifying memories generate are normalised."""
+    """How the targets and values that self-modifying memories generate are normalised."""
+    generated: tuple[Quantity, ...] = ("keys", "values", "rates", "retention")
+    """What self-modifying Titans make by memories: any of keys, values, queries, rates and retention; the others are linear
+    in the token."""
+    values: Literal["unit", "raw"] | None = None
+    """Whether the values of fixed projections have unit norm; None: those of Titans, oja, lp, huber and omega do, those of
+    linear, delta and gated-delta do not."""
     rates: Literal["shared", "own"] = "shared"
     """Whether the layers of self-modifying memories share one learning rate, or learn several: one of all first layers and
     one of each second layer, which starts at a sixteenth but for the main memory's."""
@@ -110,7 +127,20 @@ class ModelConfig:
         """Tokens of the sequence layer's longest chunk; 1 for attention."""
         if self.attends:
             return 1
-        return self.projection_chunk or self.chunk if self.mixer == "self-modifying" else self.chunk
+        return self.projection_chunk or self.chunk if self.mixer == "self-modifying" and self.generated else self.chunk
+
+    @cached_property
+    def rule(self) -> Rule:
+        """How deep memories learn."""
+        erase = self.erase or ("layer" if self.mixer == "self-modifying" else "none")
+        return Rule(erase, self.step, self.errors, self.retention, self.read, self.surprise, self.damped)
+
+    @cached_property
+    def largest_rate(self) -> float:
+        """`max_rate` of all but lp, Huber and omega memories, or its default."""
+        if self.mixer == "titans":
+            return Titans(self.width, self.heads, chunk=self.chunk, max_rate=self.max_rate).largest_rate
+        return 1.0 if self.max_rate is None else self.max_rate
 
     @cached_property
     def alignment(self) -> int:
@@ -131,6 +161,10 @@ class ModelConfig:
             )
         if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
+        if self.mixer in ("self-modifying", "titans"):
+            self.rule.assert_bounded("model.max_rate", self.largest_rate)
+        if self.mixer in ("linear", "delta", "gated-delta", "oja"):
+            assert_stable("model.", self.mixer, self.largest_rate, self.values)
 
 
 # Hidden widths of the CMS make the families of one size equal in parameters.
@@ -143,6 +177,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _MIXERS: dict[str, Mixer] = {
     "hope": "self-modifying",
+    "hope-paper": "self-modifying",
     "hope-attention": "attention",
     "titans": "titans",
     "transformer": "attention",
@@ -154,6 +189,9 @@ _MIXERS: dict[str, Mixer] = {
     "huber": "huber",
     "omega": "omega",
 }
+_PAPER: dict[str, Any] = dict(
+    targets="raw", step="raw", damped=False, surprise=math.inf, retention="zero", erase="memory", read="boundary"
+)
 PRESETS = tuple(f"{size}-{family}" for size in _SIZES for family in _MIXERS)
 
 
@@ -162,8 +200,11 @@ def preset(name: str) -> ModelConfig:
 
     Sizes: tiny (1,024 pieces, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention,
     titans, transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another
-    in parameters. The last block of `tiny-hope` and `tiny-hope-attention` learns in context, with CMS periods of 256 and
-    64 tokens.
+    in parameters. The last block of the tiny Hopes learns in context, with CMS periods of 256 and 64 tokens.
+
+    hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
+    erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights
+    they overflow within five chunks. With targets "l2" they do not.
 
     Args:
         name: SIZE-FAMILY.
@@ -181,6 +222,7 @@ def preset(name: str) -> ModelConfig:
         near = difflib.get_close_matches(str(name), PRESETS, 3, 0.3)
         raise UserError(f"preset {name!r} is unknown: give SIZE-FAMILY, such as {' or '.join(near) or 'tiny-hope'}")
     size, family = name.split("-", 1)
+    options = _PAPER if family == "hope-paper" else {}
     sizes = _SIZES[size]
     hope = family.startswith("hope")
     hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 8 if size == "tiny" else 64)
@@ -192,6 +234,7 @@ def preset(name: str) -> ModelConfig:
     )
     return ModelConfig(
         **sizes,
+        **options,
         mixer=_MIXERS[family],
         cms=cms,
         dtype="float32" if size == "tiny" else "bfloat16",
@@ -201,9 +244,9 @@ def preset(name: str) -> ModelConfig:
 
 def _cms_hidden(width: int, heads: int, memory_hidden: int, family: str, multiple: int) -> int:
     """Hidden width of each CMS level that gives a block of 12 D^2 parameters, counting its matrices."""
-    memories = {"hope": 5, "titans": 1}.get(family, 0) * 2 * heads * (width // heads) * memory_hidden
+    memories = {"self-modifying": 5, "titans": 1}.get(_MIXERS[family], 0) * 2 * heads * (width // heads) * memory_hidden
     matrix = {"linear": 1, "delta": 1, "gated-delta": 1, "oja": 1, "lp": 1, "huber": 1, "omega": 2}.get(family, 0)
     linear = matrix * heads * (width // heads) ** 2
-    mixer = (2 if family == "hope" else 4) * width**2 + memories + linear
+    mixer = (2 if _MIXERS[family] == "self-modifying" else 4) * width**2 + memories + linear
     matrices = 4 if family.startswith("hope") else 3  # two levels of two, or one gated level
     return round((12 * width**2 - mixer) / (matrices * width) / multiple) * multiple

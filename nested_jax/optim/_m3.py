@@ -40,6 +40,7 @@ def scale_by_m3(
     slow_period: int = 8,
     steps: int = 5,
     average: bool = True,
+    delayed: bool = False,
     nesterov: bool = True,
     second_moment: bool = True,
     eps: ArrayLike = 1e-8,
@@ -63,6 +64,7 @@ def scale_by_m3(
         slow_period: steps between two updates of the slow momentum, at least 1.
         steps: Newton-Schulz iterations, at least 1.
         average: averages, or the paper's sums.
+        delayed: NS(m2) joins at the step after its update, as in Algorithm 1; by default at that step itself.
         nesterov: orthogonalise m1 after one more step with the same gradient; averages only.
         second_moment: False leaves the division out.
         eps: at least 0; it keeps the division finite.
@@ -110,7 +112,8 @@ def scale_by_m3(
         pending, slow, orthogonal = jax.lax.cond(
             count % slow_period == 0, update_slow, skip, pending, state.slow, state.orthogonal
         )
-        emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonalise(corrected), orthogonal)
+        joined = state.orthogonal if delayed else orthogonal
+        emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonalise(corrected), joined)
         second = state.second
         if second_moment:
             second = accumulate(second, jax.tree.map(jnp.square, updates), b2, average)
@@ -133,6 +136,7 @@ def m3(
     slow_period: int = 8,
     steps: int = 5,
     average: bool = True,
+    delayed: bool = False,
     nesterov: bool = True,
     second_moment: bool = True,
     eps: ArrayLike = 1e-8,
@@ -150,8 +154,8 @@ def m3(
 
     Args:
         learning_rate: a number or a schedule.
-        b1, b2, b3, slow_weight, slow_period, steps, average, nesterov, second_moment, eps, dimension_numbers: as of
-            `scale_by_m3`.
+        b1, b2, b3, slow_weight, slow_period, steps, average, delayed, nesterov, second_moment, eps, dimension_numbers: as
+            of `scale_by_m3`.
         consistent_rms: s is sqrt(max(in, out)) times this. None: s is sqrt(max(1, out / in)).
         weight_decay: of matrices, times the learning rate.
         weight_decay_mask: as of `optax.add_decayed_weights`.
@@ -174,7 +178,7 @@ def m3(
     check("m3", learning_rate=learning_rate, weight_decay=weight_decay)
     check("m3", NON_NEGATIVE, consistent_rms=0.0 if consistent_rms is None else consistent_rms)
     rule = scale_by_m3(
-        b1, b2, b3, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average,
+        b1, b2, b3, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average, delayed=delayed,
         nesterov=nesterov, second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,
     )  # fmt: skip
     decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)

@@ -51,7 +51,7 @@ def test_self_modifying_memories_start_with_unit_keys_and_values_and_a_retention
     weights = layer.init_weights(jax.random.key(0))
     projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), 1))
     x, q = jax.random.normal(jax.random.key(1), (2, 1, 2, 64, 16))
-    keys, values, _, strengths = layer.generate(weights, projections, x, q, jnp.full((1, 2, 64), 0.5))
+    keys, values, _, strengths = layer.generate(weights, projections, x, {"queries": q}, jnp.full((1, 2, 64), 0.5))
     for vectors in (keys, values):
         np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
     assert strengths.retain.min() > 0.98

@@ -51,7 +51,7 @@ def test_what_the_package_exports_is_documented():
             lambda: LinearMemory(8, 2, checkpoint="half"),
             "checkpoint 'half': give one of none, full, sqrt, log",
         ),
-        (lambda: Rule(erase="layers"), "Rule: erase 'layers': give one of layer, none"),
+        (lambda: Rule(erase="layers"), "Rule: erase 'layers': give one of layer, memory, none"),
         (lambda: Rule(surprise=0.0), "Rule: surprise 0.0: give a number above 0"),
         (lambda: OmegaMemory(8, 2, objective="foo"), "OmegaMemory: objective 'foo': give one of l2, lp, huber"),
         (lambda: OmegaMemory(8, 2, window=0), "OmegaMemory: window 0: give a whole number of at least 1"),

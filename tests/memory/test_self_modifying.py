@@ -1,5 +1,7 @@
 """Self-modifying Titans against a plain token loop; starts that learn; rates."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
 EXACT = Rule(errors="exact", step="normalised")
+PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
+EVERYTHING = ("retention", "queries", "rates", "values", "keys")
 
 
 def layer_and_weights(key=0, **options):
@@ -36,7 +40,21 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=4), 13, marks=pytest.mark.slow),
         (dict(chunk=4, projection_chunk=8), 16),
         pytest.param(dict(chunk=4, projection_chunk=8), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=1, projection_chunk=4, adaptive_query=True), 13, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=1, projection_chunk=4, generated=EVERYTHING), 13, marks=pytest.mark.slow),
+        (dict(chunk=4, projection_chunk=8, rule=PAPER, targets="raw", max_rate=0.3, generated=("queries", "retention")), 16),
+        (dict(chunk=4, rates="own", rule=Rule("memory", errors="exact", retention="none", damped=False), generated=()), 12),
+        *(
+            pytest.param(dict(chunk=4) | options, 13, marks=pytest.mark.slow)
+            for options in (
+                dict(rule=PAPER, targets="raw", max_rate=0.3),
+                dict(rule=PAPER, targets="raw", max_rate=0.3, projection_chunk=8, generated=EVERYTHING),
+                dict(rule=Rule("memory", read="boundary"), momentum=False, rates="own"),
+                dict(rule=Rule(damped=False), projection_chunk=8, generated=("keys",)),
+                dict(rule=Rule(retention="none", read="boundary"), projection_chunk=12, generated=("values", "rates")),
+                dict(rule=Rule("memory", "normalised", "exact", read="boundary"), generated=("rates", "retention")),
+                dict(rule=Rule("none", retention="none"), targets="rms", generated=(), projection_chunk=8),
+            )
+        ),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(read="before")), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
@@ -66,7 +84,7 @@ def test_layer_is_its_reference(x64, options, length):
 
 @pytest.mark.parametrize("options", cases([dict(chunk=4), dict(chunk=4, projection_chunk=8)], [dict(chunk=4)]), ids=str)
 def test_every_start_gets_an_outer_gradient(x64, options):
-    layer, _ = layer_and_weights(**options, adaptive_query=True)
+    layer, _ = layer_and_weights(**options, generated=EVERYTHING)
     weights = layer.init_weights(jax.random.key(0))  # as a new model has them
     x = jax.random.normal(jax.random.key(9), (2, 24, D))
     gradient = jax.jit(jax.grad(lambda w: jnp.sum(read(layer, w, x) ** 2)))(weights)["start"]
@@ -86,6 +104,24 @@ def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate)
     weights = layer.init_weights(jax.random.key(0))
     projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), 1))
     x, momentum = jax.random.normal(jax.random.key(1), (1, 2, 256, 16)), jnp.full((1, 2, 256), 0.5)
-    given = layer.generate(weights, projections, x, x, momentum).strengths.rate
+    given = layer.generate(weights, projections, x, {"queries": x}, momentum).strengths.rate
     np.testing.assert_allclose(given, rate, rtol=0.5)
     assert float(given.mean()) == pytest.approx(rate, rel=0.1)
+
+
+@pytest.mark.parametrize("generated", cases([EVERYTHING, ("keys",), ("rates",), ()], [()]), ids=str)
+def test_what_no_memory_generates_starts_like_what_one_does(generated):
+    """Unit keys, values and queries, retention near one and the same rates; the other weights are the default's."""
+    layer, default = (SelfModifyingTitans(32, 2, 8, **more) for more in ({"generated": generated}, {}))
+    weights, others = (made.init_weights(jax.random.key(0)) for made in (layer, default))
+    for name in weights.keys() & others.keys() - {"start"}:
+        np.testing.assert_array_equal(weights[name], others[name], err_msg=name)
+    assert weights["start"]["first"].shape[1] == len(layer.memories) == 1 + len(generated)
+    x, fixed, theta = layer.project(weights, jax.random.normal(jax.random.key(1), (1, 256, 32)))
+    by_head = lambda part: part.swapaxes(1, 2)
+    projections = jax.tree.map(lambda w: w[:, :, :-1], broadcast_start(Deep(**weights["start"]), 1))
+    made = layer.generate(weights, projections, by_head(x), jax.tree.map(by_head, fixed), by_head(theta))
+    for vectors in made[:3]:
+        np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-4)
+    np.testing.assert_allclose(made.strengths.rate, 3 / 64, rtol=0.5)
+    assert made.strengths.retain.min() > 0.98

@@ -13,7 +13,7 @@ from rare import cases
 from tiny import cms_forward as forward
 from tiny import config, differentiable, model, read, tokens
 
-from nested_jax import PRESETS, LanguageModel, cms, preset
+from nested_jax import PRESETS, CMSConfig, LanguageModel, cms, preset
 from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
 from nested_jax.memory import SelfModifyingTitans, Titans, linear, reference
@@ -240,6 +240,22 @@ def test_presets_are_equal_in_parameters_within_a_size():
     assert all(sizes[size][0] == pytest.approx(count, rel=0.25) for size, count in nominal.items())
 
 
+def test_hope_by_the_papers_equations_reads_a_short_text():
+    """A chunk of 64 tokens, from random weights; nothing bounds what it learns from longer ones."""
+    made = dataclasses.replace(preset("tiny-hope-paper"), layers=2, cms=CMSConfig(hidden=(8,)))
+    net, weights = nnx.split(LanguageModel(made, rngs=nnx.Rngs(0)), nnx.Param)
+    text = jax.random.randint(jax.random.key(1), (1, 64), 0, made.vocabulary)
+
+    @jax.jit
+    def call(weights):
+        model = nnx.merge(net, weights)
+        return model(text, model.init_state(1))
+
+    logits, state = call(weights)
+    assert jnp.isfinite(logits).all()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize(
     ("mixer", "reading", "alignment"), [("self-modifying", 24, 48), ("titans", 12, 48), ("attention", 1, 16)]
 )
@@ -256,11 +272,15 @@ def test_options_reach_the_memory():
     assert made("huber", huber_threshold=0.3) == OmegaMemory(8, 2, "huber", window=1, chunk=4, threshold=0.3)
     assert made("gated-delta", max_rate=2.0) == linear.LinearMemory(8, 2, "gated-delta", 2.0, chunk=4)
     assert made("huber", max_rate=0.1, surprise=1.0) == OmegaMemory(8, 2, "huber", 1, max_rate=0.1, surprise=1.0, chunk=4)
-    fields = dict(retention="zero", errors="exact", step="normalised", read="before", surprise=1.5)
-    layer = made("self-modifying", erase="none", max_rate=0.5, targets="rms", rates="own", **fields)
-    own = dict(max_rate=0.5, targets="rms", rates="own", rule=Rule(erase="none", **fields))
+    fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5, damped=False)
+    own = dict(max_rate=0.5, targets="rms", rates="own", generated=("keys",))
+    layer = made("self-modifying", erase="memory", **own, **fields)
+    own["rule"] = Rule(erase="memory", **fields)
     assert layer == SelfModifyingTitans(8, 2, 3, chunk=4, **own)
-    assert made("titans", max_rate=0.5, **fields) == Titans(8, 2, 3, True, 0.5, Rule(erase="none", **fields), chunk=4)
+    rule = Rule(erase="none", **fields)
+    assert made("titans", max_rate=0.5, values="raw", **fields) == Titans(8, 2, 3, True, 0.5, rule, "raw", chunk=4)
+    assert made("delta", values="unit").normalises and not made("delta").normalises and made("oja").normalises
+    assert made("omega", values="raw").values == "raw"
     assert (made("self-modifying").rule.erase, made("titans").rule.erase) == ("layer", "none")
     for features in ("identity", "polynomial"):
         layer = made("omega", omega_window=3, omega_features=features)
