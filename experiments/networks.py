@@ -52,21 +52,32 @@ def network(name: str, vocabulary: int, width: int, layers: int, changes: dict[s
     Returns:
         Its functions.
     """
-    sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": 2, "memory_hidden": 16}
-    hope = ModelConfig(**sizes, **_HOPE, chunk=16, cms=_cms(2 * width, "hope"), tie_embeddings=False)
-    goal, fields = _count(_language_model(hope)), NETWORKS[name]
-    if fields is None:
-        return min((_lstm(vocabulary, n, layers) for n in range(4, 4 * width)), key=lambda one: abs(_count(one) - goal))
-    config = dataclasses.replace(hope, **{"mixer": "attention", **fields, **(changes or {})})
+    hope = config_of("hope, chunk 16", vocabulary, width, layers)
+    goal = _count(_language_model(hope))
+    nearest = lambda networks: min(networks, key=lambda one: abs(_count(one) - goal))
+    if NETWORKS[name] is None:
+        return nearest(_lstm(vocabulary, n, layers) for n in range(4, 4 * width))
+    config = config_of(name, vocabulary, width, layers, changes)
     if config.mixer == "self-modifying":
         return _language_model(config)
-    fitted = (_language_model(dataclasses.replace(config, cms=_cms(n, name))) for n in range(4, 8 * width, 2))
-    return min(fitted, key=lambda one: abs(_count(one) - goal))
+    return nearest(
+        _language_model(dataclasses.replace(config, cms=dataclasses.replace(config.cms, hidden=(n,))))
+        for n in range(4, 8 * width, 2)
+    )
 
 
-def _cms(hidden: int, name: str) -> CMSConfig:
-    """One level that does not learn in context: tasks are shorter than its periods."""
-    return CMSConfig(hidden=(hidden,), activation="gelu" if name.startswith("hope") else "swiglu")
+def config_of(name: str, vocabulary: int, width: int, layers: int, changes: dict[str, Any] | None = None) -> ModelConfig:
+    """The model of a name. Its CMS is one level that does not learn in context: tasks are shorter than its periods.
+
+    Args:
+        name, vocabulary, width, layers, changes: as of `network`, but no LSTM.
+
+    Returns:
+        The config, with a feed-forward width of twice the model's.
+    """
+    cms = CMSConfig(hidden=(2 * width,), activation="gelu" if name.startswith("hope") else "swiglu")
+    sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": 2, "memory_hidden": 16}
+    return ModelConfig(**sizes, cms=cms, tie_embeddings=False, **((NETWORKS[name] or {}) | (changes or {})))
 
 
 def _language_model(config: ModelConfig) -> Network:

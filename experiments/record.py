@@ -27,7 +27,20 @@ from matplotlib.figure import Figure
 from nested_jax.errors import UserError
 
 matplotlib.use("agg")
-LISTS = ("presets", "optimizers", "networks", "tasks", "forms", "chunks", "text_chunks", "rates", "further", "seeds")
+LISTS = (
+    "presets",
+    "optimizers",
+    "networks",
+    "tasks",
+    "forms",
+    "rows",
+    "exact",
+    "chunks",
+    "text_chunks",
+    "rates",
+    "further",
+    "seeds",
+)
 """Fields that say which runs to make; all others are about each run."""
 
 

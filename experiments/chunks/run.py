@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,25 +17,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
+from grid import in_bins
 from networks import network
 from record import each_once, finish, markdown, resume, spread
 from sequences import Training
 from sequences import run as train_network
+from text_run import BITS, held_out
 from timing import alternate
 
 from nested_jax import ModelConfig, preset
 from nested_jax.data.tasks import TASKS
 from nested_jax.models.language_model import apply, init_state, init_weights
-from nested_jax.train.config import TrainConfig
-from nested_jax.train.loop import train
-from nested_jax.train.record import read_rows
 
 RESULTS = Path(__file__).parent / "results"
-BITS = "heldout_bits_per_byte"
 
 
 def fields(form: str, chunk: int) -> dict[str, Any]:
@@ -47,28 +43,13 @@ def fields(form: str, chunk: int) -> dict[str, Any]:
 def run(config: settings.Config, form: str, chunk: int, task: str, seed: int) -> dict:
     """One form of Hope, trained on a task."""
     if task == "text":
-        return read_text(config, form, chunk, seed)
+        return held_out(dataclasses.replace(preset("tiny-hope"), **fields(form, chunk)), seed, config.text_steps)
     longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
     shortest = 64 if task == "mqar" else 2
     one = TASKS[task.split(" ")[0]]
     hope = network(f"hope, chunk {16}", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
     bins = [(shortest, longest)] if task == "mqar" else [(longest * i + 2, longest * (i + 1)) for i in range(3)]
     return train_network(hope, one, Training(config.steps, 16, shortest, longest, config.rate), bins, 256, seed)
-
-
-def read_text(config: settings.Config, form: str, chunk: int, seed: int) -> dict:
-    """The README's first command with another memory; held-out bits per byte."""
-    model = dataclasses.replace(preset("tiny-hope"), **fields(form, chunk))
-    with tempfile.TemporaryDirectory() as folder:
-        made = TrainConfig(
-            model=model, run_dir=folder, seed=seed, steps=config.text_steps, eval_every=0, sample_tokens=0,
-            reading_documents=0, checkpoint_every=config.text_steps,
-        )  # fmt: skip
-        train(made, Console(quiet=True))
-        rows = read_rows(Path(folder))
-    norms = [row["gradient_norm"] for row in rows if "gradient_norm" in row]
-    last = next(row for row in rows if BITS in row)
-    return {BITS: last[BITS], "norm": [float(np.median(norms)), max(norms)], "seconds": rows[-1].get("seconds")}
 
 
 def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
@@ -118,26 +99,17 @@ def rows_of(results: dict, **choices: Any) -> list[dict]:
     return [row for row in results["runs"] if choices.items() <= row.items()]
 
 
-def in_bins(rows: list[dict], key: str) -> str:
-    """Mean over seeds, and least, of each bin."""
-    if not rows:
-        return ""
-    found = np.array([row[key] for row in rows], float)
-    pairs = zip(found.mean(0), found.min(0), strict=True)
-    return " / ".join(f"{mean:.2f}" + (f" ({low:.2f})" if mean - low >= 0.005 else "") for mean, low in pairs)
-
-
 def table(results: dict) -> str:
     """Markdown: a row for each form and chunk."""
     config, cells = results["config"], []
     for form in config["forms"]:
         for chunk in config["chunks"]:
             of = lambda task: rows_of(results, form=form, chunk=chunk, task=task)  # noqa: B023
-            bits = [row[BITS] for row in of("text")]
+            bits = [row[BITS] for row in of("text") if row[BITS]]
             norms = [row["norm"][1] for task in config["tasks"] for row in of(task) if row["norm"][1] is not None]
             cells.append(
-                [form, str(chunk), in_bins(of("parity"), "right"), in_bins(of("parity to 150"), "right")]
-                + [in_bins(of("mqar"), "labels"), spread(bits) if bits else ""]
+                [form, str(chunk), *(in_bins([row["right"] for row in of(task)]) for task in ("parity", "parity to 150"))]
+                + [in_bins([row["labels"] for row in of("mqar")]), spread(bits) if bits else ""]
                 + [f"{max(norms):.3g}" if norms else "", f"{1e3 * results['speeds'][form][str(chunk)]:.0f}"]
             )
     heads = ("errors, step", "chunk", "parity 2-50 / 52-100 / 102-150", "trained to 150: 2-150 / 152-300 / 302-450")

@@ -6,6 +6,7 @@ The recurrence's own slow twin is `recurrence.tokenwise`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -102,11 +103,17 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
     return project_out(weights, y[None], x.dtype)[0]
 
 
-def self_modifying_titans(layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise."""
+def self_modifying_titans(
+    layer: SelfModifyingTitans, weights: PyTree, x: Float[Array, "T D"], periods: Mapping[str, int] | None = None
+) -> Float[Array, "T D"]:
+    """The same layer for one sequence from its start, token by token: the slow twin, with `jax.vjp` for the surprise.
+
+    `periods` gives some memories a number of tokens between two refreshes of their own: what they make, and their errors,
+    are no older than that.
+    """
     (*makers, _), rule = layer.memories, layer.rule
     names = layer.memories
-    period = {name: layer.chunk if name == "memory" else layer.period for name in names}
+    period = {name: layer.chunk if name == "memory" else layer.period for name in names} | dict(periods or {})
 
     x = _convolve(weights["taps"], x)
     heads = lambda y: y.reshape(len(x), layer.heads, -1)

@@ -1,0 +1,91 @@
+"""The paper's ablation: `python experiments/ablation/run.py` writes results/ablation.*."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+
+import config as settings
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from grid import in_bins
+from networks import network
+from record import each_once, finish, markdown, resume, spread
+from sequences import Training
+from sequences import run as train_network
+from text_run import BITS, held_out
+
+from nested_jax import preset
+from nested_jax.data.tasks import TASKS
+
+RESULTS = Path(__file__).parent / "results"
+BINS = ((2, 50), (52, 100), (102, 150))
+
+
+def run(config: settings.Config, row: str, task: str, seed: int) -> dict:
+    """One row's model, trained on text or parity."""
+    changes = settings.ROWS[row]
+    if task == "text":
+        return held_out(dataclasses.replace(preset("tiny-hope"), **changes), seed, config.text_steps)
+    hope = preset("tiny-hope")
+    defaults = {name: getattr(hope, name) for name in ("errors", "step", "rates", "momentum")} | {"chunk": config.chunk}
+    changes = {name: value for name, value in changes.items() if name != "cms"}
+    made = network("hope, chunk 16", 2, 32, 2, defaults | changes)
+    return train_network(made, TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), BINS, 256, seed)
+
+
+def rows_of(results: dict, row: str, task: str) -> list[dict]:
+    """The runs of a row on a task."""
+    return [one for one in results["runs"] if one["row"] == row and one["task"] == task]
+
+
+def table(results: dict) -> str:
+    """Markdown: held-out bits per byte and their difference from Hope's, seed by seed; parity; the paper's perplexities."""
+    base, cells = {one["seed"]: one[BITS] for one in rows_of(results, "hope", "text")}, []
+    for row in results["config"]["rows"]:
+        runs = [one for one in rows_of(results, row, "text") if one[BITS]]
+        bits = [one[BITS] for one in runs]
+        more = [one[BITS] - base[one["seed"]] for one in runs if base.get(one["seed"])]
+        norms = [one["norm"][1] for task in ("text", "parity") for one in rows_of(results, row, task) if one["norm"][1]]
+        cells.append(
+            [row, spread(bits) if bits else "", spread(more, sign="+") if more and row != "hope" else ""]
+            + [in_bins([one["right"] for one in rows_of(results, row, "parity")]), f"{max(norms):.3g}" if norms else ""]
+            + [f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else ""]
+        )
+    heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")
+    counts = [len({one["seed"] for one in results["runs"] if one["task"] == task}) for task in ("text", "parity")]
+    note = (
+        f"Text: mean ± standard deviation of {counts[0]} seeds. Parity: wholly right sequences, mean (least) of {counts[1]}."
+    )
+    return "\n".join([*markdown((*heads, "paper's perplexity"), cells), "", note]) + "\n"
+
+
+def figure(results: dict) -> Figure:
+    """Bits per byte on text, a point for each seed."""
+    rows = results["config"]["rows"]
+    fig, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    for y, row in enumerate(rows):
+        bits = [one[BITS] for one in rows_of(results, row, "text") if one[BITS]]
+        axes.plot(bits, np.full(len(bits), y), "o", color="C0", alpha=0.6)
+    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="held-out bits per byte")
+    axes.invert_yaxis()
+    return fig
+
+
+def main() -> None:
+    config = flags.parse(settings.Config)
+    path = RESULTS / "ablation"
+    results = resume(path, config)
+    choices = ({"row": r, "task": t, "seed": s} for s in config.seeds for t in ("parity", "text") for r in config.rows)
+    each_once(path, results, partial(run, config), choices, config.jobs)
+    finish(path, results, table(results), figure(results))
+
+
+if __name__ == "__main__":
+    flags.run(main)

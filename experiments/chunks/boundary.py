@@ -1,0 +1,148 @@
+"""What the quantities that are as old as the chunk cost: `python experiments/chunks/boundary.py` writes results/boundary.*.
+
+With exact errors and chunk C, five things of self-modifying Titans are still those of the last chunk boundary: the first
+layer of the main memory (its error and its input's features), and what the memories of keys, values, rates and retention
+make and learn. In the token loop each is refreshed at every token, alone, with the others left at the boundary.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from flags import Seeds
+from networks import Network, config_of
+from record import each_once, finish, markdown, resume
+from sequences import Training
+from sequences import run as train
+
+from nested_jax import cms
+from nested_jax.checks import Count, Positive
+from nested_jax.data.tasks import TASKS
+from nested_jax.memory.reference import self_modifying_titans
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.models.block import sequence_layer
+from nested_jax.models.language_model import embed, head, init_weights
+from nested_jax.numerics import rms_norm
+
+RESULTS = Path(__file__).parent / "results"
+EXACT = {
+    "nothing more": (),
+    "main memory's first layer": ("memory",),
+    "keys": ("keys",),
+    "values": ("values",),
+    "rates": ("rates",),
+    "retention": ("retention",),
+    "all": ("memory", "keys", "values", "rates", "retention"),
+}
+"""Memories that are refreshed at every token."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parity with each quantity of the chunk boundary made exact alone."""
+
+    exact: tuple[str, ...] = tuple(EXACT)
+    """What is made exact."""
+    chunks: tuple[Count, ...] = (16, 64)
+    """Chunk lengths of all else."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the parameters and of the training sequences."""
+    steps: Count = 400
+    """Updates."""
+    rate: Positive = 0.01
+    """Learning rate."""
+    jobs: Count = 2
+    """Runs at a time, each in a process of its own."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+    def __post_init__(self):
+        flags.check(self, "exact", "chunks", "seeds")
+        flags.check_known(self, "exact", EXACT)
+
+
+def token_loop(exact: str, chunk: int) -> Network:
+    """Hope with exact errors, its memories as a loop over tokens."""
+    config = config_of("hope exact, chunk 16", 2, 32, 2, {"chunk": chunk})
+    layer = sequence_layer(config)
+    assert isinstance(layer, SelfModifyingTitans)
+    mixer = partial(self_modifying_titans, layer, periods=dict.fromkeys(EXACT[exact], 1))
+
+    def logits(params, tokens):
+        x = embed(config, params, tokens)
+        for i in range(config.layers):
+            block = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
+            x = x + jax.vmap(mixer, (None, 0))(block["mixer"], rms_norm(block["norm"], x))
+            x = cms.apply(config.cms, block["cms"], (), x)
+        return head(config, params, x)
+
+    return Network(partial(init_weights, config), logits)
+
+
+def run(config: Config, exact: str, chunk: int, seed: int) -> dict[str, Any]:
+    """One network, trained on lengths 2-50 and tested in three bins."""
+    bins = [(2, 50), (52, 100), (102, 150)]
+    return train(token_loop(exact, chunk), TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), bins, 128, seed)
+
+
+def rows_of(results: dict, **choices: Any) -> list[dict]:
+    """The runs of these choices."""
+    return [row for row in results["runs"] if choices.items() <= row.items()]
+
+
+def table(results: dict) -> str:
+    """Markdown: wholly right sequences in three bins, a row for what is exact."""
+    config, cells = results["config"], []
+    for exact in config["exact"]:
+        line = [exact]
+        for chunk in config["chunks"]:
+            rows = rows_of(results, exact=exact, chunk=chunk)
+            mean, least = (of([row["right"] for row in rows], 0) for of in (np.mean, np.min))
+            line.append(" / ".join(f"{m:.2f} ({low:.2f})" for m, low in zip(mean, least, strict=True)))
+            line.append(f"{max(row['norm'][1] for row in rows):.3g}")
+        cells.append(line)
+    heads = [
+        head for chunk in config["chunks"] for head in (f"chunk {chunk}: 2-50 / 52-100 / 102-150", "largest gradient norm")
+    ]
+    note = f"Wholly right sequences, mean (least) of seeds {', '.join(map(str, config['seeds']))}."
+    return "\n".join([*markdown(("exact at every token", *heads), cells), "", note]) + "\n"
+
+
+def figure(results: dict) -> Figure:
+    """Right sequences of 52-100 tokens, a point for each seed."""
+    config = results["config"]
+    fig, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for i, chunk in enumerate(config["chunks"]):
+        for y, exact in enumerate(config["exact"]):
+            right = [row["right"][1] for row in rows_of(results, exact=exact, chunk=chunk)]
+            label = f"chunk {chunk}" if y == 0 else None
+            axes.plot(right, np.full(len(right), y + 0.15 * i), "o", color=f"C{i}", alpha=0.6, label=label)
+    axes.set(
+        yticks=range(len(config["exact"])), yticklabels=config["exact"], xlabel="wholly right sequences of 52-100 tokens"
+    )
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    return fig
+
+
+def main() -> None:
+    config = flags.parse(Config)
+    results = resume(RESULTS / "boundary", config)
+    choices = ({"exact": e, "chunk": c, "seed": s} for s in config.seeds for c in config.chunks for e in config.exact)
+    each_once(RESULTS / "boundary", results, partial(run, config), choices, config.jobs)
+    finish(RESULTS / "boundary", results, table(results), figure(results))
+
+
+if __name__ == "__main__":
+    flags.run(main)

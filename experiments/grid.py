@@ -1,0 +1,126 @@
+"""Networks by tasks by seeds: the rate of each network is chosen on the first task, on a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from record import each_once, markdown
+
+
+def measure(path: Path, config: Any, results: dict, run: Callable[..., dict]) -> dict:
+    """All runs: the tries of every rate, then each task with the best one.
+
+    Args:
+        path: of the results.
+        config: with networks, tasks, seeds, rates, tuning_seed and jobs.
+        results: so far.
+        run: (name, task, rate, seed) -> a row of `sequences.run`.
+
+    Returns:
+        The results.
+    """
+    first, *_ = config.tasks
+    seeds = {config.tuning_seed: config.rates}
+    make = lambda choices: each_once(path, results, run, choices, config.jobs)
+    make(
+        {"name": name, "task": first, "rate": rate, "seed": seed}
+        for seed, rates in seeds.items()
+        for name in config.networks
+        for rate in rates
+    )
+    best = {name: chosen(results, name) for name in config.networks}
+    make(
+        {"name": name, "task": task, "rate": best[name], "seed": seed}
+        for task in config.tasks
+        for seed in config.seeds
+        for name in config.networks
+    )
+    return results
+
+
+def chosen(results: dict, name: str) -> float:
+    """The rate with the most right sequences, then labels, then the least loss, on the tuning seed."""
+    seed = results["config"]["tuning_seed"]
+    tries = [row for row in results["runs"] if row["name"] == name and row["seed"] == seed]
+    return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -(row["loss"][-1] or np.inf)))["rate"]
+
+
+def rows_of(results: dict, name: str, task: str) -> list[dict]:
+    """The runs of a network on a task, on the test seeds."""
+    one = {"name": name, "task": task, "rate": chosen(results, name)}
+    return [row for row in results["runs"] if one.items() <= row.items() and row["seed"] in results["config"]["seeds"]]
+
+
+def tasks_of(results: dict) -> list[str]:
+    """The tasks that have runs."""
+    config = results["config"]
+    return [task for task in config["tasks"] if any(rows_of(results, name, task) for name in config["networks"])]
+
+
+def table(results: dict, key: str) -> list[str]:
+    """Markdown: a row for each network, a column for each task, in a cell the mean (least) of each bin.
+
+    Args:
+        results: of `measure`.
+        key: "right", wholly right sequences, or "labels".
+
+    Returns:
+        Its lines.
+    """
+    networks, tasks = results["config"]["networks"], tasks_of(results)
+    cell = lambda name, task: in_bins([row[key] for row in rows_of(results, name, task)])
+    return markdown(
+        ("network", "rate", *tasks),
+        [[name, f"{chosen(results, name):g}", *(cell(name, task) for task in tasks)] for name in networks],
+    )
+
+
+def each_seed(results: dict, task: str, bins: Sequence[tuple[int, int]], key: str) -> list[str]:
+    """Markdown: every run of a task, with its gradient norms, parameters and seconds."""
+    rows = [
+        [name, str(row["seed"]), *(f"{x:.3f}" for x in row[key]), f"{row['loss'][-1] or np.nan:.2g}"]
+        + ["{:.2g}, {:.3g}".format(*(norm or np.nan for norm in row["norm"]))]
+        + [f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
+        for name in results["config"]["networks"]
+        for row in rows_of(results, name, task)
+    ]
+    lengths = (f"{shortest}-{longest}" for shortest, longest in bins)
+    return markdown(("network", "seed", *lengths, "loss", "gradient norm: median, largest", "parameters", "s"), rows)
+
+
+def in_bins(found: Sequence[Sequence[float]]) -> str:
+    """Mean of each bin, and the least where it is lower; empty without runs.
+
+    >>> in_bins([[1.0, 0.5], [1.0, 0.25]])
+    '1.00 / 0.38 (0.25)'
+    """
+    if not len(found):
+        return ""
+    bins = zip(np.mean(found, 0), np.min(found, 0), strict=True)
+    return " / ".join(f"{mean:.2f}" + (f" ({least:.2f})" if mean - least >= 0.005 else "") for mean, least in bins)
+
+
+def figure(results: dict, key: str, ticks: Sequence[str], label: str) -> Figure:
+    """Mean over seeds by bin, a panel for each task."""
+    networks, tasks = results["config"]["networks"], tasks_of(results)
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (2.9 * columns + 2.4, 2.5 * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for task, ax in zip(tasks, axes.flat, strict=False):
+        for i, name in enumerate(networks):
+            if found := [row[key] for row in rows_of(results, name, task)]:
+                style = "o-" if name.startswith("hope exact") else ".--"
+                ax.plot(range(len(found[0])), np.mean(found, 0), style, color=plt.cm.tab20(i), label=name)
+        ax.set(title=task, xticks=range(len(ticks)), xticklabels=ticks, ylim=(-0.05, 1.05))
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_axis_off()
+    fig.supylabel(label)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right upper", frameon=False)
+    return fig

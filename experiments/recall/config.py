@@ -1,0 +1,78 @@
+"""The config of recall/run.py; its fields are the flags."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_jax.checks import Count
+from nested_jax.data.tasks import MQAR, TASKS, Task
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from flags import Counts, Rates, Seed, Seeds
+from networks import NETWORKS
+
+PAIRS: dict[str, Task] = {f"mqar, {pairs} pairs": MQAR(pairs=pairs, vocabulary=256) for pairs in (4, 8, 16, 32, 64)}
+MAD: dict[str, Task] = {name: task for name, task in TASKS.items() if name.startswith("mad-")}
+RECALL: dict[str, Task] = {**PAIRS, **MAD, "passkey": TASKS["passkey"]}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train networks on recall: MQAR, the six MAD tasks, a passkey at up to 64 times the trained length."""
+
+    networks: tuple[str, ...] = (
+        "hope exact, chunk 16",
+        "hope exact, chunk 64",
+        "hope, chunk 16",
+        "hope, chunk 64",
+        "titans, chunk 16",
+        "gated-delta, rates to 2",
+        "gated-delta",
+        "transformer",
+        "lstm",
+    )
+    """Names of `networks.NETWORKS`."""
+    tasks: tuple[str, ...] = tuple(RECALL)
+    """Names of `RECALL`."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the parameters and of the training sequences."""
+    rates: Rates = (0.003, 0.01)
+    """Learning rates that every network tries on the first task, with the tuning seed."""
+    tuning_seed: Seed = 100
+    """Seed of the tries."""
+    steps: Count = 1500
+    """Updates."""
+    batch_size: Count = 32
+    """Sequences of an update."""
+    width: Count = 64
+    """Width of the models."""
+    layers: Count = 2
+    """Blocks."""
+    multiples: Counts = (1, 4, 16, 64)
+    """Lengths that a passkey is read at, in multiples of the trained one, 128."""
+    sequences: Count = 128
+    """Test sequences."""
+    jobs: Count = 2
+    """Runs at a time, each in a process of its own."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+    def __post_init__(self):
+        flags.check(self, "networks", "tasks", "seeds", "rates", "multiples")
+        flags.check_known(self, "networks", NETWORKS)
+        flags.check_known(self, "tasks", RECALL)
+        flags.check_rising(self, "multiples")
+
+    def lengths(self, task: str) -> tuple[int, int]:
+        """Shortest and longest sequence in training."""
+        one = RECALL[task]
+        longest = max(64, 4 * one.pairs) if isinstance(one, MQAR) else 128
+        return longest, longest
+
+    def bins(self, task: str) -> tuple[tuple[int, int], ...]:
+        """Lengths of the test sequences."""
+        shortest, longest = self.lengths(task)
+        return tuple((n * longest, n * longest) for n in self.multiples) if task == "passkey" else ((shortest, longest),)

@@ -1,0 +1,144 @@
+"""Small runs of formal_languages, recall, chunks and ablation; networks are of equal size and learn what they are given."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scripts
+
+from nested_jax.data.tasks import TASKS
+
+FOLDER = "formal_languages"
+
+
+@pytest.mark.parametrize("name", ["hope exact, chunk 16", "titans, chunk 16", "gated-delta", "transformer", "lstm"])
+def test_networks_are_of_equal_size_and_causal(load, name):
+    """Within 2 % of Hope's parameters; a label depends on no later token."""
+    networks = load("networks")
+    count = lambda name: networks._count(networks.network(name, 4, 32, 2))
+    assert abs(count(name) / count("hope, chunk 16") - 1) < 0.02
+    made = networks.network(name, 4, 8, 1)
+    params = jax.jit(made.init)(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 4)
+    logits = jax.jit(made.logits)
+    before, after = logits(params, tokens), logits(params, tokens.at[:, 7].add(1) % 4)
+    np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-6)
+    assert (np.abs(before[:, 7] - after[:, 7]).max(-1) > 1e-6).all()
+
+
+def test_a_run_learns_and_is_scored(load):
+    """A labelled token that is its own label is learned; scores are those of the test sequences alone."""
+    sequences, networks = load("sequences"), load("networks")
+    task = TASKS["abab-star"]
+    row = sequences.run(
+        networks.network("lstm", 4, 16, 1), task, sequences.Training(150, 8, 4, 12, 0.03), [(4, 12), (16, 24)], 32, seed=0
+    )
+    assert row["right"] == (1.0, 1.0) and row["labels"] == (1.0, 1.0)
+    assert row["loss"][0] > 10 * row["loss"][-1] > 0 and row["norm"][1] >= row["norm"][0] > 0
+    untrained = sequences.run(
+        networks.network("lstm", 4, 16, 1), task, sequences.Training(1, 8, 4, 12, 0.0), [(4, 12)], 32, seed=0
+    )
+    assert untrained["right"][0] < 0.5
+
+
+@pytest.mark.parametrize(
+    "folder, flags",
+    [
+        ("formal_languages", "--networks lstm transformer --tasks parity s3 --longest 6 --steps 3 --sequences 8"),
+        ("recall", "--networks lstm --tasks mad-recall passkey --multiples 1 2 --steps 2 --sequences 4 --width 8"),
+    ],
+)
+def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, flags):
+    """Each cell once; the table has the mean of the seeds at the rate chosen on the tuning seed."""
+    module = load("run", folder)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / folder / "results")
+    (tmp_path / folder).mkdir()
+    words = [
+        *flags.split(),
+        "--seeds",
+        "0",
+        "1",
+        "--rates",
+        "0.01",
+        "0.1",
+        "--batch-size",
+        "2",
+        "--layers",
+        "1",
+        "--jobs",
+        "1",
+    ]
+    monkeypatch.setattr("sys.argv", ["run.py", *words])
+    in_this_process(monkeypatch, load("record", folder))
+    module.main()
+    path = tmp_path / folder / "results" / f"{folder}.json"
+    results = json.loads(path.read_text())
+    names, tasks = results["config"]["networks"], results["config"]["tasks"]
+    assert len(results["runs"]) == len(names) * (2 + 2 * len(tasks))
+    grid = load("grid", folder)
+    for name in names:
+        tries = [row for row in results["runs"] if row["name"] == name and row["seed"] == 100]
+        best = max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -row["loss"][-1]))
+        assert grid.chosen(results, name) == best["rate"]
+        assert all(len(grid.rows_of(results, name, task)) == 2 for task in tasks)
+    before = path.read_text()
+    monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("a finished run was made again"))
+    module.main()
+    assert path.read_text() == before
+    assert path.with_suffix(".md").read_text().count("| lstm |") >= 1 + 2
+
+
+def in_this_process(monkeypatch, record):
+    """Runs are made in this process, where they find what the test has changed."""
+    from concurrent.futures import Future
+
+    class Here:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, run, **choices):
+            done = Future()
+            done.set_result(run(**choices))
+            return done
+
+    monkeypatch.setattr(record, "ProcessPoolExecutor", Here)
+
+
+def test_the_token_loop_of_boundary_quantities_is_the_layer(load):
+    """With nothing more exact it is the chunked model; each quantity made exact changes it after the first boundary only."""
+    boundary, networks = load("boundary", "chunks"), load("networks", "chunks")
+    fast = networks.network("hope exact, chunk 4", 2, 32, 2)
+    params = jax.jit(fast.init)(jax.random.key(0))
+    params = jax.tree.map(lambda w: w + 0.05 * jax.random.normal(jax.random.key(1), w.shape), params)
+    tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 2)
+    expected = jax.jit(fast.logits)(params, tokens)
+    for exact in boundary.EXACT:
+        found = jax.jit(boundary.token_loop(exact, 4).logits)(params, tokens)
+        difference = jnp.abs(found - expected).max((0, 2))
+        if exact == "nothing more":
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+        else:
+            assert difference[0] < 2e-5 < difference[1:].max(), exact
+
+
+def test_rows_of_the_ablation_are_models(load):
+    """Every row is a config of its own, of about as many parameters."""
+    settings = load("config", "ablation")
+    networks = load("networks", "ablation")
+    base = networks.config_of("hope, chunk 16", 2, 32, 2)
+    made = {}
+    for row, changes in settings.ROWS.items():
+        config = networks.config_of("hope, chunk 16", 2, 32, 2, {k: v for k, v in changes.items() if k != "cms"})
+        made[row] = config
+        size = networks._count(networks._language_model(config))
+        assert abs(size / networks._count(networks._language_model(base)) - 1) < 0.3, row
+    assert settings.PAPER.keys() <= settings.ROWS.keys()
+    assert scripts.EXPERIMENTS.joinpath("ablation", "run.py").exists()
