@@ -46,15 +46,22 @@ class Costs(NamedTuple):
 
 
 def draw(
-    folder: Path, label: str, *, noisy: dict[str, Points], curves: dict[str, Points], levels: dict[str, float] | None = None
+    folder: Path,
+    label: str,
+    *,
+    curves: dict[str, Points],
+    noisy: dict[str, Points] | None = None,
+    dashed: dict[str, Points] | None = None,
+    levels: dict[str, float] | None = None,
 ) -> None:
     """Writes loss.png: numbers over steps.
 
     Args:
         folder: the run folder.
         label: what the numbers are.
-        noisy: (step, number) by name, which are smoothed too.
-        curves: the same, drawn as they are.
+        curves: (step, number) by name.
+        noisy: the same, drawn faintly and smoothed.
+        dashed: the same, in the colors of the curves.
         levels: numbers to compare with, by name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,15 +69,16 @@ def draw(
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes, colors = figure.add_subplot(xlabel="step", ylabel=label), (f"C{i}" for i in range(10**6))
-    for name, points in noisy.items():
+    axes, noisy, dashed = figure.add_subplot(xlabel="step", ylabel=label), noisy or {}, dashed or {}
+    for i, (name, points) in enumerate(noisy.items()):
         if points:
-            (steps, values), color = zip(*points, strict=True), next(colors)
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(values), color=color, label=f"{name}, smoothed")
-    for name, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=next(colors), label=name)
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(values), color=f"C{i}", label=f"{name}, smoothed")
+    for lines, style in ((curves, "o-"), (dashed, "o--")):
+        for i, (name, points) in enumerate(lines.items(), len(noisy)):
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=name)
     for (name, value), dashes in zip((levels or {}).items(), (":", "--", "-.", "-"), strict=False):
         axes.axhline(value, color="gray", linestyle=dashes, label=f"{name} {value:.2f}")
     axes.legend()

@@ -99,12 +99,12 @@ class TaskSource:
     def report(self, folder: Path, params: PyTree, rows: list[dict[str, Any]], targets: int) -> report.Outcome:
         """As `Source.report`."""
         measured = [row for row in rows if "heldout_loss" in row]
-        curves: dict[str, report.Points] = {}
+        labels_right, sequences_right = {}, {}
         for row in measured:
             for (a, b), labels, whole in self._scores.table(row):
-                curves.setdefault(f"labels, {a} to {b}", []).append((row["step"], labels))
-                curves.setdefault(f"sequences, {a} to {b}", []).append((row["step"], whole))
-        report.draw(folder, "right", noisy={}, curves=curves)
+                labels_right.setdefault(f"labels, {a} to {b}", []).append((row["step"], labels))
+                sequences_right.setdefault(f"sequences, {a} to {b}", []).append((row["step"], whole))
+        report.draw(folder, "share that is right", curves=labels_right, dashed=sequences_right)
         table = self._scores.table(measured[-1])
         lines = [f"| {a:,} to {b:,} | {labels:.1%} | {whole:.1%} |" for (a, b), labels, whole in table]
         results = f"""\
@@ -114,8 +114,8 @@ Held-out sequences of the trained lengths: **{table[0][1]:.1%} of labels right**
 |---|---:|---:|
 {chr(10).join(lines)}
 
-{self._config.eval_sequences:,} sequences of each row; a sequence is right where all its labels are. The loss at the trained
-lengths is {measured[-1]["heldout_loss"]:.3f} nats per label.
+{self._config.eval_sequences:,} sequences a row; one is right where all its labels are.
+The loss at the trained lengths is {measured[-1]["heldout_loss"]:.3f} nats per label.
 
 ![right labels and sequences over steps]({report.FIGURE})"""
         return report.Outcome(f"{self._config.task}", results, f"{targets:,}", self.unit)

@@ -21,6 +21,7 @@ from nested_jax.typing import Array, Float, Int, PyTree
 
 _ROWS = 16  # sequences in a call, where batches are smaller
 _SEED = 2**32  # above those of training
+_SLOT_BYTES = 100  # most that drawing a sequence takes for each of its slots
 
 
 class TaskScores:
@@ -42,6 +43,7 @@ class TaskScores:
         self._number, self._rows = config.eval_sequences, min(max(config.batch_size, _ROWS), config.eval_sequences)
         activations = 4 * self._rows * 3 * window * (model.vocabulary + model.layers * model.width)
         assert_fits(f"{self._rows} sequences of {3 * window}", activations)
+        assert_fits(f"--eval-sequences {self._number} of {3 * window}", _SLOT_BYTES * self._number * 3 * window)
         self._sets = [
             own.sample(np.random.default_rng((_SEED, i)), self._number, shortest, longest)
             for i, (shortest, longest) in enumerate(self.lengths)

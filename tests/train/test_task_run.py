@@ -1,5 +1,6 @@
 """A run on a synthetic task: trained, stopped and resumed, evaluated from its folder; what does not go with it."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -139,6 +140,9 @@ def test_scores_are_those_of_each_sequence_read_alone(config):
         if n == 1:
             nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
             assert row["heldout_loss"] == pytest.approx(float((nats * batch.weights).sum() / batch.weights.sum()), rel=1e-4)
+    for sizes in ({"eval_sequences": 10**12}, {"window": 10**12}):
+        with pytest.raises(UserError, match="needs .* GB, more than this machine has"):
+            TaskScores(dataclasses.replace(config, **sizes))
     stops = itertools.count()
     assert scores.measure(params, stop=lambda: next(stops) == 3) is None
 
