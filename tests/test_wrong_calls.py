@@ -301,6 +301,7 @@ OPTIMIZERS = [
     (lambda: optim.adagrad_memory(0.1, "fulll"), "'fulll' is unknown: give one of diagonal, full"),
     (lambda: optim.delta_momentum(0.1, erase=-0.1), "erase -0.1 is out of range: give a number"),
     (lambda: optim.deep_momentum(0.1, objective="l3"), "'l3' is unknown: give one of"),
+    (lambda: optim.deep_momentum(0.1, retention="start"), "'start' is unknown: give one of"),
     (lambda: optim.deep_momentum(0.1, hidden=0), "hidden 0 is out of range: give a whole number"),
     (lambda: optim.m3(0.1, slow_period=0), "slow_period 0 is out of range: give a whole number"),
     (lambda: optim.m3(0.1, steps=2.5), "steps 2.5.*: give"),

@@ -109,6 +109,7 @@ def scale_by_deep_momentum(
     objective: Literal["dot", "l2"] = "dot",
     target: Callable[[Array], Array] | None = None,
     scale: Literal["gradient", "rms"] = "gradient",
+    retention: Literal["initial", "zero"] = "initial",
     hidden: int | None = None,
     seed: int = 0,
     start: PyTree | None = None,
@@ -127,11 +128,13 @@ def scale_by_deep_momentum(
     momentum (1 - decay) sum_s decay^s g.
 
     Args:
-        decay: share of the learned change w - start kept each step, in [0, 1]; below 1 if there are other leaves.
+        decay: share of the learned change w - start kept each step, in [0, 1]; below 1 if there are other leaves. With 1
+            nothing decays.
         rate: learning rate of the memories, at least 0. Keys and targets have unit scale for any scale of the loss.
         objective: dot product or squared error.
         target: P, of normalised gradients (..., in, out), such as `newton_schulz`. None: P(u) = u.
         scale: size of the update: the gradient's norm, or a root mean square of 1.
+        retention: decay to the start, or of the weights themselves to zero, as in the paper: w <- decay w - rate grad_w.
         hidden: width F of the default start. None: that of `deep_momentum_start`.
         seed: of the default start.
         start: `DeepMemory` of every matrix and None of other leaves, as of `deep_momentum_start`; may be meta-learned.
@@ -159,6 +162,7 @@ def scale_by_deep_momentum(
     check_functions("deep_momentum", target=target)
     assert_choice("deep_momentum: objective", objective, ("dot", "l2"))
     assert_choice("deep_momentum: scale", scale, ("gradient", "rms"))
+    assert_choice("deep_momentum: retention", retention, ("initial", "zero"))
 
     def init(params):
         if not isinstance(decay, Tracer) and decay == 1:
@@ -189,6 +193,7 @@ def scale_by_deep_momentum(
             return jnp.sum(each) / count
 
         step = lambda w, w0, slope: w0 + decay * (w - w0) - rate * slope
+        first = first if retention == "initial" else jax.tree.map(jnp.zeros_like, first)
         memory = jax.tree.map(step, memory, first, jax.grad(loss)(memory))
         out = jnp.swapaxes(forward(memory, keys), -2, -1) * count**-0.5
         rms = safe_norm(out, (-2, -1)) * (out.shape[-2] * out.shape[-1]) ** -0.5
@@ -256,6 +261,7 @@ def deep_momentum(
     objective: Literal["dot", "l2"] = "dot",
     target: Callable[[Array], Array] | None = None,
     scale: Literal["gradient", "rms"] = "gradient",
+    retention: Literal["initial", "zero"] = "initial",
     hidden: int | None = None,
     seed: int = 0,
     start: PyTree | None = None,
@@ -267,7 +273,8 @@ def deep_momentum(
 
     Args:
         learning_rate: a number or a schedule.
-        decay, rate, objective, target, scale, hidden, seed, start, dimension_numbers: as of `scale_by_deep_momentum`.
+        decay, rate, objective, target, scale, retention, hidden, seed, start, dimension_numbers: as of
+            `scale_by_deep_momentum`.
 
     Returns:
         An optimizer of parameters of any shapes; kernels are (in, out).
@@ -287,7 +294,7 @@ def deep_momentum(
     """
     check("deep_momentum", learning_rate=learning_rate)
     rule = scale_by_deep_momentum(
-        decay, rate, objective=objective, target=target, scale=scale, hidden=hidden, seed=seed, start=start,
-        dimension_numbers=dimension_numbers,
+        decay, rate, objective=objective, target=target, scale=scale, retention=retention, hidden=hidden, seed=seed,
+        start=start, dimension_numbers=dimension_numbers,
     )  # fmt: skip
     return at_rate(rule, learning_rate)

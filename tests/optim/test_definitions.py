@@ -195,15 +195,16 @@ def test_delta_momentum_in_the_papers_orientation(x64, normalize):
     np.testing.assert_allclose(got["b"], memory["b"], rtol=1e-10)
 
 
-@pytest.mark.parametrize("objective", ["dot", "l2"])
-def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
+@pytest.mark.parametrize(("objective", "retention"), [("dot", "initial"), ("l2", "initial"), ("dot", "zero")])
+def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective, retention):
     """A plain loop: keys are a kernel's columns, one at a time; targets orthogonal; the memory is an MLP and learns."""
     gradients, decay, rate = normal(0, 4, 5, 3), 0.8, 0.4
     start = {"up": normal(1, 5, 6), "down": 0.3 * normal(2, 6, 5)}
     m = lambda w, z: z + jax.nn.gelu(z @ w["up"]) @ w["down"] / jnp.sqrt(6.0)
     rule = optim.scale_by_deep_momentum(
-        decay, rate, objective=objective, target=newton_schulz, start={"k": optim.DeepMemory(**start), "v": None}
-    )
+        decay, rate, objective=objective, target=newton_schulz, retention=retention,
+        start={"k": optim.DeepMemory(**start), "v": None},
+    )  # fmt: skip
     params = {"k": gradients[0], "v": gradients[0][0]}
     updates, _, state = trajectory(rule, params, [{"k": g, "v": g[0]} for g in gradients])
 
@@ -219,7 +220,8 @@ def test_deep_momentum_is_gradient_descent_on_its_own_objective(x64, objective):
             return total / 3
 
         slope = jax.grad(loss)(memory)
-        memory = {k: start[k] + decay * (memory[k] - start[k]) - rate * slope[k] for k in memory}
+        origin = start if retention == "initial" else {"up": 0.0, "down": 0.0}
+        memory = {k: origin[k] + decay * (memory[k] - origin[k]) - rate * slope[k] for k in memory}
         out = jnp.stack([m(memory, jnp.sqrt(3.0) * u[:, i]) for i in range(3)], 1)
         return memory, out / jnp.sqrt(3.0) * jnp.linalg.norm(g)
 
