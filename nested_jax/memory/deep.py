@@ -4,7 +4,7 @@
 
 Each layer is one linear map of `recurrence`, with its own input: z for W_2 and h = silu(W_2 z) for W_1. Inputs and errors
 are taken at the last chunk boundary (the snapshot), W_1's error at its exact weights if so chosen; reads see the exact
-weights inside the chunk.
+weights inside the chunk, W_2's by choice those of the boundary.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Rule:
             expand.
         retention: where decay leads, to zero or to the learned start; "none": alpha = 1, its gate has no effect.
         read: "after" or "before" the token's own write; "boundary": from the weights at the last chunk boundary.
+        features: by which weights of the first layer the second one is read: "token", those that `read` says; "boundary",
+            those of the last chunk boundary, by which it is written. Inside a chunk the second layer is then a linear memory
+            of features that stand still. With "token" a model can track state by the first layer, whose errors are as old as
+            the chunk, and loses it at boundaries that training did not see.
         surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
             for the second layer that is Huber's objective in place of the square (MIRAS). The default is the largest
             distance of two unit vectors; infinity clips nothing. Errors are as old as the chunk: on a run of equal keys both
@@ -95,6 +99,7 @@ class Rule:
     read: Literal["after", "before", "boundary"] = "after"
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
     damped: bool = True
+    features: Literal["token", "boundary"] = "token"
 
     def __post_init__(self):
         check_fields(self, "Rule: ")
@@ -221,14 +226,18 @@ def learn(
         return after, None
     if rule.read == "boundary":
         return after, forward(jax.tree.map(lambda w: w[:, :, -1:], snapshot), queries).output[:, :, 0]
-    last = lambda w: w[:, :, -F:]  # the memory that is read
-    first = first._replace(
-        before=jax.tree.map(last, first.before), anchor=None if first.anchor is None else last(first.anchor),
-        written=first.written[..., -F:], erased=first.erased[..., -F:],
-    )  # fmt: skip
-    second = jax.tree.map(lambda x: x[:, :, -1], second)
     early = rule.read == "before"
-    return after, queries + read(second, jax.nn.silu(read(first, queries, before=early)), before=early)
+    if rule.features == "boundary":
+        before = queries @ snapshot.first[:, :, -1].mT
+    else:
+        last = lambda w: w[:, :, -F:]  # the memory that is read
+        first = first._replace(
+            before=jax.tree.map(last, first.before), anchor=None if first.anchor is None else last(first.anchor),
+            written=first.written[..., -F:], erased=first.erased[..., -F:],
+        )  # fmt: skip
+        before = read(first, queries, before=early)
+    second = jax.tree.map(lambda x: x[:, :, -1], second)
+    return after, queries + read(second, jax.nn.silu(before), before=early)
 
 
 def _gates(
@@ -300,6 +309,7 @@ def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, kn
     descent += f" with {' and '.join(more)}" if more else ""
     descent += {"initial": ", decay to the start", "zero": ", decay to zero", "none": ", no decay"}[rule.retention]
     descent += {"after": "", "before": ", read before it writes", "boundary": ", read as at the last boundary"}[rule.read]
+    descent += ", features of the last boundary" * (rule.features == "boundary" and rule.read != "boundary")
     inner = Description(
         objective="-<S, surprise>", context="local surprises", name="momentum",
         rule="gradient descent, decay" + ", undamped" * (not rule.damped),

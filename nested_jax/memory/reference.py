@@ -91,8 +91,7 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
                 after[part], pushes[part] = _write(
                     rule, part, running[part], velocity[part], start[part], z, surprise, step, alpha, theta
                 )
-            read = {"after": after, "before": running, "boundary": renewed}[rule.read]
-            return (after, renewed, pushes), _memory(read, q)
+            return (after, renewed, pushes), _read(rule, running, after, renewed, q)
 
         theta = jnp.zeros_like(rate) if momentum is None else momentum
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))
@@ -149,8 +148,8 @@ def self_modifying_titans(
                     running[name][part], velocity[name][part] = _write(
                         rule, part, w[part], carry[2][name][part], start[name][part], z, surprise, rate, alpha, theta
                     )
-            read = {"after": running, "before": before, "boundary": snapshot}[rule.read]
-            return (running, snapshot, velocity), _memory(read["memory"], q)
+            y = _read(rule, *(memories["memory"] for memories in (before, running, snapshot)), q)
+            return (running, snapshot, velocity), y
 
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))
         return jax.lax.scan(token, carry, (jnp.arange(len(x)), x, fixed, theta))[1]
@@ -209,6 +208,12 @@ def _memory(w: PyTree, z: Float[Array, " K"], pushed: PyTree | None = None) -> F
     """M(z) of one memory; `pushed` is added to the outputs of its layers."""
     first, second = (0.0, 0.0) if pushed is None else (pushed["first"], pushed["second"])
     return z + w["second"] @ jax.nn.silu(w["first"] @ z + first) + second
+
+
+def _read(rule: Rule, before: PyTree, after: PyTree, snapshot: PyTree, q: Float[Array, " K"]) -> Float[Array, " K"]:
+    """What is read at a token of the memory before and after its write, and as it was at the last boundary."""
+    now = {"after": after, "before": before, "boundary": snapshot}[rule.read]
+    return _memory(now | {"first": snapshot["first"]} if rule.features == "boundary" else now, q)
 
 
 def _local_surprise(w: PyTree, key: Float[Array, " K"], target: Float[Array, " K"], largest: float) -> dict:

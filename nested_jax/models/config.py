@@ -74,6 +74,9 @@ class ModelConfig:
     erase: Literal["layer", "memory", "none"] | None = None
     """Which of a deep memory's layers erase what they hold at their inputs: each, the first alone, whose input is the
     memory's own, or none; None: layer of self-modifying Titans, none of Titans."""
+    features: Literal["token", "boundary"] = "token"
+    """Weights of the first layer by which a deep memory's second layer is read: those of the token, or of the last chunk
+    boundary, as those by which it is written."""
     read: Literal["after", "before", "boundary"] = "after"
     """Whether a deep memory is read after or before its token's own write, or as it was at the last chunk boundary."""
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
@@ -88,7 +91,7 @@ class ModelConfig:
     linear, delta and gated-delta do not."""
     rates: Literal["shared", "own"] = "shared"
     """Whether the layers of self-modifying memories share one learning rate, or learn several: one of all first layers and
-    one of each second layer, which starts at a sixteenth but for the main memory's."""
+    one of each second layer, that of the main memory with the largest start."""
     max_rate: Positive | None = None
     """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
     window: Count = 256
@@ -133,7 +136,7 @@ class ModelConfig:
     def rule(self) -> Rule:
         """How deep memories learn."""
         erase = self.erase or ("layer" if self.mixer == "self-modifying" else "none")
-        return Rule(erase, self.step, self.errors, self.retention, self.read, self.surprise, self.damped)
+        return Rule(erase, self.step, self.errors, self.retention, self.read, self.surprise, self.damped, self.features)
 
     @cached_property
     def largest_rate(self) -> float:

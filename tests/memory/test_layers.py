@@ -23,6 +23,7 @@ D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
 EXACT = Rule(errors="exact", step="normalised", read="before")
+HOPE = Rule(errors="exact", step="normalised", features="boundary")  # of the presets
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 LAYERS = {
     "linear": LinearMemory(D, H, "linear", chunk=4),
@@ -39,11 +40,12 @@ LAYERS = {
     "omega-raw-4": OmegaMemory(D, H, "l2", 3, values="raw", chunk=4),
     "titans-1": Titans(D, H, F, chunk=1, momentum=False),
     "titans-4": Titans(D, H, F, chunk=4),
-    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact")),
+    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact", features="boundary")),
     "titans-paper-4": Titans(D, H, F, chunk=4, max_rate=0.3, rule=PAPER, values="raw"),
     "titans-undecayed-4": Titans(D, H, F, chunk=4, rule=Rule(damped=False, retention="none", read="before")),
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
     "self-modifying-exact-4": SelfModifyingTitans(D, H, F, chunk=4, max_rate=0.9, rule=EXACT),
+    "self-modifying-hope-4": SelfModifyingTitans(D, H, F, chunk=4, rates="own", rule=HOPE),
     "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
     "self-modifying-paper-4-8": SelfModifyingTitans(
         D, H, F, chunk=4, projection_chunk=8, max_rate=0.3, targets="raw", generated=("queries", "rates"), rule=PAPER

@@ -14,6 +14,7 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
 EXACT = Rule(errors="exact", step="normalised")
+HOPE = Rule(errors="exact", step="normalised", features="boundary")  # of the presets
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 EVERYTHING = ("retention", "queries", "rates", "values", "keys")
 
@@ -38,8 +39,11 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=1), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=1, momentum=False, rule=Rule(retention="zero")), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4), 13, marks=pytest.mark.slow),
-        (dict(chunk=4, projection_chunk=8), 16),
+        pytest.param(dict(chunk=4, projection_chunk=8), 16, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, projection_chunk=8), 13, marks=pytest.mark.slow),
+        (dict(chunk=4, rates="own", rule=HOPE), 13),
+        pytest.param(dict(chunk=4, rates="own", rule=HOPE, projection_chunk=8), 16, marks=pytest.mark.slow),
+        pytest.param(dict(chunk=4, rule=Rule(read="before", features="boundary")), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=1, projection_chunk=4, generated=EVERYTHING), 13, marks=pytest.mark.slow),
         (dict(chunk=4, projection_chunk=8, rule=PAPER, targets="raw", max_rate=0.3, generated=("queries", "retention")), 16),
         (dict(chunk=4, rates="own", rule=Rule("memory", errors="exact", retention="none", damped=False), generated=()), 12),
@@ -95,7 +99,14 @@ def test_every_start_gets_an_outer_gradient(x64, options):
 
 @pytest.mark.parametrize(
     ("options", "rate"),
-    [(dict(), 3 / 64), (dict(projection_chunk=256), 3 / 256), (dict(chunk=1), 0.5), (dict(chunk=1, max_rate=0.2), 0.1)],
+    [
+        (dict(), 3 / 64),
+        (dict(projection_chunk=256), 3 / 256),
+        (dict(chunk=1), 0.5),
+        (dict(chunk=1, max_rate=0.2), 0.1),
+        (dict(chunk=4, rule=HOPE), 1 / 16),
+        (dict(chunk=256, rule=HOPE, max_rate=0.1), 0.05),
+    ],
     ids=str,
 )
 def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate):
