@@ -20,14 +20,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "hope": {},
     "plain gradient descent": {"erase": "none"},
     "no momentum": {"momentum": False},
-    "with momentum": {"momentum": True},
     "no decay": {"retention": "none"},
     "no CMS": {"cms": CMSConfig(hidden=(sum(preset("tiny-hope").cms.hidden),), activation="gelu")},
     "fixed keys": without("keys"),
     "fixed values": without("values"),
     "memory of queries": {"generated": (*ALL, "queries")},
-    "boundary errors, proximal": {"errors": "boundary", "step": "proximal", "rates": "shared"},
-    "exact errors, normalised": {"errors": "exact", "step": "normalised", "rates": "own"},
+    "features of the token": {"features": "token"},
+    "one rate of all layers": {"rates": "shared"},
+    "proximal steps": {"step": "proximal"},
+    "boundary errors, proximal": {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"},
 }
 """Changes of `ModelConfig`. Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in
 context. Parity's models have no other."""

@@ -34,7 +34,9 @@ def run(config: settings.Config, row: str, task: str, seed: int) -> dict:
     if task == "text":
         return held_out(dataclasses.replace(preset("tiny-hope"), **changes), seed, config.text_steps)
     hope = preset("tiny-hope")
-    defaults = {name: getattr(hope, name) for name in ("errors", "step", "rates", "momentum")} | {"chunk": config.chunk}
+    defaults = {name: getattr(hope, name) for name in ("errors", "step", "rates", "features", "momentum")} | {
+        "chunk": config.chunk
+    }
     changes = {name: value for name, value in changes.items() if name != "cms"}
     made = network("hope, chunk 16", 2, 32, 2, defaults | changes)
     return train_network(made, TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), BINS, 256, seed)

@@ -13,11 +13,18 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Counts, Seeds
 
+_OLD = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"}
 FORMS: dict[str, dict[str, Any]] = {
-    "boundary, proximal": {},
-    "boundary, normalised": {"step": "normalised"},
-    "exact, proximal": {"errors": "exact", "rates": "own"},
-    "exact, normalised": {"errors": "exact", "rates": "own", "step": "normalised"},
+    "boundary, proximal": _OLD,
+    "boundary, normalised": _OLD | {"step": "normalised"},
+    "exact, proximal": {"errors": "exact", "step": "proximal", "rates": "own", "features": "boundary"},
+    "exact, normalised": {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary"},
+    "exact, normalised, features of the token": {
+        "errors": "exact",
+        "step": "normalised",
+        "rates": "own",
+        "features": "token",
+    },
 }
 """Fields of Hope's `ModelConfig`."""
 TASKS = ("parity", "parity to 150", "mqar", "text")

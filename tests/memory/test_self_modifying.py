@@ -46,7 +46,6 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=4, rule=Rule(read="before", features="boundary")), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=1, projection_chunk=4, generated=EVERYTHING), 13, marks=pytest.mark.slow),
         (dict(chunk=4, projection_chunk=8, rule=PAPER, targets="raw", max_rate=0.3, generated=("queries", "retention")), 16),
-        (dict(chunk=4, rates="own", rule=Rule("memory", errors="exact", retention="none", damped=False), generated=()), 12),
         *(
             pytest.param(dict(chunk=4) | options, 13, marks=pytest.mark.slow)
             for options in (
@@ -57,6 +56,7 @@ def read(layer, weights, x, **keywords):
                 dict(rule=Rule(retention="none", read="boundary"), projection_chunk=12, generated=("values", "rates")),
                 dict(rule=Rule("memory", "normalised", "exact", read="boundary"), generated=("rates", "retention")),
                 dict(rule=Rule("none", retention="none"), targets="rms", generated=(), projection_chunk=8),
+                dict(rule=Rule("memory", errors="exact", retention="none", damped=False), rates="own", generated=()),
             )
         ),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
