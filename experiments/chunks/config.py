@@ -14,17 +14,13 @@ import flags
 from flags import Counts, Seeds
 
 _OLD = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"}
+_NEW = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary"}
 FORMS: dict[str, dict[str, Any]] = {
     "boundary, proximal": _OLD,
     "boundary, normalised": _OLD | {"step": "normalised"},
-    "exact, proximal": {"errors": "exact", "step": "proximal", "rates": "own", "features": "boundary"},
-    "exact, normalised": {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary"},
-    "exact, normalised, features of the token": {
-        "errors": "exact",
-        "step": "normalised",
-        "rates": "own",
-        "features": "token",
-    },
+    "exact, proximal": _NEW | {"step": "proximal"},
+    "exact, normalised": _NEW,
+    "exact, normalised, features of the token": _NEW | {"features": "token"},
 }
 """Fields of Hope's `ModelConfig`."""
 TASKS = ("parity", "parity to 150", "mqar", "text")

@@ -148,7 +148,7 @@ def self_modifying_titans(
                     running[name][part], velocity[name][part] = _write(
                         rule, part, w[part], carry[2][name][part], start[name][part], z, surprise, rate, alpha, theta
                     )
-            y = _read(rule, *(memories["memory"] for memories in (before, running, snapshot)), q)
+            y = _read(rule, before["memory"], running["memory"], snapshot["memory"], q)
             return (running, snapshot, velocity), y
 
         carry = (start, start, jax.tree.map(jnp.zeros_like, start))

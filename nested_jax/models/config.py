@@ -206,8 +206,8 @@ def preset(name: str) -> ModelConfig:
     titans, transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another
     in parameters. The last block of the tiny Hopes learns in context, with CMS periods of 256 and 64 tokens.
 
-    The memories of hope write exact errors by normalised steps, and are read by the features of the last chunk boundary: what
-    they track does not depend on the chunk's length.
+    The memories of hope write exact errors by normalised steps, and are read by the features of the last chunk boundary:
+    what they track does not depend on the chunk's length.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
     erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights
