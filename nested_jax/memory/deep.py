@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -200,7 +201,7 @@ def learn(
 
     def write_second(which: slice, errors: Array, step: str, exact: bool = False) -> Written:
         """The second layers of some of the memories."""
-        cut = lambda tree: jax.tree.map(lambda x: x[:, :, which], tree)
+        cut = partial(jax.tree.map, itemgetter((slice(None), slice(None), which)))
         hidden, eta, (retain, theta, decay) = cut((keys.hidden, rate.second, each))
         return write(
             cut(running.second), hidden, errors,
@@ -236,7 +237,7 @@ def learn(
             written=first.written[..., -F:], erased=first.erased[..., -F:],
         )  # fmt: skip
         before = read(first, queries, before=early)
-    second = jax.tree.map(lambda x: x[:, :, -1], second)
+    second = jax.tree.map(itemgetter((slice(None), slice(None), -1)), second)
     return after, queries + read(second, jax.nn.silu(before), before=early)
 
 

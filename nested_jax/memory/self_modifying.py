@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
@@ -118,7 +119,7 @@ class SelfModifyingTitans(MemoryLayer):
                 f"SelfModifyingTitans: projection_chunk {self.period} is not a multiple of chunk {self.chunk}: change one"
             )
 
-    @property
+    @cached_property
     def memories(self) -> tuple[str, ...]:
         """Names of the memories, in the order of the axis M of the starts (H, M, ., .); the main one last."""
         return (*(name for name in get_args(Quantity) if name in self.generated), "memory")

@@ -126,7 +126,7 @@ def frequencies(params: PyTree) -> PyTree:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which leaves decay: matrices, but neither starts of memories nor norms.
+    """Which leaves decay: matrices, but neither starts of memories nor norms nor biases.
 
     Args:
         params: nested dicts. Leaves under "blocks" have a leading axis L.
@@ -140,7 +140,7 @@ def decayed(params: PyTree) -> PyTree:
 
     def matrix(path, leaf):
         names = set(map(attrgetter("key"), path))
-        stacked = "blocks" in names
-        return leaf.ndim - stacked >= 2 and not names & {"start", "norm"}
+        stacked, bias = "blocks" in names, path[-1].key.endswith("bias")
+        return leaf.ndim - stacked >= 2 and not bias and not names & {"start", "norm"}
 
     return jax.tree_util.tree_map_with_path(matrix, params)
