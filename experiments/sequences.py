@@ -47,9 +47,8 @@ def run(network: Network, task: Task, training: Training, bins: Bins, sequences:
     """
     started = time.monotonic()
     params = jax.jit(network.init)(jax.random.key(seed))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, training.rate, training.steps // 20, training.steps, training.rate / 10
-    )
+    steps, rate = training.steps, training.rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 10)
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
 
     def loss(params, batch):
