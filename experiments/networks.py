@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from nested_jax import CMSConfig, ModelConfig, preset
+from nested_jax import CMSConfig, ModelConfig
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 _HOPE = {"mixer": "self-modifying"}
-_EXACT = {name: getattr(preset("tiny-hope"), name) for name in ("errors", "step", "rates", "features")}
+_EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
 _ATTENTION = {"mixer": "attention"}
 
 NETWORKS: dict[str, dict[str, Any] | None] = {

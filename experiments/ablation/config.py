@@ -16,6 +16,7 @@ from flags import Seeds
 
 ALL = ("keys", "values", "rates", "retention")
 without = lambda name: {"generated": tuple(one for one in ALL if one != name)}
+_EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
 ROWS: dict[str, dict[str, Any]] = {
     "hope": {},
     "plain gradient descent": {"erase": "none"},
@@ -25,10 +26,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "fixed keys": without("keys"),
     "fixed values": without("values"),
     "memory of queries": {"generated": (*ALL, "queries")},
-    "features of the token": {"features": "token"},
-    "one rate of all layers": {"rates": "shared"},
-    "proximal steps": {"step": "proximal"},
-    "boundary errors, proximal": {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"},
+    "exact errors, normalised": _EXACT,
+    "exact errors, normalised, with momentum": _EXACT | {"momentum": True},
+    "exact errors, normalised, features of the token": _EXACT | {"features": "token"},
+    "exact errors, normalised, one rate": _EXACT | {"rates": "shared"},
 }
 """Changes of `ModelConfig`. Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in
 context. Parity's models have no other."""

@@ -14,13 +14,14 @@ import flags
 from flags import Counts, Seeds
 
 _OLD = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"}
-_NEW = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary"}
+_NEW = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
 FORMS: dict[str, dict[str, Any]] = {
     "boundary, proximal": _OLD,
     "boundary, normalised": _OLD | {"step": "normalised"},
     "exact, proximal": _NEW | {"step": "proximal"},
     "exact, normalised": _NEW,
     "exact, normalised, features of the token": _NEW | {"features": "token"},
+    "exact, normalised, with momentum": _NEW | {"momentum": True},
 }
 """Fields of Hope's `ModelConfig`."""
 TASKS = ("parity", "parity to 150", "mqar", "text")

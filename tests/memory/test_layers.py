@@ -23,7 +23,7 @@ D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
 EXACT = Rule(errors="exact", step="normalised", read="before")
-HOPE = Rule(errors="exact", step="normalised", features="boundary")  # of the presets
+HOPE = Rule(errors="exact", step="normalised", features="boundary")
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 LAYERS = {
     "linear": LinearMemory(D, H, "linear", chunk=4),

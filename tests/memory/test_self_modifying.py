@@ -14,7 +14,7 @@ from nested_jax.memory.self_modifying import SelfModifyingTitans
 
 D, H = 8, 2
 EXACT = Rule(errors="exact", step="normalised")
-HOPE = Rule(errors="exact", step="normalised", features="boundary")  # of the presets
+HOPE = Rule(errors="exact", step="normalised", features="boundary")
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 EVERYTHING = ("retention", "queries", "rates", "values", "keys")
 
