@@ -61,6 +61,7 @@ RARE = (
     "gated-delta-2",
     "titans-exact-4",
     "self-modifying-exact-4",
+    "self-modifying-hope-4",
     "lp-4",
     "lp-1.5-1",
     "omega-2-7",

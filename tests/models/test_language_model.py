@@ -240,6 +240,7 @@ def test_presets_are_equal_in_parameters_within_a_size():
     assert all(sizes[size][0] == pytest.approx(count, rel=0.25) for size, count in nominal.items())
 
 
+@pytest.mark.slow
 def test_hope_by_the_papers_equations_reads_a_short_text():
     """A chunk of 64 tokens, from random weights; nothing bounds what it learns from longer ones."""
     made = dataclasses.replace(preset("tiny-hope-paper"), layers=2, cms=CMSConfig(hidden=(8,)))

@@ -156,6 +156,7 @@ def test_batches_depend_on_the_seed_and_their_number(config):
     assert TaskSource(config()).fingerprint != TaskSource(config(shortest=5)).fingerprint
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_task(config, quiet):
     """In (abab)* an a is followed by a b, and a b half of the time by an a alone: three labels in four by the token."""
     state, _ = quiet(config(task="abab-star", steps=60, learning_rate=0.02, eval_every=0, log_every=60))
