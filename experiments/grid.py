@@ -47,7 +47,8 @@ def chosen(results: dict, name: str) -> float:
     """The rate with the most right sequences, then labels, then the least loss, on the tuning seed."""
     seed = results["config"]["tuning_seed"]
     tries = [row for row in results["runs"] if row["name"] == name and row["seed"] == seed]
-    return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -(row["loss"][-1] or np.inf)))["rate"]
+    loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
+    return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
 
 
 def rows_of(results: dict, name: str, task: str) -> list[dict]:
@@ -83,8 +84,8 @@ def table(results: dict, key: str) -> list[str]:
 def each_seed(results: dict, task: str, bins: Sequence[tuple[int, int]], key: str) -> list[str]:
     """Markdown: every run of a task, with its gradient norms, parameters and seconds."""
     rows = [
-        [name, str(row["seed"]), *(f"{x:.3f}" for x in row[key]), f"{row['loss'][-1] or np.nan:.2g}"]
-        + ["{:.2g}, {:.3g}".format(*(norm or np.nan for norm in row["norm"]))]
+        [name, str(row["seed"]), *(f"{x:.3f}" for x in row[key]), f"{np.array(row['loss'], float)[-1]:.2g}"]
+        + ["{:.2g}, {:.3g}".format(*np.array(row["norm"], float))]
         + [f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
         for name in results["config"]["networks"]
         for row in rows_of(results, name, task)
