@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from record import each_once, markdown
+from record import each_once, markdown, rows_of
 
 
 def measure(path: Path, config: Any, results: dict, run: Callable[..., dict]) -> dict:
@@ -25,13 +25,11 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., dict]) ->
         The results.
     """
     first, *_ = config.tasks
-    seeds = {config.tuning_seed: config.rates}
     make = lambda choices: each_once(path, results, run, choices, config.jobs)
     make(
-        {"name": name, "task": first, "rate": rate, "seed": seed}
-        for seed, rates in seeds.items()
+        {"name": name, "task": first, "rate": rate, "seed": config.tuning_seed}
         for name in config.networks
-        for rate in rates
+        for rate in config.rates
     )
     best = {name: chosen(results, name) for name in config.networks}
     make(
@@ -45,22 +43,21 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., dict]) ->
 
 def chosen(results: dict, name: str) -> float:
     """The rate with the most right sequences, then labels, then the least loss, on the tuning seed."""
-    seed = results["config"]["tuning_seed"]
-    tries = [row for row in results["runs"] if row["name"] == name and row["seed"] == seed]
+    tries = rows_of(results, name=name, seed=results["config"]["tuning_seed"])
     loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
     return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
 
 
-def rows_of(results: dict, name: str, task: str) -> list[dict]:
+def on_test_seeds(results: dict, name: str, task: str) -> list[dict]:
     """The runs of a network on a task, on the test seeds."""
-    one = {"name": name, "task": task, "rate": chosen(results, name)}
-    return [row for row in results["runs"] if one.items() <= row.items() and row["seed"] in results["config"]["seeds"]]
+    rows = rows_of(results, name=name, task=task, rate=chosen(results, name))
+    return [row for row in rows if row["seed"] in results["config"]["seeds"]]
 
 
 def tasks_of(results: dict) -> list[str]:
     """The tasks that have runs."""
     config = results["config"]
-    return [task for task in config["tasks"] if any(rows_of(results, name, task) for name in config["networks"])]
+    return [task for task in config["tasks"] if any(on_test_seeds(results, name, task) for name in config["networks"])]
 
 
 def table(results: dict, key: str) -> list[str]:
@@ -74,7 +71,7 @@ def table(results: dict, key: str) -> list[str]:
         Its lines.
     """
     networks, tasks = results["config"]["networks"], tasks_of(results)
-    cell = lambda name, task: in_bins([row[key] for row in rows_of(results, name, task)])
+    cell = lambda name, task: in_bins([row[key] for row in on_test_seeds(results, name, task)])
     return markdown(
         ("network", "rate", *tasks),
         [[name, f"{chosen(results, name):g}", *(cell(name, task) for task in tasks)] for name in networks],
@@ -88,7 +85,7 @@ def each_seed(results: dict, task: str, bins: Sequence[tuple[int, int]], key: st
         + ["{:.2g}, {:.3g}".format(*np.array(row["norm"], float))]
         + [f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
         for name in results["config"]["networks"]
-        for row in rows_of(results, name, task)
+        for row in on_test_seeds(results, name, task)
     ]
     lengths = (f"{shortest}-{longest}" for shortest, longest in bins)
     return markdown(("network", "seed", *lengths, "loss", "gradient norm: median, largest", "parameters", "s"), rows)
@@ -115,7 +112,7 @@ def figure(results: dict, key: str, ticks: Sequence[str], label: str) -> Figure:
     fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
     for task, ax in zip(tasks, axes.flat, strict=False):
         for i, name in enumerate(networks):
-            if found := [row[key] for row in rows_of(results, name, task)]:
+            if found := [row[key] for row in on_test_seeds(results, name, task)]:
                 style = "o-" if name.startswith("hope exact") else ".--"
                 ax.plot(range(len(found[0])), np.mean(found, 0), style, color=plt.cm.tab20(i), label=name)
         ax.set(title=task, xticks=range(len(ticks)), xticklabels=ticks, ylim=(-0.05, 1.05))

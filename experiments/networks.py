@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +15,13 @@ from nested_jax import CMSConfig, ModelConfig
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 _HOPE = {"mixer": "self-modifying"}
-_EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
+EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
+"""Fields of a Hope whose memories write exact errors."""
 _ATTENTION = {"mixer": "attention"}
 
 NETWORKS: dict[str, dict[str, Any] | None] = {
     **{f"hope, chunk {chunk}": _HOPE | {"chunk": chunk} for chunk in (1, 16, 64)},
-    **{f"hope exact, chunk {chunk}": _HOPE | _EXACT | {"chunk": chunk} for chunk in (1, 4, 16, 64, 128)},
+    **{f"hope exact, chunk {chunk}": _HOPE | EXACT | {"chunk": chunk} for chunk in (1, 4, 16, 64, 128)},
     "hope-attention": _ATTENTION,
     "titans, chunk 16": {"mixer": "titans", "chunk": 16},
     "gated-delta": {"mixer": "gated-delta", "chunk": 16},
@@ -52,18 +54,17 @@ def network(name: str, vocabulary: int, width: int, layers: int, changes: dict[s
     Returns:
         Its functions.
     """
-    hope = config_of("hope, chunk 16", vocabulary, width, layers)
-    goal = _count(_language_model(hope))
-    nearest = lambda networks: min(networks, key=lambda one: abs(_count(one) - goal))
+    goal = count(language_model(config_of("hope, chunk 16", vocabulary, width, layers)))
     if NETWORKS[name] is None:
-        return nearest(_lstm(vocabulary, n, layers) for n in range(4, 4 * width))
-    config = config_of(name, vocabulary, width, layers, changes)
-    if config.mixer == "self-modifying":
-        return _language_model(config)
-    return nearest(
-        _language_model(dataclasses.replace(config, cms=dataclasses.replace(config.cms, hidden=(n,))))
-        for n in range(4, 8 * width, 2)
-    )
+        sizes, of_size = range(4, 4 * width), lambda n: _lstm(vocabulary, n, layers)
+    else:
+        config = config_of(name, vocabulary, width, layers, changes)
+        if config.mixer == "self-modifying":
+            return language_model(config)
+        with_hidden = lambda n: dataclasses.replace(config, cms=dataclasses.replace(config.cms, hidden=(n,)))
+        sizes, of_size = range(4, 8 * width, 2), lambda n: language_model(with_hidden(n))
+    above = bisect.bisect(sizes, goal, key=lambda n: count(of_size(n)))  # counts rise with the size
+    return min(map(of_size, sizes[max(above - 1, 0) : above + 1]), key=lambda one: abs(count(one) - goal))
 
 
 def config_of(name: str, vocabulary: int, width: int, layers: int, changes: dict[str, Any] | None = None) -> ModelConfig:
@@ -80,18 +81,13 @@ def config_of(name: str, vocabulary: int, width: int, layers: int, changes: dict
     return ModelConfig(**sizes, cms=cms, tie_embeddings=False, **((NETWORKS[name] or {}) | (changes or {})))
 
 
-def _language_model(config: ModelConfig) -> Network:
-    return Network(
-        partial(init_weights, config),
-        lambda params, tokens: apply(config, params, tokens, init_state(config, params, *_rows(tokens)))[0],
-    )
+def language_model(config: ModelConfig) -> Network:
+    """The network of a config."""
+    logits = lambda params, tokens: apply(config, params, tokens, init_state(config, params, len(tokens)))[0]
+    return Network(partial(init_weights, config), logits)
 
 
-def _rows(tokens: jax.Array) -> tuple[int]:
-    return (tokens.shape[0],)
-
-
-def _count(network: Network) -> int:
+def count(network: Network) -> int:
     """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
 

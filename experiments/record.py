@@ -123,15 +123,19 @@ def each_once(
     `run` is a function of a module; each run is saved to NAME.json as soon as it ends.
     """
     choices = list(choices)
-    known = lambda one: next((row for row in results["runs"] if one.items() <= row.items()), None)
-    missing = [one for one in choices if known(one) is None]
+    missing = [one for one in choices if not rows_of(results, **one)]
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
         started = {pool.submit(run, **one): one for one in missing}
         for done in as_completed(started):
             results["runs"].append(json.loads(json.dumps(strict(started[done] | done.result()))))
             save(path, results)
             print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "curve")}, flush=True)
-    return [row for one in choices if (row := known(one))]
+    return [row for one in choices for row in rows_of(results, **one)]
+
+
+def rows_of(results: dict[str, Any], **choices: Any) -> list[dict[str, Any]]:
+    """The runs of these choices."""
+    return [row for row in results["runs"] if choices.items() <= row.items()]
 
 
 def in_one_go(path: Path, config: Any, measure: Callable, table: Callable, figure: Callable) -> None:

@@ -16,6 +16,8 @@ from networks import Network
 from nested_jax.data.tasks import Task, score
 
 Bins = Sequence[tuple[int, int]]
+PARITY: Bins = ((2, 50), (52, 100), (102, 150))
+"""The trained lengths of parity, those up to twice and up to three times as long."""
 
 
 @dataclass(frozen=True)

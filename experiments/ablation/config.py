@@ -13,10 +13,10 @@ from nested_jax.checks import Count, Positive
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Seeds
+from networks import EXACT
 
 ALL = ("keys", "values", "rates", "retention")
 without = lambda name: {"generated": tuple(one for one in ALL if one != name)}
-_EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
 ROWS: dict[str, dict[str, Any]] = {
     "hope": {},
     "plain gradient descent": {"erase": "none"},
@@ -26,10 +26,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "fixed keys": without("keys"),
     "fixed values": without("values"),
     "memory of queries": {"generated": (*ALL, "queries")},
-    "exact errors, normalised": _EXACT,
-    "exact errors, normalised, with momentum": _EXACT | {"momentum": True},
-    "exact errors, normalised, features of the token": _EXACT | {"features": "token"},
-    "exact errors, normalised, one rate": _EXACT | {"rates": "shared"},
+    "exact errors, normalised": EXACT,
+    "exact errors, normalised, with momentum": EXACT | {"momentum": True},
+    "exact errors, normalised, features of the token": EXACT | {"features": "token"},
+    "exact errors, normalised, one rate": EXACT | {"rates": "shared"},
 }
 """Changes of `ModelConfig`. Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in
 context. Parity's models have no other."""

@@ -16,8 +16,8 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from grid import in_bins
 from networks import network
-from record import each_once, finish, markdown, resume, spread
-from sequences import Training
+from record import each_once, finish, markdown, resume, rows_of, spread
+from sequences import PARITY, Training
 from sequences import run as train_network
 from text_run import BITS, held_out
 
@@ -25,7 +25,6 @@ from nested_jax import preset
 from nested_jax.data.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"
-BINS = ((2, 50), (52, 100), (102, 150))
 
 
 def run(config: settings.Config, row: str, task: str, seed: int) -> dict:
@@ -33,32 +32,23 @@ def run(config: settings.Config, row: str, task: str, seed: int) -> dict:
     changes = settings.ROWS[row]
     if task == "text":
         return held_out(dataclasses.replace(preset("tiny-hope"), **changes), seed, config.text_steps)
-    hope = preset("tiny-hope")
-    defaults = {name: getattr(hope, name) for name in ("errors", "step", "rates", "features", "momentum")} | {
-        "chunk": config.chunk
-    }
     changes = {name: value for name, value in changes.items() if name != "cms"}
-    made = network("hope, chunk 16", 2, 32, 2, defaults | changes)
-    return train_network(made, TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), BINS, 256, seed)
-
-
-def rows_of(results: dict, row: str, task: str) -> list[dict]:
-    """The runs of a row on a task."""
-    return [one for one in results["runs"] if one["row"] == row and one["task"] == task]
+    made = network("hope, chunk 16", 2, 32, 2, changes | {"chunk": config.chunk})
+    return train_network(made, TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), PARITY, 256, seed)
 
 
 def table(results: dict) -> str:
     """Markdown: held-out bits per byte and their difference from Hope's, seed by seed; parity; the paper's perplexities."""
-    base, cells = {one["seed"]: one[BITS] for one in rows_of(results, "hope", "text")}, []
+    base, cells = {one["seed"]: one[BITS] for one in rows_of(results, row="hope", task="text")}, []
     for row in results["config"]["rows"]:
-        runs = [one for one in rows_of(results, row, "text") if one[BITS]]
+        runs = [one for one in rows_of(results, row=row, task="text") if one[BITS]]
         bits = [one[BITS] for one in runs]
         more = [one[BITS] - base[one["seed"]] for one in runs if base.get(one["seed"])]
-        norms = [one["norm"][1] for task in ("text", "parity") for one in rows_of(results, row, task) if one["norm"][1]]
+        right = in_bins([one["right"] for one in rows_of(results, row=row, task="parity")])
+        norms = [one["norm"][1] for one in rows_of(results, row=row) if one["norm"][1]]
         cells.append(
-            [row, spread(bits) if bits else "", spread(more, sign="+") if more and row != "hope" else ""]
-            + [in_bins([one["right"] for one in rows_of(results, row, "parity")]), f"{max(norms):.3g}" if norms else ""]
-            + [f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else ""]
+            [row, spread(bits) if bits else "", spread(more, sign="+") if more and row != "hope" else "", right]
+            + [f"{max(norms):.3g}" if norms else "", f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else ""]
         )
     heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")
     counts = [len({one["seed"] for one in results["runs"] if one["task"] == task}) for task in ("text", "parity")]
@@ -73,7 +63,7 @@ def figure(results: dict) -> Figure:
     rows = results["config"]["rows"]
     fig, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for y, row in enumerate(rows):
-        bits = [one[BITS] for one in rows_of(results, row, "text") if one[BITS]]
+        bits = [one[BITS] for one in rows_of(results, row=row, task="text") if one[BITS]]
         axes.plot(bits, np.full(len(bits), y), "o", color="C0", alpha=0.6)
     axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="held-out bits per byte")
     axes.invert_yaxis()

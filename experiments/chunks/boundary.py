@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Seeds
+from grid import in_bins
 from networks import Network, config_of
-from record import each_once, finish, markdown, resume
-from sequences import Training
+from record import each_once, finish, markdown, resume, rows_of
+from sequences import PARITY, Training
 from sequences import run as train
 
 from nested_jax import cms
@@ -92,13 +93,8 @@ def token_loop(exact: str, chunk: int) -> Network:
 
 def run(config: Config, exact: str, chunk: int, seed: int) -> dict[str, Any]:
     """One network, trained on lengths 2-50 and tested in three bins."""
-    bins = [(2, 50), (52, 100), (102, 150)]
-    return train(token_loop(exact, chunk), TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), bins, 128, seed)
-
-
-def rows_of(results: dict, **choices: Any) -> list[dict]:
-    """The runs of these choices."""
-    return [row for row in results["runs"] if choices.items() <= row.items()]
+    training = Training(config.steps, 16, 2, 50, config.rate)
+    return train(token_loop(exact, chunk), TASKS["parity"], training, PARITY, 128, seed)
 
 
 def table(results: dict) -> str:
@@ -108,8 +104,7 @@ def table(results: dict) -> str:
         line = [exact]
         for chunk in config["chunks"]:
             rows = rows_of(results, exact=exact, chunk=chunk)
-            mean, least = (of([row["right"] for row in rows], 0) for of in (np.mean, np.min))
-            line.append(" / ".join(f"{m:.2f} ({low:.2f})" for m, low in zip(mean, least, strict=True)))
+            line.append(in_bins([row["right"] for row in rows]))
             line.append(f"{max(row['norm'][1] for row in rows):.3g}")
         cells.append(line)
     heads = [

@@ -12,18 +12,18 @@ from nested_jax.checks import Count, Positive
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Counts, Seeds
+from networks import EXACT
 
 _OLD = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"}
-_NEW = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
 FORMS: dict[str, dict[str, Any]] = {
     "boundary, proximal": _OLD,
     "boundary, normalised": _OLD | {"step": "normalised"},
-    "exact, proximal": _NEW | {"step": "proximal"},
-    "exact, normalised": _NEW,
-    "exact, normalised, features of the token": _NEW | {"features": "token"},
-    "exact, normalised, with momentum": _NEW | {"momentum": True},
+    "exact, proximal": EXACT | {"step": "proximal"},
+    "exact, normalised": EXACT,
+    "exact, normalised, features of the token": EXACT | {"features": "token"},
+    "exact, normalised, with momentum": EXACT | {"momentum": True},
 }
-"""Fields of Hope's `ModelConfig`."""
+"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum, as the presets."""
 TASKS = ("parity", "parity to 150", "mqar", "text")
 
 

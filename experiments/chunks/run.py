@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from grid import in_bins
 from networks import network
-from record import each_once, finish, markdown, resume, spread
+from record import each_once, finish, markdown, resume, rows_of, spread
 from sequences import Training
 from sequences import run as train_network
 from text_run import BITS, held_out
@@ -47,7 +47,7 @@ def run(config: settings.Config, form: str, chunk: int, task: str, seed: int) ->
     longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
     shortest = 64 if task == "mqar" else 2
     one = TASKS[task.split(" ")[0]]
-    hope = network(f"hope, chunk {16}", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
+    hope = network("hope, chunk 16", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
     bins = [(shortest, longest)] if task == "mqar" else [(longest * i + 2, longest * (i + 1)) for i in range(3)]
     return train_network(hope, one, Training(config.steps, 16, shortest, longest, config.rate), bins, 256, seed)
 
@@ -92,11 +92,6 @@ def measure(config: settings.Config, results: dict) -> dict:
         results["speeds"] = speeds(config)
     each_once(RESULTS / "chunks", results, partial(run, config), cells(config), config.jobs)
     return results
-
-
-def rows_of(results: dict, **choices: Any) -> list[dict]:
-    """The runs of these choices."""
-    return [row for row in results["runs"] if choices.items() <= row.items()]
 
 
 def table(results: dict) -> str:

@@ -75,8 +75,7 @@ class Rule:
         read: "after" or "before" the token's own write; "boundary": from the weights at the last chunk boundary.
         features: by which weights of the first layer the second one is read: "token", those that `read` says; "boundary",
             those of the last chunk boundary, by which it is written. Inside a chunk the second layer is then a linear memory
-            of features that stand still. With "token" a model can track state by the first layer, whose errors are as old as
-            the chunk, and loses it at boundaries that training did not see.
+            of features that stand still.
         surprise: largest norm of the surprise delta that a token writes into a layer, larger ones are scaled down to it;
             for the second layer that is Huber's objective in place of the square (MIRAS). The default is the largest
             distance of two unit vectors; infinity clips nothing. Errors are as old as the chunk: on a run of equal keys both

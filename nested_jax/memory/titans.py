@@ -31,6 +31,15 @@ from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
 
+def titans_rate(chunk: int, max_rate: float | None) -> float:
+    """eta_max of Titans: errors are those of the chunk's start, so its steps must not add up to much more than one.
+
+    >>> titans_rate(64, None), titans_rate(64, 0.5)
+    (0.0625, 0.5)
+    """
+    return 4 / chunk if max_rate is None else max_rate
+
+
 @dataclass(frozen=True)
 class Titans(MemoryLayer):
     """Titans' deep memory with fixed projections and momentum. The call is that of `SequenceLayer`.
@@ -71,8 +80,8 @@ class Titans(MemoryLayer):
 
     @property
     def largest_rate(self) -> float:
-        """eta_max: errors are those of the chunk's start, so its steps must not add up to much more than one."""
-        return 4 / self.chunk if self.max_rate is None else self.max_rate
+        """eta_max."""
+        return titans_rate(self.chunk, self.max_rate)
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state."""

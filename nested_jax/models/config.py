@@ -14,7 +14,7 @@ from nested_jax.errors import UserError
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import assert_stable
 from nested_jax.memory.self_modifying import Quantity
-from nested_jax.memory.titans import Titans
+from nested_jax.memory.titans import titans_rate
 
 Mixer = Literal[
     "self-modifying",
@@ -142,7 +142,7 @@ class ModelConfig:
     def largest_rate(self) -> float:
         """`max_rate` of all but lp, Huber and omega memories, or its default."""
         if self.mixer == "titans":
-            return Titans(self.width, self.heads, chunk=self.chunk, max_rate=self.max_rate).largest_rate
+            return titans_rate(self.chunk, self.max_rate)
         return 1.0 if self.max_rate is None else self.max_rate
 
     @cached_property
