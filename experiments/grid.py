@@ -3,46 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from flags import Rates, Seed, Seeds
 from matplotlib.figure import Figure
-from record import each_once, markdown, rows_of
+from record import Runs, each_once, markdown, rows_of
+
+from nested_jax.checks import Count
 
 
-def measure(path: Path, config: Any, results: dict, run: Callable[..., dict]) -> dict:
-    """All runs: the tries of every rate, then each task with the best one.
+@dataclass(frozen=True)
+class Grid(Runs):
+    """Fields of every grid."""
+
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the parameters and of the training sequences."""
+    rates: Rates = (0.003, 0.01)
+    """Learning rates that every network tries on the first task, with the tuning seed."""
+    tuning_seed: Seed = 100
+    """Seed of the tries."""
+    steps: Count = 800
+    """Updates."""
+    batch_size: Count = 16
+    """Sequences of an update."""
+    width: Count = 32
+    """Width of the models."""
+    layers: Count = 2
+    """Blocks."""
+    sequences: Count = 256
+    """Test sequences in each bin."""
+
+
+def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict]], kind: Callable[[dict], Any]) -> dict:
+    """All runs: the tries of every rate, if there are several, then each task with the best one.
 
     Args:
         path: of the results.
-        config: with networks, tasks, seeds, rates, tuning_seed and jobs.
+        config: a `Grid` with networks and tasks.
         results: so far.
-        run: (name, task, rate, seed) -> a row of `sequences.run`.
+        run, kind: as of `each_once`, of choices name, task, rate and seed.
 
     Returns:
         The results.
     """
     first, *_ = config.tasks
-    make = lambda choices: each_once(path, results, run, choices, config.jobs)
-    make(
-        {"name": name, "task": first, "rate": rate, "seed": config.tuning_seed}
-        for name in config.networks
-        for rate in config.rates
-    )
+    make = lambda choices: each_once(path, results, run, choices, kind, config)
+    if len(config.rates) > 1:
+        make(
+            {"name": name, "task": first, "rate": rate, "seed": config.tuning_seed}
+            for name in config.networks
+            for rate in config.rates
+        )
     best = {name: chosen(results, name) for name in config.networks}
     make(
         {"name": name, "task": task, "rate": best[name], "seed": seed}
-        for task in config.tasks
-        for seed in config.seeds
         for name in config.networks
+        for seed in config.seeds
+        for task in config.tasks
     )
     return results
 
 
 def chosen(results: dict, name: str) -> float:
-    """The rate with the most right sequences, then labels, then the least loss, on the tuning seed."""
+    """The rate with the most right sequences, then labels, then the least loss, on the tuning seed; the only one untried."""
+    rates = results["config"]["rates"]
+    if len(rates) == 1:
+        return rates[0]
     tries = rows_of(results, name=name, seed=results["config"]["tuning_seed"])
     loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
     return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
@@ -79,7 +109,7 @@ def table(results: dict, key: str) -> list[str]:
 
 
 def each_seed(results: dict, task: str, bins: Sequence[tuple[int, int]], key: str) -> list[str]:
-    """Markdown: every run of a task, with its gradient norms, parameters and seconds."""
+    """Markdown: every run of a task, with its gradient norms, parameters and seconds of its lanes."""
     rows = [
         [name, str(row["seed"]), *(f"{x:.3f}" for x in row[key]), f"{np.array(row['loss'], float)[-1]:.2g}"]
         + ["{:.2g}, {:.3g}".format(*np.array(row["norm"], float))]

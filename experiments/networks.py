@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from nested_jax import CMSConfig, ModelConfig
+from nested_jax import CMSConfig, ModelConfig, preset
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 _HOPE = {"mixer": "self-modifying"}
-EXACT = {"errors": "exact", "step": "normalised", "rates": "own", "features": "boundary", "momentum": False}
-"""Fields of a Hope whose memories write exact errors."""
+_FIELDS = ("errors", "step", "rates", "features", "momentum", "damped", "retention")
+_FIELDS += ("erase", "read", "surprise", "targets", "generated", "max_rate")
+EXACT, PAPER = ({name: getattr(preset(of), name) for name in _FIELDS} for of in ("tiny-hope", "tiny-hope-paper"))
+"""The memories of the presets hope, which write exact errors, and hope-paper, as fields of `ModelConfig`."""
+BOUNDARY = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token", "momentum": True}
+"""Memories whose errors are as old as the chunk, and that read by what they learn inside it."""
 _ATTENTION = {"mixer": "attention"}
 
 NETWORKS: dict[str, dict[str, Any] | None] = {

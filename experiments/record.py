@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nested_jax.checks import Count
 from nested_jax.errors import UserError
 
 matplotlib.use("agg")
@@ -34,6 +36,7 @@ LISTS = (
     "tasks",
     "forms",
     "rows",
+    "options",
     "exact",
     "chunks",
     "text_chunks",
@@ -42,6 +45,21 @@ LISTS = (
     "seeds",
 )
 """Fields that say which runs to make; all others are about each run."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How the runs of a long experiment are made; nothing of it changes them."""
+
+    jobs: Count = 2
+    """Processes that make runs."""
+    lanes: Count = 3
+    """Runs of one network that a process makes side by side, in one program."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+
+RUNNING = tuple(field.name for field in dataclasses.fields(Runs))
 
 
 def start(path: Path, config: Any) -> dict[str, Any]:
@@ -56,7 +74,7 @@ def start(path: Path, config: Any) -> dict[str, Any]:
         raise UserError(f"{path.parent} is no folder for results, {error.strerror}: make it one") from None
     script = f"experiments/{path.parents[1].name}/{Path(sys.argv[0]).name}"
     command = shlex.join(["python", script, *sys.argv[1:]])
-    choices = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("fresh", "jobs")}
+    choices = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNNING}
     return {"command": command, "config": json.loads(json.dumps(choices)), "jax": jax.__version__}
 
 
@@ -116,20 +134,38 @@ def once(path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]]
 
 
 def each_once(
-    path: Path, results: dict[str, Any], run: Callable[..., dict[str, Any]], choices: Iterable[dict[str, Any]], jobs: int = 1
+    path: Path,
+    results: dict[str, Any],
+    run: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    choices: Iterable[dict[str, Any]],
+    kind: Callable[[dict[str, Any]], Any],
+    config: Runs,
 ) -> list[dict[str, Any]]:
-    """The runs of all these choices, those that are not in the results yet made in `jobs` processes.
+    """The runs of all these choices. Those that are not in the results yet are made, and saved to NAME.json as they end.
 
-    `run` is a function of a module; each run is saved to NAME.json as soon as it ends.
+    Args:
+        path: of the results.
+        results: so far.
+        run: choices of one kind -> a row for each; a function of a module.
+        choices: of each run.
+        kind: what runs have in common that can be made by one call of `run`.
+        config: how many are made at a time.
+
+    Returns:
+        A row for each of the choices.
     """
-    choices = list(choices)
-    missing = [one for one in choices if not rows_of(results, **one)]
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
-        started = {pool.submit(run, **one): one for one in missing}
+    choices, kinds = list(choices), {}
+    for one in choices:
+        if not rows_of(results, **one):
+            kinds.setdefault(kind(one), []).append(one)
+    calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
+    with ProcessPoolExecutor(config.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+        started = {pool.submit(run, one): one for one in calls}
         for done in as_completed(started):
-            results["runs"].append(json.loads(json.dumps(strict(started[done] | done.result()))))
+            for one, row in zip(started[done], done.result(), strict=True):
+                results["runs"].append(json.loads(json.dumps(strict(one | row))))
+                print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms")}, flush=True)
             save(path, results)
-            print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "curve")}, flush=True)
     return [row for one in choices for row in rows_of(results, **one)]
 
 

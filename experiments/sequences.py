@@ -1,4 +1,4 @@
-"""A network trained on a synthetic task and tested on longer sequences: one cell of an experiment's table."""
+"""Networks trained on synthetic tasks and tested on longer sequences: the cells of an experiment's table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from networks import Network
 
+from nested_jax.data.pipeline import Batch
 from nested_jax.data.tasks import Task, score
 
 Bins = Sequence[tuple[int, int]]
@@ -28,57 +29,84 @@ class Training:
     batch_size: int
     shortest: int
     longest: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One of several networks of a kind that are trained side by side."""
+
+    task: Task
+    seed: int
+    """Of parameters and training sequences."""
     rate: float
+    """Learning rate."""
 
 
-def run(network: Network, task: Task, training: Training, bins: Bins, sequences: int, seed: int) -> dict[str, Any]:
-    """Trains a network and tests it.
+def run(network: Network, lanes: Sequence[Lane], training: Training, bins: Bins, sequences: int) -> list[dict[str, Any]]:
+    """Trains networks in one program, each on its own task, and tests them.
 
     Args:
-        network: from `networks.network`.
-        task: what it learns.
+        network: from `networks.network`, of the tokens and labels of all tasks.
+        lanes: what is trained. Small networks leave a processor idle: several take hardly longer than one.
         training: updates of AdamW, rate warmed up over a twentieth of them and falling along a cosine to a tenth, gradients
             clipped to norm 1.
         bins: (shortest, longest) of the test sequences.
         sequences: number of test sequences in each bin, the same ones for all networks.
-        seed: of parameters and training sequences.
 
     Returns:
-        labels, right: fractions of right labels and of wholly right sequences, in each bin; loss: nats per label, means of
-        50 updates; norm: median and largest norm of the gradients; parameters; seconds.
+        For each lane labels, right: fractions of right labels and of wholly right sequences, in each bin; loss: nats per
+        label, means of 50 updates; norm: median and largest norm of the gradients; parameters; seconds, of all lanes; the
+        device.
     """
     started = time.monotonic()
-    params = jax.jit(network.init)(jax.random.key(seed))
-    steps, rate = training.steps, training.rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, training.steps // 20, training.steps, 0.1)
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
 
     def loss(params, batch):
         nats = optax.softmax_cross_entropy_with_integer_labels(network.logits(params, batch.tokens), batch.targets)
         return (nats * batch.weights).sum() / batch.weights.sum()
 
-    @jax.jit
-    def update(params, memory, batch):
+    def update(params, memory, rate, batch):
         value, gradient = jax.value_and_grad(loss)(params, batch)
         change, memory = rule.update(gradient, memory, params)
-        return optax.apply_updates(params, change), memory, value, optax.global_norm(gradient)
+        change = jax.tree.map(lambda step: rate * step, change)
+        return optax.apply_updates(params, change), memory, (value, optax.global_norm(gradient))
 
-    rng, memory, losses, norms = np.random.default_rng(seed), rule.init(params), [], []
-    for _ in range(steps):
-        batch = task.sample(rng, training.batch_size, training.shortest, training.longest)
-        params, memory, value, norm = update(params, memory, batch)
-        losses.append(float(value))
-        norms.append(float(norm))
-    means = [float(np.mean(losses[i : i + 50])) for i in range(0, len(losses), 50)]
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    row = {"loss": means, "norm": [float(np.median(norms)), max(norms)], "parameters": size}
-    predict = jax.jit(lambda params, tokens: network.logits(params, tokens).argmax(-1))
-    scores = []
-    for shortest, longest in bins:
-        batch = task.sample(np.random.default_rng((shortest, longest)), sequences, shortest, longest)
+    start = lambda key: (params := network.init(key), rule.init(params))
+    params, memory = jax.jit(jax.vmap(start))(jax.vmap(jax.random.key)(jnp.array([lane.seed for lane in lanes])))
+    rates = jnp.array([lane.rate for lane in lanes])
+    update = jax.jit(jax.vmap(update), donate_argnums=(0, 1))
+    draws, found = [np.random.default_rng(lane.seed) for lane in lanes], []
+    size = training.batch_size, training.shortest, training.longest
+    for _ in range(training.steps):
+        batches = [lane.task.sample(rng, *size) for lane, rng in zip(lanes, draws, strict=True)]
+        stacked = Batch(*map(np.stack, zip(*batches, strict=True)))
+        params, memory, measured = update(params, memory, rates, stacked)
+        found.append(measured)
+    losses, norms = np.array(jax.device_get(found)).transpose(1, 2, 0)  # (lanes, steps)
+
+    predict = jax.jit(jax.vmap(lambda params, tokens: network.logits(params, tokens).argmax(-1)))
+    labels, right = np.zeros((2, len(lanes), len(bins)))
+    for i, (shortest, longest) in enumerate(bins):
+        draw = lambda task, size=(sequences, shortest, longest): task.sample(np.random.default_rng(size[1:]), *size)
+        tests = [draw(lane.task) for lane in lanes]
+        tokens = np.stack([batch.tokens for batch in tests])
         parts = np.array_split(np.arange(sequences), -(-sequences * longest // 2**15))
         rows = max(map(len, parts))  # every part has as many rows: one program
-        guess = [predict(params, jnp.resize(batch.tokens[part], (rows, longest)))[: len(part)] for part in parts]
-        scores.append(score(np.concatenate(guess), batch))
-    labels, right = zip(*scores, strict=True)
-    return {"labels": labels, "right": right, **row, "seconds": round(time.monotonic() - started, 1)}
+        guess = [np.asarray(predict(params, tokens[:, np.resize(part, rows)]))[:, : len(part)] for part in parts]
+        for lane, (predicted, batch) in enumerate(zip(np.concatenate(guess, axis=1), tests, strict=True)):
+            labels[lane, i], right[lane, i] = score(predicted, batch)
+    count = sum(leaf[0].size for leaf in jax.tree.leaves(params))
+    seconds = round(time.monotonic() - started, 1)
+    return [
+        {
+            "labels": labels[i].tolist(),
+            "right": right[i].tolist(),
+            "loss": [float(losses[i, at : at + 50].mean()) for at in range(0, training.steps, 50)],
+            "norm": [float(np.median(norms[i])), float(norms[i].max())],
+            "parameters": count,
+            "seconds": seconds,
+            "device": jax.devices()[0].device_kind,
+        }
+        for i in range(len(lanes))
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import config as settings
@@ -17,7 +18,7 @@ import flags
 from grid import in_bins
 from networks import network
 from record import each_once, finish, markdown, resume, rows_of, spread
-from sequences import PARITY, Training
+from sequences import PARITY, Lane, Training
 from sequences import run as train_network
 from text_run import BITS, held_out
 
@@ -27,14 +28,16 @@ from nested_jax.data.tasks import TASKS
 RESULTS = Path(__file__).parent / "results"
 
 
-def run(config: settings.Config, row: str, task: str, seed: int) -> dict:
-    """One row's model, trained on text or parity."""
-    changes = settings.ROWS[row]
-    if task == "text":
-        return held_out(dataclasses.replace(preset("tiny-hope"), **changes), seed, config.text_steps)
+def run(config: settings.Config, cells: list[dict]) -> list[dict]:
+    """One row's model, trained on text or parity from several seeds."""
+    changes = settings.ROWS[cells[0]["row"]]
+    if cells[0]["task"] == "text":
+        model = dataclasses.replace(preset("tiny-hope"), **changes)
+        return [held_out(model, cell["seed"], config.text_steps) for cell in cells]
     changes = {name: value for name, value in changes.items() if name != "cms"}
     made = network("hope, chunk 16", 2, 32, 2, changes | {"chunk": config.chunk})
-    return train_network(made, TASKS["parity"], Training(config.steps, 16, 2, 50, config.rate), PARITY, 256, seed)
+    lanes = [Lane(TASKS["parity"], cell["seed"], config.rate) for cell in cells]
+    return train_network(made, lanes, Training(config.steps, 16, 2, 50), PARITY, 256)
 
 
 def table(results: dict) -> str:
@@ -74,8 +77,8 @@ def main() -> None:
     config = flags.parse(settings.Config)
     path = RESULTS / "ablation"
     results = resume(path, config)
-    choices = ({"row": r, "task": t, "seed": s} for s in config.seeds for t in ("parity", "text") for r in config.rows)
-    each_once(path, results, partial(run, config), choices, config.jobs)
+    choices = ({"row": r, "task": t, "seed": s} for t in ("parity", "text") for r in config.rows for s in config.seeds)
+    each_once(path, results, partial(run, config), choices, itemgetter("row", "task"), config)
     finish(path, results, table(results), figure(results))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import flags
 from flags import Seeds
 from grid import in_bins
 from networks import Network, config_of
-from record import each_once, finish, markdown, resume, rows_of
-from sequences import PARITY, Training
+from record import Runs, each_once, finish, markdown, resume, rows_of
+from sequences import PARITY, Lane, Training
 from sequences import run as train
 
 from nested_jax import cms
@@ -50,7 +51,7 @@ EXACT = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Runs):
     """Parity with each quantity of the chunk boundary made exact alone."""
 
     exact: tuple[str, ...] = tuple(EXACT)
@@ -61,12 +62,8 @@ class Config:
     """Seeds of the parameters and of the training sequences."""
     steps: Count = 400
     """Updates."""
-    rate: Positive = 0.01
+    rate: Positive = 0.003
     """Learning rate."""
-    jobs: Count = 2
-    """Runs at a time, each in a process of its own."""
-    fresh: bool = False
-    """Replace results of other flags."""
 
     def __post_init__(self):
         flags.check(self, "exact", "chunks", "seeds")
@@ -91,10 +88,11 @@ def token_loop(exact: str, chunk: int) -> Network:
     return Network(partial(init_weights, config), logits)
 
 
-def run(config: Config, exact: str, chunk: int, seed: int) -> dict[str, Any]:
-    """One network, trained on lengths 2-50 and tested in three bins."""
-    training = Training(config.steps, 16, 2, 50, config.rate)
-    return train(token_loop(exact, chunk), TASKS["parity"], training, PARITY, 128, seed)
+def run(config: Config, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Networks of one kind, trained on lengths 2-50 and tested in three bins."""
+    first = cells[0]
+    lanes = [Lane(TASKS["parity"], cell["seed"], config.rate) for cell in cells]
+    return train(token_loop(first["exact"], first["chunk"]), lanes, Training(config.steps, 16, 2, 50), PARITY, 128)
 
 
 def table(results: dict) -> str:
@@ -135,7 +133,7 @@ def main() -> None:
     config = flags.parse(Config)
     results = resume(RESULTS / "boundary", config)
     choices = ({"exact": e, "chunk": c, "seed": s} for s in config.seeds for c in config.chunks for e in config.exact)
-    each_once(RESULTS / "boundary", results, partial(run, config), choices, config.jobs)
+    each_once(RESULTS / "boundary", results, partial(run, config), choices, itemgetter("exact", "chunk"), config)
     finish(RESULTS / "boundary", results, table(results), figure(results))
 
 

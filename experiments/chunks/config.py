@@ -12,23 +12,23 @@ from nested_jax.checks import Count, Positive
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Counts, Seeds
-from networks import EXACT
+from networks import BOUNDARY, EXACT
+from record import Runs
 
-_OLD = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token"}
 FORMS: dict[str, dict[str, Any]] = {
-    "boundary, proximal": _OLD,
-    "boundary, normalised": _OLD | {"step": "normalised"},
+    "boundary, proximal": BOUNDARY,
+    "boundary, normalised": BOUNDARY | {"step": "normalised"},
     "exact, proximal": EXACT | {"step": "proximal"},
     "exact, normalised": EXACT,
     "exact, normalised, features of the token": EXACT | {"features": "token"},
     "exact, normalised, with momentum": EXACT | {"momentum": True},
 }
-"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum, as the presets."""
+"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum."""
 TASKS = ("parity", "parity to 150", "mqar", "text")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Runs):
     """What a chunk costs: quality and speed of Hope against its chunk length."""
 
     forms: tuple[str, ...] = tuple(FORMS)
@@ -42,7 +42,7 @@ class Config:
     mqar: 8 pairs in 64 tokens; text: the first command of the README, held-out bits per byte."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of the parameters and of the training data."""
-    rate: Positive = 0.01
+    rate: Positive = 0.003
     """Learning rate of parity and mqar."""
     steps: Count = 800
     """Updates of parity and mqar."""
@@ -50,10 +50,6 @@ class Config:
     """Updates on text."""
     rounds: Count = 7
     """Rounds in which the speeds are measured, in turn."""
-    jobs: Count = 2
-    """Runs at a time, each in a process of its own."""
-    fresh: bool = False
-    """Replace results of other flags."""
 
     def __post_init__(self):
         flags.check(self, "forms", "chunks", "text_chunks", "tasks", "seeds")

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ import flags
 from grid import in_bins
 from networks import network
 from record import each_once, finish, markdown, resume, rows_of, spread
-from sequences import Training
+from sequences import Lane, Training
 from sequences import run as train_network
 from text_run import BITS, held_out
 from timing import alternate
@@ -40,25 +41,28 @@ def fields(form: str, chunk: int) -> dict[str, Any]:
     return settings.FORMS[form] | {"chunk": chunk}
 
 
-def run(config: settings.Config, form: str, chunk: int, task: str, seed: int) -> dict:
-    """One form of Hope, trained on a task."""
+def run(config: settings.Config, cells: list[dict]) -> list[dict]:
+    """One form of Hope, trained on a task from several seeds; on text from one."""
+    form, chunk, task = (cells[0][name] for name in ("form", "chunk", "task"))
     if task == "text":
-        return held_out(dataclasses.replace(preset("tiny-hope"), **fields(form, chunk)), seed, config.text_steps)
+        model = dataclasses.replace(preset("tiny-hope"), **fields(form, chunk))
+        return [held_out(model, cell["seed"], config.text_steps) for cell in cells]
     longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
     shortest = 64 if task == "mqar" else 2
     one = TASKS[task.split(" ")[0]]
     hope = network("hope, chunk 16", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
     bins = [(shortest, longest)] if task == "mqar" else [(longest * i + 2, longest * (i + 1)) for i in range(3)]
-    return train_network(hope, one, Training(config.steps, 16, shortest, longest, config.rate), bins, 256, seed)
+    lanes = [Lane(one, cell["seed"], config.rate) for cell in cells]
+    return train_network(hope, lanes, Training(config.steps, 16, shortest, longest), bins, 256)
 
 
 def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
-    """The choices of all runs, the first seed of everything first."""
-    for seed in config.seeds:
-        for task in config.tasks:
-            for chunk in config.text_chunks if task == "text" else config.chunks:
-                if task != "parity to 150" or chunk >= 64:
-                    yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for form in config.forms)
+    """The choices of all runs."""
+    for task in config.tasks:
+        for chunk in config.text_chunks if task == "text" else config.chunks:
+            if task != "parity to 150" or chunk >= 64:
+                for form in config.forms:
+                    yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for seed in config.seeds)
 
 
 def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
@@ -90,7 +94,8 @@ def measure(config: settings.Config, results: dict) -> dict:
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:
         results["speeds"] = speeds(config)
-    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), config.jobs)
+    kind = itemgetter("form", "chunk", "task")
+    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), kind, config)
     return results
 
 

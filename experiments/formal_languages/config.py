@@ -11,14 +11,16 @@ from nested_jax.data.tasks import TASKS
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
-from flags import Rates, Seed, Seeds
+from grid import Grid
 from networks import NETWORKS
 
 LANGUAGES = ("parity", "aa-star", "abab-star", "anbn", "anbncn", "shuffle-2", "s3", "a5")
+VOCABULARY = max(max(TASKS[name].tokens, TASKS[name].labels) for name in LANGUAGES)
+"""Tokens and labels of all networks, so that one program trains several of them, each on its own language."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Grid):
     """Train networks on formal languages and word problems of groups, test them on longer words."""
 
     networks: tuple[str, ...] = (
@@ -35,36 +37,16 @@ class Config:
     )
     """Names of `networks.NETWORKS`."""
     tasks: tuple[str, ...] = LANGUAGES
-    """Names of `nested_jax.data.tasks.TASKS`."""
-    seeds: Seeds = (0, 1, 2)
-    """Seeds of the parameters and of the training words."""
-    rates: Rates = (0.003, 0.01)
-    """Learning rates that every network tries on the first task, with the tuning seed."""
-    tuning_seed: Seed = 100
-    """Seed of the tries."""
-    steps: Count = 800
-    """Updates."""
-    batch_size: Count = 16
-    """Words of an update."""
+    """Names of `nested_jax.data.tasks.TASKS`, some of these."""
     shortest: Count = 2
     """Length of the shortest words."""
     longest: Count = 50
     """Length of the longest words in training."""
-    width: Count = 32
-    """Width of the models."""
-    layers: Count = 2
-    """Blocks."""
-    sequences: Count = 256
-    """Test words in each bin."""
-    jobs: Count = 2
-    """Runs at a time, each in a process of its own."""
-    fresh: bool = False
-    """Replace results of other flags."""
 
     def __post_init__(self):
         flags.check(self, "networks", "tasks", "seeds", "rates")
         flags.check_known(self, "networks", NETWORKS)
-        flags.check_known(self, "tasks", TASKS)
+        flags.check_known(self, "tasks", LANGUAGES)
 
     @property
     def bins(self) -> tuple[tuple[int, int], ...]:

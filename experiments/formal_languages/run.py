@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import config as settings
@@ -13,7 +14,7 @@ import flags
 import grid
 from networks import network
 from record import finish, resume
-from sequences import Training
+from sequences import Lane, Training
 from sequences import run as train
 
 from nested_jax.data.tasks import TASKS
@@ -22,12 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 TICKS = ("trained", "to 2 times", "to 3 times")
 
 
-def run(config: settings.Config, name: str, task: str, rate: float, seed: int) -> dict:
-    """One network, trained on a task and tested in three bins of lengths."""
-    one = TASKS[task]
-    made = network(name, max(one.tokens, one.labels), config.width, config.layers)
-    training = Training(config.steps, config.batch_size, config.shortest, config.longest, rate)
-    return train(made, one, training, config.bins, config.sequences, seed)
+def run(config: settings.Config, cells: list[dict]) -> list[dict]:
+    """One network, trained on each cell's task and tested in three bins of lengths."""
+    made = network(cells[0]["name"], settings.VOCABULARY, config.width, config.layers)
+    lanes = [Lane(TASKS[cell["task"]], cell["seed"], cell["rate"]) for cell in cells]
+    training = Training(config.steps, config.batch_size, config.shortest, config.longest)
+    return train(made, lanes, training, config.bins, config.sequences)
 
 
 def table(results: dict, bins: tuple[tuple[int, int], ...]) -> str:
@@ -41,7 +42,7 @@ def table(results: dict, bins: tuple[tuple[int, int], ...]) -> str:
 def main() -> None:
     config = flags.parse(settings.Config)
     path = RESULTS / "formal_languages"
-    results = grid.measure(path, config, resume(path, config), partial(run, config))
+    results = grid.measure(path, config, resume(path, config), partial(run, config), itemgetter("name"))
     finish(path, results, table(results, config.bins), grid.figure(results, "right", TICKS, "wholly right words"))
 
 

@@ -11,16 +11,19 @@ from nested_jax.data.tasks import MQAR, TASKS, Task
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
-from flags import Counts, Rates, Seed, Seeds
+from flags import Counts
+from grid import Grid
 from networks import NETWORKS
 
 PAIRS: dict[str, Task] = {f"mqar, {pairs} pairs": MQAR(pairs=pairs, vocabulary=256) for pairs in (4, 8, 16, 32, 64)}
 MAD: dict[str, Task] = {name: task for name, task in TASKS.items() if name.startswith("mad-")}
 RECALL: dict[str, Task] = {**PAIRS, **MAD, "passkey": TASKS["passkey"]}
+VOCABULARY = max(max(task.tokens, task.labels) for task in RECALL.values())
+"""Tokens and labels of all networks, so that one program trains several of them, each on its own task."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Grid):
     """Train networks on recall: MQAR, the six MAD tasks, a passkey at up to 64 times the trained length."""
 
     networks: tuple[str, ...] = (
@@ -37,28 +40,16 @@ class Config:
     """Names of `networks.NETWORKS`."""
     tasks: tuple[str, ...] = tuple(RECALL)
     """Names of `RECALL`."""
-    seeds: Seeds = (0, 1, 2)
-    """Seeds of the parameters and of the training sequences."""
-    rates: Rates = (0.003, 0.01)
-    """Learning rates that every network tries on the first task, with the tuning seed."""
-    tuning_seed: Seed = 100
-    """Seed of the tries."""
-    steps: Count = 1500
+    steps: Count = 1000
     """Updates."""
     batch_size: Count = 32
     """Sequences of an update."""
     width: Count = 64
     """Width of the models."""
-    layers: Count = 2
-    """Blocks."""
     multiples: Counts = (1, 4, 16, 64)
     """Lengths that a passkey is read at, in multiples of the trained one, 128."""
     sequences: Count = 128
-    """Test sequences."""
-    jobs: Count = 2
-    """Runs at a time, each in a process of its own."""
-    fresh: bool = False
-    """Replace results of other flags."""
+    """Test sequences in each bin."""
 
     def __post_init__(self):
         flags.check(self, "networks", "tasks", "seeds", "rates", "multiples")

@@ -13,18 +13,19 @@ import flags
 import grid
 from networks import network
 from record import finish, resume
-from sequences import Training
+from sequences import Lane, Training
 from sequences import run as train
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def run(config: settings.Config, name: str, task: str, rate: float, seed: int) -> dict:
-    """One network, trained and tested on a task."""
-    one = settings.RECALL[task]
-    made = network(name, max(one.tokens, one.labels), config.width, config.layers)
-    training = Training(config.steps, config.batch_size, *config.lengths(task), rate)
-    return train(made, one, training, config.bins(task), config.sequences, seed)
+def run(config: settings.Config, cells: list[dict]) -> list[dict]:
+    """One network, trained and tested on each cell's task, all of one length."""
+    first = cells[0]
+    made = network(first["name"], settings.VOCABULARY, config.width, config.layers)
+    lanes = [Lane(settings.RECALL[cell["task"]], cell["seed"], cell["rate"]) for cell in cells]
+    training = Training(config.steps, config.batch_size, *config.lengths(first["task"]))
+    return train(made, lanes, training, config.bins(first["task"]), config.sequences)
 
 
 def table(results: dict, config: settings.Config) -> str:
@@ -41,7 +42,8 @@ def table(results: dict, config: settings.Config) -> str:
 def main() -> None:
     config = flags.parse(settings.Config)
     path = RESULTS / "recall"
-    results = grid.measure(path, config, resume(path, config), partial(run, config))
+    kind = lambda cell: (cell["name"], config.bins(cell["task"]))
+    results = grid.measure(path, config, resume(path, config), partial(run, config), kind)
     ticks = [str(n) for n in config.multiples]
     finish(path, results, table(results, config), grid.figure(results, "labels", ticks, "right labels"))
 

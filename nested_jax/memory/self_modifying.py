@@ -79,10 +79,10 @@ class SelfModifyingTitans(MemoryLayer):
         chunk: C_mem, tokens between two refreshes of the main memory's errors.
         projection_chunk: C_proj, the same for the other memories, a multiple of `chunk`; None: equal.
         momentum: writes carry momentum with a learned, data-dependent decay.
-        max_rate: eta_max. Rates start near 1 / 16 with exact errors, else 3 / period, or at half of eta_max if that is less.
+        max_rate: eta_max. Rates start near r, 1 / 16 with exact errors, else 3 / period; at most at half of eta_max.
         rates: "shared": one rate of all layers; "own": one of all first layers, which read the same keys, and one of each
-            second layer. The main memory's second layer starts at the shared one's start, the other memories' at a sixteenth
-            and first layers at a sixty-fourth, so that self-modification has to earn its rate.
+            second layer. The main memory's second layer starts at r, or at 3 r with exact errors, the other memories' at
+            r / 16 and first layers at r / 64, so that self-modification has to earn its rate.
         targets: how targets and values are normalised. "l2" keeps the self-reference bounded; "rms" and "raw" do not.
         generated: what memories make: any of keys, values, queries, rates and retention. Where they do not, x_t W stands for
             the output of a memory of keys, values or queries, and x_t itself for one of rates or retention.
@@ -137,13 +137,15 @@ class SelfModifyingTitans(MemoryLayer):
         keys = jax.random.split(key, 5)
         # Where errors are as old as the chunk, steps that add up to much more than one can overshoot from chunk to chunk: a
         # chunk's start at a sum of 3; momentum's 1 - theta halves that.
-        rate = min(1 / 16 if self.rule.errors == "exact" else 3 / self.period, self.max_rate / 2) / self.max_rate
+        exact = self.rule.errors == "exact"
+        start = min(1 / 16 if exact else 3 / self.period, self.max_rate / 2) / self.max_rate
         bias = lambda rate: jnp.full(H, math.log(rate / (1 - rate)), jnp.float32)
         if self.rates == "own":
-            layers = [rate / 64, *[rate / 16] * (len(self.memories) - 1), rate]
+            main = min(3 * start, 0.5) if exact else start
+            layers = [start / 64, *[start / 16] * (len(self.memories) - 1), main]
             rate_bias = jnp.stack([bias(rate) for rate in layers], axis=-1)
         else:
-            rate_bias = bias(rate)
+            rate_bias = bias(start)
         weights = {
             "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
             "start": deep_start(keys[1], len(self.memories), H, K, self.hidden),

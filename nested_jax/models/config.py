@@ -192,6 +192,7 @@ _MIXERS: dict[str, Mixer] = {
     "huber": "huber",
     "omega": "omega",
 }
+_EXACT: dict[str, Any] = dict(errors="exact", step="normalised", rates="own", features="boundary", momentum=False)
 _PAPER: dict[str, Any] = dict(
     targets="raw", step="raw", damped=False, surprise=math.inf, retention="zero", erase="memory", read="boundary"
 )
@@ -204,6 +205,9 @@ def preset(name: str) -> ModelConfig:
     Sizes: tiny (1,024 pieces, float32), 140m, 340m, 760m, 1.3b (32,000 pieces, bfloat16). Families: hope, hope-attention,
     titans, transformer, linear, delta, gated-delta, oja, lp, huber, omega; those of one size are within 3 % of one another
     in parameters. The last block of the tiny Hopes learns in context, with CMS periods of 256 and 64 tokens.
+
+    The memories of hope write exact errors by normalised steps of rates of their own, without momentum, and are read by the
+    features of the last chunk boundary: what they track does not depend on the chunk's length.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
     erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights
@@ -225,7 +229,7 @@ def preset(name: str) -> ModelConfig:
         near = difflib.get_close_matches(str(name), PRESETS, 3, 0.3)
         raise UserError(f"preset {name!r} is unknown: give SIZE-FAMILY, such as {' or '.join(near) or 'tiny-hope'}")
     size, family = name.split("-", 1)
-    options = _PAPER if family == "hope-paper" else {}
+    options = {"hope": _EXACT, "hope-paper": _PAPER}.get(family, {})
     sizes = _SIZES[size]
     hope = family.startswith("hope")
     hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 8 if size == "tiny" else 64)

@@ -1,4 +1,4 @@
-"""Small runs of formal_languages, recall, chunks and ablation; networks are of equal size and learn what they are given."""
+"""Small runs of formal_languages, recall, chunks, ablation and streams; networks are of equal size and learn."""
 
 import dataclasses
 import json
@@ -28,19 +28,32 @@ def test_networks_are_of_equal_size_and_causal(load, name):
     assert (np.abs(before[:, 7] - after[:, 7]).max(-1) > 1e-6).all()
 
 
-def test_a_run_learns_and_is_scored(load):
-    """A labelled token that is its own label is learned; scores are those of the test sequences alone."""
+def test_lanes_learn_and_are_scored(load):
+    """A token that is its own label is learned, not by a lane of rate 0; scores are those of the test sequences alone."""
     sequences, networks = load("sequences"), load("networks")
-    task = TASKS["abab-star"]
-    row = sequences.run(
-        networks.network("lstm", 4, 16, 1), task, sequences.Training(150, 8, 4, 12, 0.03), [(4, 12), (16, 24)], 32, seed=0
+    task, lane = TASKS["abab-star"], load("sequences").Lane
+    learned, untrained = sequences.run(
+        networks.network("lstm", 4, 16, 1), [lane(task, 0, 0.03), lane(task, 0, 0.0)], sequences.Training(150, 8, 4, 12),
+        [(4, 12), (16, 24)], 32,
+    )  # fmt: skip
+    assert learned["right"] == learned["labels"] == [1.0, 1.0] and untrained["right"][0] < 0.5
+    assert learned["loss"][0] > 10 * learned["loss"][-1] > 0 and learned["norm"][1] >= learned["norm"][0] > 0
+    assert abs(untrained["loss"][-1] - untrained["loss"][0]) < 0.05
+
+
+def test_a_lane_is_a_run_of_its_own(load):
+    """What is trained beside it changes nothing; seed and task are the lane's."""
+    sequences, networks = load("sequences"), load("networks")
+    lanes = [sequences.Lane(TASKS[name], seed, 0.01) for name, seed in (("parity", 0), ("parity", 1), ("aa-star", 0))]
+    train = lambda *lanes: sequences.run(
+        networks.network("gated-delta", 4, 16, 1), lanes, sequences.Training(4, 4, 2, 8), [(2, 8)], 16
     )
-    assert row["right"] == (1.0, 1.0) and row["labels"] == (1.0, 1.0)
-    assert row["loss"][0] > 10 * row["loss"][-1] > 0 and row["norm"][1] >= row["norm"][0] > 0
-    untrained = sequences.run(
-        networks.network("lstm", 4, 16, 1), task, sequences.Training(1, 8, 4, 12, 0.0), [(4, 12)], 32, seed=0
-    )
-    assert untrained["right"][0] < 0.5
+    together = train(*lanes)
+    for row, lane in zip(together, lanes, strict=True):
+        (alone,) = train(lane)
+        np.testing.assert_allclose(row["loss"], alone["loss"], rtol=1e-5)
+        assert row["labels"] == alone["labels"]
+    assert len({row["loss"][0] for row in together}) == 3
 
 
 @pytest.mark.parametrize(
@@ -55,22 +68,8 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
     module = load("run", folder)
     monkeypatch.setattr(module, "RESULTS", tmp_path / folder / "results")
     (tmp_path / folder).mkdir()
-    words = [
-        *flags.split(),
-        "--seeds",
-        "0",
-        "1",
-        "--rates",
-        "0.01",
-        "0.1",
-        "--batch-size",
-        "2",
-        "--layers",
-        "1",
-        "--jobs",
-        "1",
-    ]
-    monkeypatch.setattr("sys.argv", ["run.py", *words])
+    flags += " --seeds 0 1 --rates 0.01 0.1 --batch-size 2 --layers 1 --lanes 2"
+    monkeypatch.setattr("sys.argv", ["run.py", *flags.split()])
     in_this_process(monkeypatch, load("record", folder))
     module.main()
     path = tmp_path / folder / "results" / f"{folder}.json"
@@ -103,9 +102,9 @@ def in_this_process(monkeypatch, record):
         def __exit__(self, *_):
             pass
 
-        def submit(self, run, **choices):
+        def submit(self, run, *choices):
             done = Future()
-            done.set_result(run(**choices))
+            done.set_result(run(*choices))
             return done
 
     monkeypatch.setattr(record, "ProcessPoolExecutor", Here)
@@ -139,3 +138,18 @@ def test_rows_of_the_ablation_are_models(load):
     sizes = {row: networks.count(networks.language_model(config)) for row, config in made.items() if row != "no CMS"}
     assert all(abs(size / sizes["hope"] - 1) < 0.3 for size in sizes.values())
     assert settings.PAPER.keys() <= settings.ROWS.keys()
+
+
+def test_streams_are_what_they_say(load):
+    """Four streams of bytes; the largest rates and no decay; the first piece that is no number ends a stream."""
+    streams, settings = load("run", "streams"), load("config", "streams")
+    found = streams.streams(10_000, 0)
+    assert found.shape == (4, 10_000) and found.min() >= 0 and found.max() < 256
+    assert [len(set(row[:4_096])) for row in found[:2]] == [1, 2] and len(set(found[2])) == 256
+    assert (found[3, :4_096] == found[3, 4_096:8_192]).all() and (found[3, :2_048] != found[3, 2_048:4_096]).mean() > 0.5
+    config = settings.Config(tokens=2 * streams.PIECE, width=8)
+    rows = streams.run(config, [{"option": "linear"}, {"option": "hope-paper"}])
+    sums, lost = (np.array(row["norms"], float) for row in rows)
+    assert sums.shape == (2, 4) and rows[0]["finite"] == [2 * streams.PIECE] * 4
+    np.testing.assert_allclose(sums[1] / sums[0], 2, rtol=0.1)  # a sum of outer products that nothing erases
+    assert rows[1]["finite"] == [0, 0, 0, 0] and not np.isfinite(lost).any()

@@ -1,0 +1,116 @@
+"""State norms over hostile streams: `python experiments/streams/run.py` writes results/streams.*."""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+
+import config as settings
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+import flags
+from record import each_once, finish, markdown, resume, rows_of
+
+from nested_jax import CMSConfig, ModelConfig
+from nested_jax.data import open_documents
+from nested_jax.models.language_model import apply, init_state, init_weights
+
+RESULTS = Path(__file__).parent / "results"
+PIECE = 2**14  # tokens of one call
+LARGE = 20.0  # logit of a gate that is 1 in float32
+STREAMS = ("one token", "period two", "random", "two texts in turn")
+
+
+def streams(tokens: int, seed: int) -> np.ndarray:
+    """(4, tokens) bytes: one repeated; two in turn; random ones; the first 2,048 of two held-out documents, in turn."""
+    texts = b"".join(text[:2048] for text in open_documents("stdlib", "heldout")[:2])
+    random = np.random.default_rng(seed).integers(256, size=tokens)
+    repeated = [np.resize(np.frombuffer(piece, np.uint8), tokens) for piece in (b"a", b"ab", texts)]
+    return np.stack([*repeated[:2], random, repeated[2]]).astype(np.int32)
+
+
+def largest(config: ModelConfig, weights: dict) -> dict:
+    """Weights whose learning rates are at their largest and whose memories do not decay."""
+    mixer = dict(weights["blocks"]["mixer"])
+    for name in {"rate_bias", "retention_bias"} & mixer.keys():
+        mixer[name] = jnp.full_like(mixer[name], LARGE)
+    if "gates_bias" in mixer:  # those of rate and retention come first
+        mixer["gates_bias"] = mixer["gates_bias"].at[:, : 2 * config.heads].set(LARGE)
+    return weights | {"blocks": weights["blocks"] | {"mixer": mixer}}
+
+
+def run(config: settings.Config, cells: list[dict]) -> list[dict]:
+    """The norms of the fast state after each piece of each stream, to the first that is no number."""
+    return [measure(config, cell["option"]) for cell in cells]
+
+
+def measure(config: settings.Config, option: str) -> dict:
+    """norms: (pieces, streams), of what the sequence layers hold; finite: tokens read until a logit or norm is no number."""
+    started = time.monotonic()
+    sizes = {"width": config.width, "layers": config.layers, "heads": 2, "memory_hidden": 16}
+    model = ModelConfig(**sizes, cms=CMSConfig(hidden=(2 * config.width,)), **settings.OPTIONS[option])
+    weights = largest(model, jax.jit(partial(init_weights, model))(jax.random.key(config.seed)))
+
+    @jax.jit
+    def read(state, tokens):
+        logits, state = apply(model, weights, tokens, state, multiple=PIECE)
+        held = [leaf for leaf in jax.tree.leaves(state.mixers) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        squares = [jnp.square(leaf).sum((0, *range(2, leaf.ndim))) for leaf in held]  # leaves (L, B, ...)
+        return state, jnp.sqrt(sum(squares)), jnp.isfinite(logits).all((1, 2))
+
+    state, norms, finite = init_state(model, weights, len(STREAMS)), [], []
+    for piece in np.split(streams(PIECE * -(-config.tokens // PIECE), config.seed), -(-config.tokens // PIECE), axis=1):
+        state, norm, good = read(state, piece)
+        norms.append(norm)
+        finite.append(good & jnp.isfinite(norm))
+    ends = PIECE * np.logical_and.accumulate(finite).sum(axis=0)
+    row = {"norms": np.array(norms).tolist(), "finite": ends.tolist()}
+    return row | {"seconds": round(time.monotonic() - started, 1), "device": jax.devices()[0].device_kind}
+
+
+def table(results: dict) -> str:
+    """Markdown: a row for each option, the norms after the first piece, half of the stream and all of it."""
+    cells = []
+    for option in results["config"]["options"]:
+        for row in rows_of(results, option=option):
+            norms = np.array(row["norms"], float)
+            of = lambda i: " / ".join(f"{norms[at, i]:.3g}" for at in (0, len(norms) // 2, -1))  # noqa: B023
+            lost = min(row["finite"]) < PIECE * len(norms)
+            line = [of(i) for i in range(len(STREAMS))]
+            cells.append([option, *line, f"no: within {min(row['finite']) + PIECE:,}" if lost else "yes"])
+    tokens = PIECE * -(-results["config"]["tokens"] // PIECE)
+    note = f"Norm of all that the sequence layers hold after {PIECE:,}, {tokens // 2 + PIECE:,} and {tokens:,} tokens."
+    return "\n".join([*markdown(("memory", *STREAMS, "all finite"), cells), "", note]) + "\n"
+
+
+def figure(results: dict) -> Figure:
+    """The largest norm of the four streams, by position."""
+    fig, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for i, row in enumerate(results["runs"]):
+        norms = np.array(row["norms"], float)
+        axes.loglog(PIECE * np.arange(1, len(norms) + 1), norms.max(axis=1), "-:"[i // 20], color=plt.cm.tab20(i % 20))
+        axes.lines[-1].set_label(row["option"])
+    axes.set(xlabel="tokens read", ylabel="largest norm of the fast state")
+    fig.legend(loc="outside right upper", frameon=False, fontsize=7)
+    return fig
+
+
+def main() -> None:
+    config = flags.parse(settings.Config)
+    path = RESULTS / "streams"
+    results = resume(path, config)
+    choices = ({"option": option} for option in config.options)
+    each_once(path, results, partial(run, config), choices, itemgetter("option"), config)
+    finish(path, results, table(results), figure(results))
+
+
+if __name__ == "__main__":
+    flags.run(main)
