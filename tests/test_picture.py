@@ -630,11 +630,12 @@ def test_hope_and_its_optimizer():
     levels = {}
     for c in picture.components:
         levels.setdefault(c.level, []).append(c.frequency)
-    assert picture.levels == 6
-    assert [set(f) for f in levels.values()] == [{1 / 64}, {1 / 64}, {1 / 64}, {1 / 256}, {1 / 1024}, {1 / 1024}]
+    assert [set(f) for f in levels.values()] == [{1 / 64}, {1 / 64}, {1 / 256}, {1 / 1024}, {1 / 1024}]
+    with_momentum = describe(dataclasses.replace(config.model, momentum=True)).components
+    assert with_momentum[0].name.startswith("momentum of self-modifying") and with_momentum[0].frequency == 1 / 64
     found = rows(picture)
     assert found["CMS level2"].rule == "W <- W - eta g" and "64 tokens" in found["CMS level2"].objective
-    assert picture.parameters == 1_055_928 and round(picture.state_bytes_per_parameter, 2) == 8
+    assert picture.parameters == 1_056_504 and round(picture.state_bytes_per_parameter, 2) == 8
     assert found["CMS level1"].starts_from[0].startswith("starts of CMS level1")
     assert found["mu (Adam)"].generated_by == ("CMS level1",)
 

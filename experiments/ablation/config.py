@@ -43,7 +43,7 @@ PAPER: dict[str, float] = {
     "fixed keys": 13.77,
     "fixed values": 13.90,
 }
-"""Perplexities of the paper's table, of a larger model on other text, from one seed. There Hope has momentum: each row but the
+"""Perplexities of the paper's table, of a larger model on other text, from one seed. Its Hope has momentum: each row but the
 first is a change of the second."""
 
 

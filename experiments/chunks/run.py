@@ -89,13 +89,13 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
 
 
 def measure(config: settings.Config, results: dict) -> dict:
-    """The speeds, then all runs."""
+    """All runs, then the speeds, on a machine that does nothing else."""
+    kind = itemgetter("form", "chunk", "task")
+    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), kind, config)
     if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:
-        results["speeds"] = speeds(config)
-    kind = itemgetter("form", "chunk", "task")
-    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), kind, config)
+        results |= {"speeds": speeds(config), "device": jax.devices()[0].device_kind}
     return results
 
 
@@ -116,7 +116,8 @@ def table(results: dict) -> str:
     heads += ("MQAR, right labels", "text, bits per byte", "largest gradient norm", "ms an update")
     seeds = {task: len({row["seed"] for row in rows_of(results, task=task)}) for task in config["tasks"]}
     note = "Wholly right sequences, mean over seeds (least). Seeds: " + ", ".join(f"{k} {n}" for k, n in seeds.items())
-    return "\n".join([*markdown(heads, cells), "", f"{note}. ms: 2 x 512 tokens of `tiny-hope`, medians."]) + "\n"
+    note += f". ms: 2 x 512 tokens of `tiny-hope`, medians, {results['device']}."
+    return "\n".join([*markdown(heads, cells), "", note]) + "\n"
 
 
 def figure(results: dict) -> Figure:
