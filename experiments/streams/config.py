@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config(Runs):
-    """State norms over long streams that are hard on a memory, at its largest rates and without decay."""
+    """State norms over long streams that are hard on a memory, at its largest rates, with no decay and with the fastest."""
 
     options: tuple[str, ...] = tuple(OPTIONS)
     """Names of `config.OPTIONS`."""

@@ -25,7 +25,7 @@ from nested_jax.models.language_model import apply, init_state, init_weights
 
 RESULTS = Path(__file__).parent / "results"
 PIECE = 2**14  # tokens of one call
-LARGE = 20.0  # logit of a gate that is 1 in float32
+LARGE = 20.0  # logit of a gate that is 1 in float32, and negative nearly 0
 STREAMS = ("one token", "period two", "random", "two texts in turn")
 
 
@@ -38,12 +38,16 @@ def streams(tokens: int, seed: int) -> np.ndarray:
 
 
 def largest(config: ModelConfig, weights: dict) -> dict:
-    """Weights whose learning rates are at their largest and whose memories do not decay."""
-    mixer = dict(weights["blocks"]["mixer"])
-    for name in {"rate_bias", "retention_bias"} & mixer.keys():
-        mixer[name] = jnp.full_like(mixer[name], LARGE)
-    if "gates_bias" in mixer:  # those of rate and retention come first
-        mixer["gates_bias"] = mixer["gates_bias"].at[:, : 2 * config.heads].set(LARGE)
+    """Weights whose learning rates are at their largest; half of the heads never decay, half decay at once."""
+    mixer, heads = dict(weights["blocks"]["mixer"]), config.heads
+    retention = jnp.where(jnp.arange(heads) % 2, -LARGE, LARGE)
+    for name, value in (("rate_bias", LARGE), ("retention_bias", retention)):
+        if name in mixer:
+            mixer[name] = jnp.broadcast_to(value, mixer[name].shape)
+    if "gates_bias" in mixer:  # those of rate come first, then those of retention, if there are any
+        gates = jnp.concatenate([jnp.full(heads, LARGE), retention])
+        bias = mixer["gates_bias"]
+        mixer["gates_bias"] = bias.at[:, : 2 * heads].set(gates[: min(2 * heads, bias.shape[1])])
     return weights | {"blocks": weights["blocks"] | {"mixer": mixer}}
 
 

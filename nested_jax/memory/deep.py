@@ -68,9 +68,10 @@ class Rule:
         step: "proximal": eta' = eta / (1 + eta |x|^2), a contraction for any input; "normalised": eta' = eta /
             (|x|^2 + 0.001) in the second layer of the memory that is read, proximal elsewhere; "raw": eta' = eta.
         errors: "boundary": both layers' errors are as old as the chunk; "exact": in the second layer of the memory that is
-            read it is that of the weights before the token, k + W_1 h - v, and not clipped. With an erase and a normalised
-            step that layer multiplies what it holds along h by alpha - 2 eta, between -1 and 1: it can flip it and does not
-            expand.
+            read it is that of the weights before the token, k + W_1 h - v, and not clipped. There, and where the step is
+            normalised, eta' also has the factor (1 + alpha) / 2 (but for raw steps): with an erase, exact errors and a
+            normalised step that layer multiplies what it holds along h by alpha - (1 + alpha) eta, between -1 and 1. It can
+            flip what it holds, and never expands it, even where alpha is small.
         retention: where decay leads, to zero or to the learned start; "none": alpha = 1, its gate has no effect.
         read: "after" or "before" the token's own write; "boundary": from the weights at the last chunk boundary.
         features: by which weights of the first layer the second one is read: "token", those that `read` says; "boundary",
@@ -204,7 +205,7 @@ def learn(
         hidden, eta, (retain, theta, decay) = cut((keys.hidden, rate.second, each))
         return write(
             cut(running.second), hidden, errors,
-            _gates(hidden, eta, retain, theta, rule.erase == "layer", step, rule.damped),
+            _gates(hidden, eta, retain, theta, rule.erase == "layer", step, rule.damped, exact),
             anchor=cut(anchor.second), mask=None if mask is None else mask[None, None, None], decay=decay,
             product=cut(keys.second) if at_boundary else None, exact=exact,
         )  # fmt: skip
@@ -248,12 +249,15 @@ def _gates(
     erase: bool,
     step: str,
     damped: bool,
+    exact: bool = False,
 ) -> Gates:
     """The gates of one layer, from its own inputs."""
     if step == "proximal":
         rate = rate / (1 + rate * square(inputs))
     elif step == "normalised":
         rate = rate / (square(inputs) + 1e-3)
+    if step == "normalised" or (exact and step == "proximal"):
+        rate *= (1 + retain) / 2
     push = rate * (1 - momentum) if momentum is not None and damped else rate
     return Gates(push, rate if erase else jnp.zeros_like(rate), retain, momentum)
 

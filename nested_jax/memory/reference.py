@@ -85,7 +85,7 @@ def titans(layer: Titans, weights: PyTree, x: Float[Array, "T D"]) -> Float[Arra
             renewed = jax.tree.map(lambda new, old: jnp.where(t % layer.chunk == 0, new, old), running, snapshot)
             after, pushes = {}, {}
             for part, (z, surprise) in _local_surprise(renewed, k, v, rule.surprise).items():
-                step = _step(rule, part == "second", eta, z)
+                step = _step(rule, part == "second", eta, alpha, z)
                 if rule.errors == "exact" and part == "second":
                     surprise = k + running[part] @ z - v
                 after[part], pushes[part] = _write(
@@ -142,7 +142,7 @@ def self_modifying_titans(
                 running[name], velocity[name] = {}, {}
                 for part, (z, surprise) in _local_surprise(snapshot[name], key, target, rule.surprise).items():
                     read = name == "memory" and part == "second"
-                    rate = _step(rule, read, eta(name, part), z)
+                    rate = _step(rule, read, eta(name, part), alpha, z)
                     if rule.errors == "exact" and read:
                         surprise = key + w[part] @ z - target
                     running[name][part], velocity[name][part] = _write(
@@ -186,11 +186,13 @@ def _project(layer: MemoryLayer, weights: PyTree, x: Float[Array, "T D"]) -> lis
     return [part[0] for part in project_in(weights, _convolve(weights["taps"], x)[None], layer.heads)]
 
 
-def _step(rule: Rule, read: bool, eta: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
+def _step(rule: Rule, read: bool, eta: Float[Array, ""], alpha: Float[Array, ""], x: Float[Array, " K"]) -> Float[Array, ""]:
     """eta' of a layer at its input x, of the second layer of the memory that is read or another one."""
-    if rule.step == "normalised" and read:
-        return eta / (x @ x + 1e-3)
-    return eta if rule.step == "raw" else eta / (1 + eta * x @ x)
+    if rule.step == "raw":
+        return eta
+    step = eta / (x @ x + 1e-3) if rule.step == "normalised" and read else eta / (1 + eta * x @ x)
+    kept = 1.0 if rule.retention == "none" else alpha
+    return step * (1 + kept) / 2 if read and (rule.step == "normalised" or rule.errors == "exact") else step
 
 
 def _write(rule: Rule, part: str, w, velocity, start, z, surprise, step, alpha, theta) -> tuple[Array, Array]:

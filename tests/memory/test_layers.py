@@ -1,5 +1,6 @@
 """What every layer built on a parametric memory keeps: definitions, splits, causality, rows, documents, types, bounds."""
 
+import dataclasses
 import functools
 import math
 
@@ -345,6 +346,26 @@ def test_other_biases_stay_bounded(layer):
     kinds = 2 if isinstance(layer, LinearMemory) or layer.window == 1 else 3  # rate, retention, strength
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 12.0]])[:, :kinds]
     assert_bounded(layer, {"gates_bias": jnp.repeat(gates, 2, axis=1)})
+
+
+@pytest.mark.parametrize("step", ["normalised", "proximal"])
+def test_exact_errors_do_not_grow_at_any_retention(step):
+    """At the largest rate, on one token repeated: what is held along its features fades or flips, also where it decays at
+    once. With a factor alpha - 2 eta' it grew 1.6 times a token."""
+    layer = SelfModifyingTitans(16, 2, 4, chunk=64, momentum=False, rates="own", rule=dataclasses.replace(HOPE, step=step))
+    weights = layer.init_weights(jax.random.key(0))
+    weights["start"] = jax.tree.map(lambda w: 20 * w, weights["start"])  # features so large that proximal steps are nearly 1
+    x = jnp.tile(jax.random.normal(jax.random.key(1), (1, 1, 16)), (1, 512, 1))
+
+    @jax.jit
+    @jax.vmap
+    def largest(retention):
+        changed = {"rate_bias": jnp.full_like(weights["rate_bias"], 20.0), "retention_bias": jnp.full(2, retention)}
+        state, y = layer({**weights, **changed}, layer.init_state(weights, 1), x, 0)
+        return jnp.stack([jnp.abs(w).max() for w in running(state.memory)]).max(), jnp.abs(y).max()
+
+    held, outputs = largest(jnp.array([-20.0, -4.0, -1.0, 0.0, 1.0, 20.0]))
+    assert (held < 100).all() and (outputs < 100).all()
 
 
 @pytest.mark.parametrize(
