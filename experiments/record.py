@@ -37,6 +37,7 @@ LISTS = (
     "forms",
     "rows",
     "options",
+    "starts",
     "exact",
     "chunks",
     "text_chunks",

@@ -127,6 +127,22 @@ def test_the_token_loop_of_boundary_quantities_is_the_layer(load):
             assert difference[0] < 2e-5 < difference[1:].max(), exact
 
 
+def test_gates_start_where_a_start_says(load):
+    """Rates and retention of the model at its start; all else is the default's."""
+    starts, networks = load("starts", "chunks"), load("networks", "chunks")
+    made = networks.network("hope exact, chunk 16", 2, 16, 1)
+    usual, changed = (
+        jax.jit(net.init)(jax.random.key(0)) for net in (made, starts.started(made, starts.Start(0.5, 0.25, 3.0)))
+    )
+    mixer, before = changed["blocks"]["mixer"], usual["blocks"]["mixer"]
+    rates = jax.nn.sigmoid(mixer["rate_bias"])
+    np.testing.assert_allclose(rates[..., 0], 0.25, rtol=1e-6)
+    np.testing.assert_allclose(rates[..., -1], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(mixer["retention_bias"] - before["retention_bias"], 3.0, rtol=1e-6)
+    default = jax.jit(starts.started(made, starts.Start()).init)(jax.random.key(0))
+    assert all(jnp.allclose(*pair, atol=1e-6) for pair in zip(*map(jax.tree.leaves, (default, usual)), strict=True))
+
+
 def test_rows_of_the_ablation_are_models(load):
     """Every row is a model of its own, of about as many parameters; the paper's rows are among them."""
     settings, networks = load("config", "ablation"), load("networks", "ablation")
