@@ -122,7 +122,7 @@ def table(results: dict, config: Config) -> str:
         for start in config.starts:
             found = [rows_of(results, **one, start=start, rate=rate) for rate in config.rates]
             if any(found):
-                norms = [row["norm"][1] for rows in found for row in rows]
+                norms = [np.inf if row["norm"][1] is None else row["norm"][1] for rows in found for row in rows]
                 right = [in_bins([row["right"] for row in rows]) for rows in found]
                 cells.append([one["task"], one["form"], str(one["chunk"]), start, *right, f"{max(norms):.3g}"])
     heads = (
@@ -135,7 +135,8 @@ def table(results: dict, config: Config) -> str:
     )
     device = ", ".join(sorted({row["device"] for row in results["runs"]}))
     note = f"Wholly right words to once, twice and three times the trained length, mean (least) of {len(config.seeds)} seeds"
-    return "\n".join([*markdown(heads, cells, 4), "", f"{note}; {device}."]) + "\n"
+    note += ". inf: a run diverged"
+    return "\n".join([*markdown(heads, cells, 4), "", f"{note}. {device}."]) + "\n"
 
 
 def figure(results: dict, config: Config) -> Figure:
