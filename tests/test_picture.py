@@ -744,8 +744,8 @@ def test_arrows_that_lead_to_neighbours_alike_are_drawn_once():
     (axes,) = picture.plot().axes
     bars = [np.ptp(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 1]
     assert bars == [1, 3]  # mu and nu; the four groups of parameters
-    # memories to one another 3, starts 3, gradients to Adam's memories 1, Adam's memories to the parameters 2
-    assert len([patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]) == 9
+    # memories to one another 2, starts 3, gradients to Adam's memories 1, Adam's memories to the parameters 2
+    assert len([patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]) == 8
     (axes,) = describe(optax.adam(1e-3)).plot().axes  # no gradients of a model, no starts, nothing in common
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["context: its new state is read by"]
     assert describe(optax.sgd(0.1)).plot().axes[0].get_legend() is None

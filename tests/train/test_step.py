@@ -228,7 +228,7 @@ def test_a_broken_gradient_or_fast_state_is_named():
     ("name", "leaf", "level"),
     [
         ("tiny-hope", "mixers/memory/slow/running/first/weights", "memories of the sequence layers, chunk 32"),
-        ("tiny-hope", "mixers/memory/fast/running/first/momentum", "memories of the sequence layers, chunk 16"),
+        ("tiny-hope", "mixers/memory/fast/running/first/weights", "memories of the sequence layers, chunk 16"),
         ("tiny-hope", "mixers/recent", "memories of the sequence layers, chunk 16"),
         ("tiny-hope", "learning/levels/slow/matrices/up", "CMS level2, period 16"),
         ("tiny-hope", "learning/levels/fast/slow/gradient/down", "CMS level3, period 8"),
@@ -292,7 +292,7 @@ def test_an_optimizer_state_that_overflows_is_named():
 
 
 def test_matrices_decay_and_nothing_else():
-    params = states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0)
+    params = states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3, momentum=True), 0)
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("blocks/")
         for path, value in jax.tree_util.tree_leaves_with_path(decayed(params))
@@ -320,7 +320,9 @@ def test_every_optimizer_of_the_command_line_trains(rule):
 
 def test_muons_matrices_are_those_of_blocks():
     """Not embeddings, heads, gates, convolutions or the starts of memories."""
-    shapes = jax.eval_shape(lambda: states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3), 0))
+    shapes = jax.eval_shape(
+        lambda: states.init_params(dataclasses.replace(small_model("tiny-hope"), layers=3, momentum=True), 0)
+    )
     leaves = jax.tree_util.tree_leaves_with_path(MATRICES(shapes), is_leaf=lambda x: isinstance(x, tuple))
     chosen = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
     cms = {f"blocks/cms/level{level}/{part}" for level in (1, 2) for part in ("up", "down")}

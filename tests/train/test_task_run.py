@@ -107,7 +107,7 @@ def test_eval_tells_the_scores_of_the_last_evaluation(config, quiet, say):
     quiet(config)
     row = [row for row in rows(config) if "heldout_loss" in row][-1]
     code, told, err = say(f"eval --run-dir {config.run_dir}")
-    assert (code, err) == (0, [])
+    assert (code, err) in ((0, []), (0, ["compiling the evaluation"]))  # said where it takes long
     assert told[0] == f"{config.run_dir}, step 1, on 20 sequences of parity a row, right labels and sequences:"
     scores = [(row[f"heldout_right_labels_{n}"], row[f"heldout_right_sequences_{n}"]) for n in (1, 2, 3)]
     lengths = ("2 to 8", "10 to 16", "18 to 24")
