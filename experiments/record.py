@@ -160,14 +160,21 @@ def each_once(
         if not rows_of(results, **one):
             kinds.setdefault(kind(one), []).append(one)
     calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
-    with ProcessPoolExecutor(config.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
-        started = {pool.submit(run, one): one for one in calls}
+    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
+        started = {pool.submit(_call, run, one): one for one in calls}
         for done in as_completed(started):
             for one, row in zip(started[done], done.result(), strict=True):
                 results["runs"].append(json.loads(json.dumps(strict(one | row))))
                 print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms")}, flush=True)
             save(path, results)
     return [row for one in choices for row in rows_of(results, **one)]
+
+
+def _call(run: Callable[[Any], Any], choices: Any) -> Any:
+    """A call after which a process holds none of its programs."""
+    rows = run(choices)
+    jax.clear_caches()
+    return rows
 
 
 def rows_of(results: dict[str, Any], **choices: Any) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripts
 
 from nested_jax.data.tasks import TASKS
 
@@ -86,6 +88,17 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
     module.main()
     assert json.loads(path.read_text()) == results
     assert path.with_suffix(".md").read_text().count("| lstm |") >= 1 + 2
+
+
+def test_more_calls_than_a_process_made_before_it_hung(load, tmp_path, monkeypatch):
+    """Ten calls in one process of its own, each saved, none made twice."""
+    monkeypatch.syspath_prepend(scripts.EXPERIMENTS)  # for the process
+    record = load("record")
+    results, config = {"runs": []}, record.Runs(jobs=1, lanes=1)
+    for _ in range(2):
+        made = record.each_once(tmp_path / "some", results, list, ({"n": i} for i in range(10)), itemgetter("n"), config)
+        assert made == [{"n": i} for i in range(10)] and len(results["runs"]) == 10
+    assert json.loads((tmp_path / "some.json").read_text()) == results
 
 
 def in_this_process(monkeypatch, record):
