@@ -64,7 +64,8 @@ def check_known(config: Any, name: str, known: Iterable[str]) -> None:
     known = tuple(known)
     for value in getattr(config, name):
         if value not in known:
-            raise UserError(f"{flag(name)} {value!r}: give one of {', '.join(known)}")
+            names = ", ".join(repr(one) if " " in one else one for one in known)
+            raise UserError(f"{flag(name)} {value!r}: give one of {names}")
 
 
 def check_rising(config: Any, *names: str) -> None:
