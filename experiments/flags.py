@@ -64,7 +64,7 @@ def check_known(config: Any, name: str, known: Iterable[str]) -> None:
     known = tuple(known)
     for value in getattr(config, name):
         if value not in known:
-            names = ", ".join(repr(one) if " " in one else one for one in known)
+            names = ", ".join(repr(one) if "," in one else one for one in known)
             raise UserError(f"{flag(name)} {value!r}: give one of {names}")
 
 
