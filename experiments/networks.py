@@ -15,8 +15,10 @@ from nested_jax import CMSConfig, ModelConfig, preset
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 _HOPE = {"mixer": "self-modifying"}
-_FIELDS = ("errors", "step", "rates", "features", "momentum", "damped", "retention")
-_FIELDS += ("erase", "read", "surprise", "targets", "generated", "max_rate")
+_FIELDS = (
+    *("errors", "step", "rates", "features", "momentum", "damped", "retention", "erase", "read", "surprise"),
+    *("targets", "generated", "max_rate"),
+)
 EXACT, PAPER = ({name: getattr(preset(of), name) for name in _FIELDS} for of in ("tiny-hope", "tiny-hope-paper"))
 """The memories of the presets hope, which write exact errors, and hope-paper, as fields of `ModelConfig`."""
 BOUNDARY = {"errors": "boundary", "step": "proximal", "rates": "shared", "features": "token", "momentum": True}

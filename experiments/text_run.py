@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,12 @@ def held_out(model: ModelConfig, seed: int, steps: int) -> dict[str, Any]:
     last = next(row for row in rows if BITS in row)
     seconds = max(row.get("seconds", 0.0) for row in rows)
     return {BITS: last[BITS], "norm": [float(np.median(norms)), max(norms)], "seconds": seconds}
+
+
+def kind(names: Sequence[str], cell: dict[str, Any]) -> tuple:
+    """What the runs of one call have in common: these choices, and on text the seed, so that each is saved as it ends.
+
+    >>> [kind(("row", "task"), {"row": "hope", "task": task, "seed": 1}) for task in ("text", "parity")]
+    [('hope', 'text', 1), ('hope', 'parity', None)]
+    """
+    return (*(cell[name] for name in names), cell["seed"] if cell["task"] == "text" else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import config as settings
@@ -20,7 +19,7 @@ from networks import network
 from record import each_once, finish, markdown, resume, rows_of, spread
 from sequences import PARITY, Lane, Training
 from sequences import run as train_network
-from text_run import BITS, held_out
+from text_run import BITS, held_out, kind
 
 from nested_jax import preset
 from nested_jax.data.tasks import TASKS
@@ -78,7 +77,7 @@ def main() -> None:
     path = RESULTS / "ablation"
     results = resume(path, config)
     choices = ({"row": r, "task": t, "seed": s} for t in ("parity", "text") for r in config.rows for s in config.seeds)
-    each_once(path, results, partial(run, config), choices, itemgetter("row", "task"), config)
+    each_once(path, results, partial(run, config), choices, partial(kind, ("row", "task")), config)
     finish(path, results, table(results), figure(results))
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from networks import network
 from record import each_once, finish, markdown, resume, rows_of, spread
 from sequences import Lane, Training
 from sequences import run as train_network
-from text_run import BITS, held_out
+from text_run import BITS, held_out, kind
 from timing import alternate
 
 from nested_jax import ModelConfig, preset
@@ -90,8 +89,8 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
 
 def measure(config: settings.Config, results: dict) -> dict:
     """All runs, then the speeds, on a machine that does nothing else."""
-    kind = itemgetter("form", "chunk", "task")
-    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), kind, config)
+    of_one = partial(kind, ("form", "chunk", "task"))
+    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), of_one, config)
     if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:

@@ -207,7 +207,7 @@ def preset(name: str) -> ModelConfig:
     in parameters. The last block of the tiny Hopes learns in context, with CMS periods of 256 and 64 tokens.
 
     The memories of hope write exact errors by normalised steps of rates of their own, without momentum, and are read by the
-    features of the last chunk boundary: state tracking survives chunks of 64 tokens.
+    features of the last chunk boundary.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
     erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights

@@ -348,11 +348,15 @@ def test_other_biases_stay_bounded(layer):
     assert_bounded(layer, {"gates_bias": jnp.repeat(gates, 2, axis=1)})
 
 
-@pytest.mark.parametrize("step", ["normalised", "proximal"])
-def test_exact_errors_do_not_grow_at_any_retention(step):
+@pytest.mark.parametrize(
+    ("rule", "max_rate"),
+    [(HOPE, 1.0), (dataclasses.replace(HOPE, step="proximal"), 1.0), (Rule(step="normalised"), 2.0)],
+    ids=["exact, normalised", "exact, proximal", "boundary, normalised"],
+)
+def test_memories_do_not_grow_at_any_retention(rule, max_rate):
     """At the largest rate, on one token repeated: what is held along its features fades or flips, also where it decays at
     once. With a factor alpha - 2 eta' it grew 1.6 times a token."""
-    layer = SelfModifyingTitans(16, 2, 4, chunk=64, momentum=False, rates="own", rule=dataclasses.replace(HOPE, step=step))
+    layer = SelfModifyingTitans(16, 2, 4, chunk=64, momentum=False, rates="own", rule=rule, max_rate=max_rate)
     weights = layer.init_weights(jax.random.key(0))
     weights["start"] = jax.tree.map(lambda w: 20 * w, weights["start"])  # features so large that proximal steps are nearly 1
     x = jnp.tile(jax.random.normal(jax.random.key(1), (1, 1, 16)), (1, 512, 1))
