@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config, quiet, monkeypatch)
 
 
 def test_eval_tells_the_scores_of_the_last_evaluation(config, quiet, say, monkeypatch):
-    monkeypatch.setattr("nested_jax.cli.announced", contextlib.nullcontext)  # said on a slow machine alone
+    monkeypatch.setattr("nested_jax.train.progress.announced", contextlib.nullcontext)  # said on a slow machine alone
     config = config(steps=1)
     quiet(config)
     row = [row for row in rows(config) if "heldout_loss" in row][-1]
