@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Fields of `ModelConfig`. Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in
 context. Parity's models have no other."""
+TASKS = ("parity", "text")
 PAPER: dict[str, float] = {
     "hope": 13.58,
     "with momentum": 12.24,
@@ -53,6 +54,8 @@ class Config(Runs):
 
     rows: tuple[str, ...] = tuple(ROWS)
     """What is changed."""
+    tasks: tuple[str, ...] = TASKS
+    """text: held-out bits per byte of the first command; parity: trained on lengths 2-50, tested to 150."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of the parameters and of the training data."""
     text_steps: Count = 280
@@ -65,5 +68,6 @@ class Config(Runs):
     """Chunk on parity."""
 
     def __post_init__(self):
-        flags.check(self, "rows", "seeds")
+        flags.check(self, "rows", "tasks", "seeds")
+        flags.check_known(self, "tasks", TASKS)
         flags.check_known(self, "rows", ROWS)

@@ -53,10 +53,8 @@ def table(results: dict) -> str:
             + [f"{max(norms):.3g}" if norms else "", f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else ""]
         )
     heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")
-    counts = [len({one["seed"] for one in results["runs"] if one["task"] == task}) for task in ("text", "parity")]
-    note = (
-        f"Text: mean ± standard deviation of {counts[0]} seeds. Parity: wholly right sequences, mean (least) of {counts[1]}."
-    )
+    text, parity = (len({one["seed"] for one in rows_of(results, task=task)}) for task in ("text", "parity"))
+    note = f"Text: mean ± standard deviation of {text} seeds. Parity: wholly right sequences, mean (least) of {parity}."
     return "\n".join([*markdown((*heads, "paper's perplexity"), cells), "", note]) + "\n"
 
 
@@ -76,7 +74,7 @@ def main() -> None:
     config = flags.parse(settings.Config)
     path = RESULTS / "ablation"
     results = resume(path, config)
-    choices = ({"row": r, "task": t, "seed": s} for t in ("parity", "text") for r in config.rows for s in config.seeds)
+    choices = ({"row": r, "task": t, "seed": s} for t in config.tasks for r in config.rows for s in config.seeds)
     each_once(path, results, partial(run, config), choices, partial(kind, ("row", "task")), config)
     finish(path, results, table(results), figure(results))
 

@@ -54,7 +54,9 @@ def trained(text):
 def test_a_trained_model_stays_bounded(trained, text, chunk):
     """Over 20,480 tokens, with its own learning rates and with rates next to their maximum.
 
-    With `Rule.surprise` at infinity the case of 256 fails, with norms above 10,000,000; the others pass either way.
+    Norms that grow would show in the halves' medians. Their peaks would not do: next to the largest rate a step turns round
+    what is held (factor -1), peaks of 2 to 3 times the median come anywhere, and rounding moves them. With `Rule.surprise` at
+    infinity the cases of 64 and 256 fail, with norms above 1,000.
     """
     net = dataclasses.replace(MODEL, chunk=chunk)
     mixer = trained["blocks"]["mixer"]
@@ -69,7 +71,7 @@ def test_a_trained_model_stays_bounded(trained, text, chunk):
         memories = jax.tree.leaves(weights_of(state.mixers.memory.running))
         norms.append(max(float(jnp.linalg.norm(w, axis=(-2, -1)).max()) for w in memories))
     assert max(norms) < 30, norms
-    assert max(norms[10:]) < 2 * max(norms[:10]), norms
+    assert np.median(norms[10:]) < 1.5 * np.median(norms[:10]), norms
 
 
 @pytest.mark.slow
