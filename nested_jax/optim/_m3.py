@@ -40,7 +40,6 @@ def scale_by_m3(
     slow_period: int = 8,
     steps: int = 5,
     average: bool = True,
-    delayed: bool = False,
     nesterov: bool = True,
     second_moment: bool = True,
     eps: ArrayLike = 1e-8,
@@ -52,8 +51,8 @@ def scale_by_m3(
         sum:      m1 <- m1 + b1 g             v <- v + b2 g^2             m2 <- m2 + b3 s             (the paper's)
         emits (NS(m1) + slow_weight NS(m2)) / (sqrt(v) + eps)
 
-    m2 and NS(m2) are updated every slow_period steps, with s the sum of the gradients since their last update. In an
-    average, m1 and v have Adam's bias corrections, and m1 has Nesterov's step; m2 needs none: NS is invariant to scale.
+    m2 and NS(m2) are updated at the end of every slow_period-th step, with s the sum of the gradients since their last
+    update: NS(m2) joins from the next step on. In an average, m1 and v have Adam's bias corrections, and m1 has Nesterov's step; m2 needs none: NS is invariant to scale.
     Division by the second moment makes updates scale as 1 / |g|, so the best learning rate depends on the scale of the loss.
 
     Args:
@@ -64,7 +63,6 @@ def scale_by_m3(
         slow_period: steps between two updates of the slow momentum, at least 1.
         steps: Newton-Schulz iterations, at least 1.
         average: averages, or the paper's sums.
-        delayed: NS(m2) joins at the step after its update, as in Algorithm 1; by default at that step itself.
         nesterov: orthogonalise m1 after one more step with the same gradient; averages only.
         second_moment: False leaves the division out.
         eps: at least 0; it keeps the division finite.
@@ -80,7 +78,8 @@ def scale_by_m3(
     Source: NL Section 7.2, Algorithm 1; Jordan et al., Muon, 2024.
 
     >>> rule = scale_by_m3(slow_period=1, slow_weight=0.5, second_moment=False)
-    >>> updates, _ = rule.update(jnp.eye(2), rule.init(jnp.zeros((2, 2))))
+    >>> _, state = rule.update(jnp.eye(2), rule.init(jnp.zeros((2, 2))))
+    >>> updates, _ = rule.update(jnp.eye(2), state)
     >>> print((updates / newton_schulz(jnp.eye(2))[0, 0]).round(2))  # both momenta are orthogonalised: 1 + 0.5
     [[1.5 0. ]
      [0.  1.5]]
@@ -112,8 +111,7 @@ def scale_by_m3(
         pending, slow, orthogonal = jax.lax.cond(
             count % slow_period == 0, update_slow, skip, pending, state.slow, state.orthogonal
         )
-        joined = state.orthogonal if delayed else orthogonal
-        emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonalise(corrected), joined)
+        emitted = jax.tree.map(lambda a, b: a + slow_weight * b, orthogonalise(corrected), state.orthogonal)
         second = state.second
         if second_moment:
             second = accumulate(second, jax.tree.map(jnp.square, updates), b2, average)
@@ -136,7 +134,6 @@ def m3(
     slow_period: int = 8,
     steps: int = 5,
     average: bool = True,
-    delayed: bool = False,
     nesterov: bool = True,
     second_moment: bool = True,
     eps: ArrayLike = 1e-8,
@@ -154,8 +151,8 @@ def m3(
 
     Args:
         learning_rate: a number or a schedule.
-        b1, b2, b3, slow_weight, slow_period, steps, average, delayed, nesterov, second_moment, eps, dimension_numbers: as
-            of `scale_by_m3`.
+        b1, b2, b3, slow_weight, slow_period, steps, average, nesterov, second_moment, eps, dimension_numbers: as of
+            `scale_by_m3`.
         consistent_rms: s is sqrt(max(in, out)) times this. None: s is sqrt(max(1, out / in)).
         weight_decay: of matrices, times the learning rate.
         weight_decay_mask: as of `optax.add_decayed_weights`.
@@ -178,8 +175,8 @@ def m3(
     check("m3", learning_rate=learning_rate, weight_decay=weight_decay)
     check("m3", NON_NEGATIVE, consistent_rms=0.0 if consistent_rms is None else consistent_rms)
     rule = scale_by_m3(
-        b1, b2, b3, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average, delayed=delayed,
-        nesterov=nesterov, second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,
+        b1, b2, b3, slow_weight=slow_weight, slow_period=slow_period, steps=steps, average=average, nesterov=nesterov,
+        second_moment=second_moment, eps=eps, dimension_numbers=dimension_numbers,
     )  # fmt: skip
     decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     return as_muon(rule, decayed, learning_rate, nesterov, consistent_rms, vectors, dimension_numbers)
