@@ -179,6 +179,8 @@ CONFIGS = [
             (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
             (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
+            (1, 0.5, dict(step="normalised", errors="exact", damped=False)),
+            (1.5, 1, dict(step="normalised", mixer="titans", errors="exact", damped=False, max_rate=1.5)),
             (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (3, 2, dict(mixer="oja", max_rate=3.0)),
         )
     ),

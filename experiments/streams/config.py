@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hope, projections every 256": _HOPE | {"projection_chunk": 256},
     "hope, chunk 16": _HOPE | {"chunk": 16},
     "hope, with momentum": _HOPE | {"momentum": True},
-    "hope, momentum not damped": _HOPE | {"momentum": True, "damped": False},
+    "hope, momentum not damped, rates to 0.5": _HOPE | {"momentum": True, "damped": False, "max_rate": 0.5},
     "hope, features of the token": _HOPE | {"features": "token"},
     "hope, one rate": _HOPE | {"rates": "shared"},
     "hope, read before": _HOPE | {"read": "before"},

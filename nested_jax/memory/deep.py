@@ -105,14 +105,14 @@ class Rule:
     def __post_init__(self):
         check_fields(self, "Rule: ")
 
-    def assert_bounded(self, label: str, max_rate: float) -> None:
+    def assert_bounded(self, label: str, max_rate: float, momentum: bool) -> None:
         """Raises UserError where normalised steps at the largest rate, of that label, would expand what a layer holds along
-        its input. Nothing bounds raw steps."""
-        terms = (self.erase == "layer") + (self.errors == "exact")
-        if self.step == "normalised" and terms and max_rate > 2 / terms:
-            choices = f"with step normalised, errors {self.errors} and erase {self.erase}"
-            grows = f"{label} {max_rate:g} makes what a layer holds grow at every token, {choices}"
-            raise UserError(f"{grows}: give at most {2 / terms:g}")
+        its input; where exact errors add up as momentum, they do so from half of that rate on. Nothing bounds raw steps."""
+        terms, sums = (self.erase == "layer") + (self.errors == "exact"), momentum and not self.damped
+        most = (1 if sums and self.errors == "exact" else 2) / max(terms, 1)
+        if self.step == "normalised" and terms and max_rate > most:
+            choices = f"with step normalised, errors {self.errors} and erase {self.erase}" + ", momentum not damped" * sums
+            raise UserError(f"{label} {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
 
 
 class Activations(NamedTuple):

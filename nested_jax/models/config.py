@@ -165,7 +165,7 @@ class ModelConfig:
         if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
         if self.mixer in ("self-modifying", "titans"):
-            self.rule.assert_bounded("model.max_rate", self.largest_rate)
+            self.rule.assert_bounded("model.max_rate", self.largest_rate, self.momentum)
         if self.mixer in ("linear", "delta", "gated-delta", "oja"):
             assert_stable("model.", self.mixer, self.largest_rate, self.values)
 

@@ -24,6 +24,7 @@ D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
 EXACT = Rule(errors="exact", step="normalised", read="before")
+SUMS = dataclasses.replace(EXACT, damped=False)
 HOPE = Rule(errors="exact", step="normalised", features="boundary")
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 LAYERS = {
@@ -380,9 +381,11 @@ def test_memories_do_not_grow_at_any_retention(rule, max_rate):
         (lambda rate: Titans(D, H, F, max_rate=rate, rule=Rule(erase="none", errors="exact", step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=Rule(step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=EXACT), 1),
+        (lambda rate: SelfModifyingTitans(D, H, F, momentum=False, max_rate=rate, rule=SUMS), 1),
+        (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=SUMS), 0.5),
     ],
 )
 def test_a_rate_with_which_a_memory_grows_is_refused(make, most):
     make(float(most))
-    with pytest.raises(UserError, match=f"max_rate {most + 0.5:g}.* grow.*: give at most {most}"):
+    with pytest.raises(UserError, match=f"max_rate {most + 0.5:g}.* grow.*: give at most {most}$"):
         make(most + 0.5)
