@@ -28,6 +28,9 @@ from nested_jax.memory.stream import MemoryLayer
 from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
+LARGEST = 2 - 2**-12
+"""Rate of a rule that erases: at 2 itself, a sigmoid's in float32, rounding makes what a repeated key holds grow."""
+
 
 def assert_stable(label: str, rule: str, max_rate: float, values: str | None) -> None:
     """Raises UserError, with the options' label, where what a memory of a rule holds would grow at every token.
@@ -93,7 +96,8 @@ class LinearMemory(MemoryLayer):
     def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
         """Queries, keys, values, rates and, but for the delta rule, retentions."""
         q, k, v, rate, *retain = project_in(weights, x, self.heads)
-        return q, k, v, self.max_rate * rate, *retain
+        rate = self.max_rate * rate
+        return q, k, v, rate if self.rule == "linear" else jnp.minimum(rate, LARGEST), *retain
 
     def level(self, weights: PyTree, batch_size: int) -> Level:
         """The memories of all heads, state `MemoryState` (B, H, V, K)."""

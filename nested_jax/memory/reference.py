@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nested_jax.memory.attention import Attention, rotate
 from nested_jax.memory.deep import Rule
-from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.linear import LARGEST, LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.projections import project_in
 from nested_jax.memory.self_modifying import SelfModifyingTitans
@@ -28,6 +28,7 @@ def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) 
     """`LinearMemory` token by token, as its rule is written."""
     q, k, v, rate, *retain = _project(layer, weights, x)
     rate = layer.max_rate * rate
+    rate = rate if layer.rule == "linear" else jnp.minimum(rate, LARGEST)
 
     def token(memory, now):
         q, k, v, rate, *retain = now

@@ -373,6 +373,19 @@ def test_memories_do_not_grow_at_any_retention(rule, max_rate):
     assert (held < 100).all() and (outputs < 100).all()
 
 
+def test_a_repeated_key_does_not_grow_at_a_rate_of_2():
+    """16,384 tokens with gates at exactly 1 in float32. Without the bound some of the 24 outputs grow by 5 %."""
+    layer = LinearMemory(32, 2, "delta", 2.0, chunk=64)
+    weights = layer.init_weights(jax.random.key(0))
+    weights |= {"gates_bias": jnp.full_like(weights["gates_bias"], 20.0)}
+    tokens = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (24, 1, 32)), (24, 4_096, 32))
+    read, state, held = jax.jit(lambda state: layer(weights, state, tokens, 0)), layer.init_state(weights, 24), []
+    for _ in range(4):
+        state, y = read(state)
+        held.append(jnp.abs(y[:, -64:]).max((1, 2)))
+    assert (held[-1] < 1.005 * held[0]).all(), held[-1] / held[0]
+
+
 @pytest.mark.parametrize(
     ("make", "most"),
     [
