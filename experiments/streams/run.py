@@ -96,14 +96,21 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """The largest norm of the four streams, by position."""
-    fig, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    for i, row in enumerate(results["runs"]):
-        norms = np.array(row["norms"], float)
-        axes.loglog(PIECE * np.arange(1, len(norms) + 1), norms.max(axis=1), "-:"[i // 20], color=plt.cm.tab20(i % 20))
-        axes.lines[-1].set_label(row["option"])
-    axes.set(xlabel="tokens read", ylabel="largest norm of the fast state")
-    fig.legend(loc="outside right upper", frameon=False, fontsize=7)
+    """The largest norm of the four streams after the first piece, half of the stream and all of it, a row for each option."""
+    rows = [row for option in results["config"]["options"] for row in rows_of(results, option=option)]
+    fig, axes = plt.subplots(figsize=(8, 0.22 * len(rows) + 1.2), layout="constrained")
+    norms = [np.array(row["norms"], float).max(axis=1) for row in rows]  # NaN where one stream's is
+    for i, (name, marker) in enumerate((("first piece", "|"), ("half", "."), ("all", "o"))):
+        at = [norm[(0, len(norm) // 2, -1)[i]] for norm in norms]
+        axes.plot(at, range(len(rows)), marker, color=plt.cm.Blues(0.4 + 0.3 * i), label=name)
+    for y, norm in enumerate(norms):
+        if not np.isfinite(norm).all():
+            axes.text(0.01, y, "overflows", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.set(xscale="log", xlabel="largest norm of the fast state", yticks=range(len(rows)))
+    axes.set_yticklabels([row["option"] for row in rows], fontsize=8)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.invert_yaxis()
+    fig.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return fig
 
 
