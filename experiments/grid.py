@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from record import Runs, each_once, markdown, rows_of
 
 from nested_jax.checks import Count
+from nested_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Grid(Runs):
     rates: Rates = (0.003, 0.01)
     """Learning rates that every network tries on the first task, with the tuning seed."""
     tuning_seed: Seed = 100
-    """Seed of the tries."""
+    """Seed of the tries' parameters and training sequences; test sequences are those of all runs."""
     steps: Count = 800
     """Updates."""
     batch_size: Count = 16
@@ -36,6 +37,10 @@ class Grid(Runs):
     """Blocks."""
     sequences: Count = 256
     """Test sequences in each bin."""
+
+    def __post_init__(self):
+        if self.tuning_seed in self.seeds:
+            raise UserError(f"--tuning-seed {self.tuning_seed} is one of --seeds: give another")
 
 
 def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict]], kind: Callable[[dict], Any]) -> dict:
@@ -73,7 +78,8 @@ def chosen(results: dict, name: str) -> float:
     rates = results["config"]["rates"]
     if len(rates) == 1:
         return rates[0]
-    tries = rows_of(results, name=name, seed=results["config"]["tuning_seed"])
+    config = results["config"]
+    tries = rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
     loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
     return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
 

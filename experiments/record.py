@@ -144,6 +144,8 @@ def each_once(
 ) -> list[dict[str, Any]]:
     """The runs of all these choices. Those that are not in the results yet are made, and saved to NAME.json as they end.
 
+    Where one fails, those that have begun are still saved, no other begins, and its error is raised.
+
     Args:
         path: of the results.
         results: so far.
@@ -161,12 +163,19 @@ def each_once(
             kinds.setdefault(kind(one), []).append(one)
     calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
     with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
-        started = {pool.submit(_call, run, one): one for one in calls}
+        started, failed = {pool.submit(_call, run, one): one for one in calls}, None
         for done in as_completed(started):
+            if done.cancelled() or (error := done.exception()):
+                failed = failed or error
+                for other in started:
+                    other.cancel()
+                continue
             for one, row in zip(started[done], done.result(), strict=True):
                 results["runs"].append(json.loads(json.dumps(strict(one | row))))
                 print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms")}, flush=True)
             save(path, results)
+    if failed:
+        raise failed
     return [row for one in choices for row in rows_of(results, **one)]
 
 
@@ -242,6 +251,26 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "", kind: str =
 def deviations(values: Sequence[float]) -> np.ndarray:
     """Standard deviation along the leading axis; zero of one value."""
     return np.std(np.array(values, float), axis=0, ddof=min(1, len(values) - 1))
+
+
+def with_diverged(values: Sequence[float | None], text: str) -> str:
+    """A cell of those values that are numbers, which says how many runs have none.
+
+    >>> with_diverged([1.0, None], "1.0"), with_diverged([None], ""), with_diverged([1.0], "1.0")
+    ('1.0, 1 of 2 diverged', '1 of 1 diverged', '1.0')
+    """
+    lost = sum(value is None for value in values)
+    return ", ".join(part for part in (text, f"{lost} of {len(values)} diverged" if lost else "") if part)
+
+
+def largest(values: Iterable[float | None]) -> str:
+    """The largest number; inf where a run diverged, empty without runs.
+
+    >>> largest([1.0, 20.5]), largest([1.0, None]), largest([])
+    ('20.5', 'inf', '')
+    """
+    found = [math.inf if value is None else value for value in values]
+    return f"{max(found):.3g}" if found else ""
 
 
 def band(ax: Axes, x: Sequence[float], curves: np.ndarray, geometric: bool = False, **line: Any) -> None:

@@ -181,7 +181,7 @@ CONFIGS = [
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
             (1, 0.5, dict(step="normalised", errors="exact", damped=False)),
             (1.5, 1, dict(step="normalised", mixer="titans", errors="exact", damped=False, max_rate=1.5)),
-            (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (3, 2, dict(mixer="oja", max_rate=3.0)),
+            (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (2, 1, dict(mixer="oja", max_rate=2.0)),
         )
     ),
     (lambda: ModelConfig(mixer="oja", values="raw"), "model.values raw may make what oja holds grow, .*: give unit"),

@@ -16,7 +16,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from grid import in_bins
 from networks import network
-from record import each_once, finish, markdown, resume, rows_of, spread
+from record import each_once, finish, largest, markdown, resume, rows_of, spread, with_diverged
 from sequences import PARITY, Lane, Training
 from sequences import run as train_network
 from text_run import BITS, held_out, kind
@@ -43,14 +43,21 @@ def table(results: dict) -> str:
     """Markdown: held-out bits per byte and their difference from Hope's, seed by seed; parity; the paper's perplexities."""
     base, cells = {one["seed"]: one[BITS] for one in rows_of(results, row="hope", task="text")}, []
     for row in results["config"]["rows"]:
-        runs = [one for one in rows_of(results, row=row, task="text") if one[BITS]]
-        bits = [one[BITS] for one in runs]
-        more = [one[BITS] - base[one["seed"]] for one in runs if base.get(one["seed"])]
+        runs = rows_of(results, row=row, task="text")
+        bits = [one[BITS] for one in runs if one[BITS]]
+        more = [one[BITS] - base[one["seed"]] for one in runs if one[BITS] and base.get(one["seed"])]
         right = in_bins([one["right"] for one in rows_of(results, row=row, task="parity")])
-        norms = [one["norm"][1] for one in rows_of(results, row=row) if one["norm"][1]]
         cells.append(
-            [row, spread(bits) if bits else "", spread(more, sign="+") if more and row != "hope" else "", right]
-            + [f"{max(norms):.3g}" if norms else "", f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else ""]
+            [
+                row,
+                with_diverged([one[BITS] for one in runs], spread(bits) if bits else ""),
+                spread(more, sign="+") if more and row != "hope" else "",
+                right,
+            ]
+            + [
+                largest(one["norm"][1] for one in rows_of(results, row=row)),
+                f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else "",
+            ]
         )
     heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")
     text, parity = (len({one["seed"] for one in rows_of(results, task=task)}) for task in ("text", "parity"))

@@ -24,7 +24,7 @@ import flags
 from flags import Seeds
 from grid import in_bins
 from networks import Network, config_of
-from record import Runs, each_once, finish, markdown, resume, rows_of
+from record import Runs, each_once, finish, largest, markdown, resume, rows_of
 from sequences import PARITY, Lane, Training
 from sequences import run as train
 
@@ -103,7 +103,7 @@ def table(results: dict) -> str:
         for chunk in config["chunks"]:
             rows = rows_of(results, exact=exact, chunk=chunk)
             line.append(in_bins([row["right"] for row in rows]))
-            line.append(f"{max(row['norm'][1] for row in rows):.3g}")
+            line.append(largest(row["norm"][1] for row in rows))
         cells.append(line)
     heads = [
         head for chunk in config["chunks"] for head in (f"chunk {chunk}: 2-50 / 52-100 / 102-150", "largest gradient norm")

@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from grid import in_bins
 from networks import network
-from record import each_once, finish, markdown, resume, rows_of, spread
+from record import each_once, finish, largest, markdown, resume, rows_of, spread, with_diverged
 from sequences import Lane, Training
 from sequences import run as train_network
 from text_run import BITS, held_out, kind
@@ -102,14 +102,17 @@ def table(results: dict) -> str:
     """Markdown: a row for each form and chunk."""
     config, cells = results["config"], []
     for form in config["forms"]:
-        for chunk in config["chunks"]:
+        for chunk in sorted({*config["chunks"], *config["text_chunks"]}):
             of = lambda task: rows_of(results, form=form, chunk=chunk, task=task)  # noqa: B023
-            bits = [row[BITS] for row in of("text") if row[BITS]]
-            norms = [row["norm"][1] for task in config["tasks"] for row in of(task) if row["norm"][1] is not None]
+            every, ms = [row[BITS] for row in of("text")], results["speeds"][form].get(str(chunk))
+            bits = [one for one in every if one]
+            if not ms and not rows_of(results, form=form, chunk=chunk):
+                continue
             cells.append(
                 [form, str(chunk), *(in_bins([row["right"] for row in of(task)]) for task in ("parity", "parity to 150"))]
-                + [in_bins([row["labels"] for row in of("mqar")]), spread(bits) if bits else ""]
-                + [f"{max(norms):.3g}" if norms else "", f"{1e3 * results['speeds'][form][str(chunk)]:.0f}"]
+                + [in_bins([row["labels"] for row in of("mqar")]), with_diverged(every, spread(bits) if bits else "")]
+                + [largest(row["norm"][1] for task in config["tasks"] for row in of(task))]
+                + [f"{1e3 * ms:.0f}" if ms else ""]
             )
     heads = ("errors, step", "chunk", "parity 2-50 / 52-100 / 102-150", "trained to 150: 2-150 / 152-300 / 302-450")
     heads += ("MQAR, right labels", "text, bits per byte", "largest gradient norm", "ms an update")
@@ -122,6 +125,7 @@ def table(results: dict) -> str:
 def figure(results: dict) -> Figure:
     """Parity in the second bin, MQAR, text and speed against the chunk."""
     config = results["config"]
+    chunks = sorted({*config["chunks"], *config["text_chunks"]})
     panels = {
         "parity, twice the trained length": lambda form, chunk: [
             row["right"][1] for row in rows_of(results, form=form, chunk=chunk, task="parity")
@@ -130,18 +134,20 @@ def figure(results: dict) -> Figure:
             row["labels"][0] for row in rows_of(results, form=form, chunk=chunk, task="mqar")
         ],
         "text, bits per byte": lambda form, chunk: [
-            row[BITS] for row in rows_of(results, form=form, chunk=chunk, task="text")
+            row[BITS] for row in rows_of(results, form=form, chunk=chunk, task="text") if row[BITS]
         ],
-        "ms an update": lambda form, chunk: [1e3 * results["speeds"][form][str(chunk)]],
+        "ms an update": lambda form, chunk: [
+            1e3 * seconds for length, seconds in results["speeds"][form].items() if int(length) == chunk
+        ],
     }
     fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         for form in config["forms"]:
-            found = {chunk: values(form, chunk) for chunk in config["chunks"]}
+            found = {chunk: values(form, chunk) for chunk in chunks}
             found = {chunk: np.mean(one) for chunk, one in found.items() if one}
             ax.plot(list(found), list(found.values()), "o-", label=form)
         ax.set_xscale("log", base=2)
-        ax.set(title=title, xlabel="chunk", xticks=config["chunks"], xticklabels=config["chunks"])
+        ax.set(title=title, xlabel="chunk", xticks=chunks, xticklabels=chunks)
     axes[3].set_yscale("log")
     handles, labels = axes[3].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

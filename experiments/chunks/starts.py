@@ -20,7 +20,7 @@ import flags
 from flags import Rates, Seeds
 from grid import in_bins
 from networks import EXACT, Network, network
-from record import Runs, each_once, finish, markdown, resume, rows_of
+from record import Runs, each_once, finish, largest, markdown, resume, rows_of
 from sequences import Lane, Training
 from sequences import run as train
 
@@ -124,9 +124,9 @@ def table(results: dict, config: Config) -> str:
         for start in config.starts:
             found = [rows_of(results, **one, start=start, rate=rate) for rate in config.rates]
             if any(found):
-                norms = [np.inf if row["norm"][1] is None else row["norm"][1] for rows in found for row in rows]
                 right = [in_bins([row["right"] for row in rows]) for rows in found]
-                cells.append([one["task"], one["form"], str(one["chunk"]), start, *right, f"{max(norms):.3g}"])
+                norm = largest(row["norm"][1] for rows in found for row in rows)
+                cells.append([one["task"], one["form"], str(one["chunk"]), start, *right, norm])
     heads = (
         "trained on",
         "read by",

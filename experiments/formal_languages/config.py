@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nested_jax.checks import Count
 from nested_jax.data.tasks import TASKS
+from nested_jax.errors import UserError
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
@@ -44,9 +45,12 @@ class Config(Grid):
     """Length of the longest words in training."""
 
     def __post_init__(self):
+        super().__post_init__()
         flags.check(self, "networks", "tasks", "seeds", "rates")
         flags.check_known(self, "networks", NETWORKS)
         flags.check_known(self, "tasks", LANGUAGES)
+        if self.shortest > self.longest:
+            raise UserError(f"--shortest {self.shortest} is above --longest {self.longest}: change one")
 
     @property
     def bins(self) -> tuple[tuple[int, int], ...]:

@@ -52,6 +52,7 @@ class Config(Grid):
     """Test sequences in each bin."""
 
     def __post_init__(self):
+        super().__post_init__()
         flags.check(self, "networks", "tasks", "seeds", "rates", "multiples")
         flags.check_known(self, "networks", NETWORKS)
         flags.check_known(self, "tasks", RECALL)

@@ -33,7 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hope, decay to zero": _HOPE | {"retention": "zero"},
     "hope, all generated": _HOPE | {"generated": ("keys", "values", "queries", "rates", "retention")},
     "hope, nothing generated": _HOPE | {"generated": ()},
-    "hope, values raw": _HOPE | {"generated": (), "values": "raw"},
     "hope, targets rms": _HOPE | {"targets": "rms"},
     "hope, proximal": _HOPE | {"step": "proximal"},
     "hope, erase by the memory": _HOPE | {"erase": "memory"},

@@ -90,13 +90,14 @@ def table(results: dict) -> str:
             lost = min(row["finite"]) < PIECE * len(norms)
             line = [of(i) for i in range(len(STREAMS))]
             cells.append([option, *line, f"no: within {min(row['finite']) + PIECE:,}" if lost else "yes"])
-    tokens = PIECE * -(-results["config"]["tokens"] // PIECE)
-    note = f"Norm of all that the sequence layers hold after {PIECE:,}, {tokens // 2 + PIECE:,} and {tokens:,} tokens."
+    pieces = -(-results["config"]["tokens"] // PIECE)
+    at = ", ".join(f"{PIECE * (i + 1):,}" for i in (0, pieces // 2, pieces - 1))
+    note = f"Norm of all that the sequence layers hold after {at} tokens."
     return "\n".join([*markdown(("memory", *STREAMS, "all finite"), cells), "", note]) + "\n"
 
 
 def figure(results: dict) -> Figure:
-    """The largest norm of the four streams after the first piece, half of the stream and all of it, a row for each option."""
+    """The largest norm of the four streams after the first piece, half of them and all, a row for each option."""
     rows = [row for option in results["config"]["options"] for row in rows_of(results, option=option)]
     fig, axes = plt.subplots(figsize=(8, 0.22 * len(rows) + 1.2), layout="constrained")
     norms = [np.array(row["norms"], float).max(axis=1) for row in rows]  # NaN where one stream's is

@@ -83,7 +83,9 @@ class Rule:
             layers correct the same error in full, and where W_1 is large the memory overshoots by more each time, up to
             overflow.
         damped: writes with momentum have strength eta (1 - theta): S is a running mean of surprises. False: eta, the paper's
-            sum, whose steps are 1 / (1 - theta) times as long.
+            sum, whose steps are 1 / (1 - theta) times as long. Errors of the boundary are bounded by `surprise`, and so is
+            their mean. Nothing bounds exact errors with momentum where theta swings from near 0 to near 1 between tokens:
+            what one token wrote is then added again at each of the next.
 
     Raises UserError for an option that is none of these; so does `assert_bounded` for a rate with which a layer grows.
 
@@ -159,8 +161,6 @@ def learn(
     queries: Float[Array, "B H C K"] | None = None,
 ) -> tuple[Deep, Float[Array, "B H C K"] | None]:
     """One chunk of learning on the objective 1/2 |M(k) - v|^2, and reads of the last memory along the way.
-
-    With damped momentum S is a running mean of surprises and not their sum, so that memories stay bounded at any theta.
 
     Args:
         running: `MemoryState`s now, (B, H, M, ., .).

@@ -11,6 +11,7 @@ erases on the side of the values, which are of unit norm there: it is the recurr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal
@@ -39,8 +40,9 @@ def assert_stable(label: str, rule: str, max_rate: float, values: str | None) ->
     Traceback (most recent call last):
     nested_jax.errors.UserError: LinearMemory: max_rate 2.5 makes what delta holds grow at every token: give at most 2
     """
-    if rule != "linear" and max_rate > 2:
-        raise UserError(f"{label}max_rate {max_rate:g} makes what {rule} holds grow at every token: give at most 2")
+    most = {"linear": math.inf, "oja": 1}.get(rule, 2)  # oja: factor alpha - eta, of any alpha
+    if max_rate > most:
+        raise UserError(f"{label}max_rate {max_rate:g} makes what {rule} holds grow at every token: give at most {most}")
     if rule == "oja" and values == "raw":
         raise UserError(f"{label}values raw may make what oja holds grow, which erases by values: give unit")
 
@@ -53,7 +55,7 @@ class LinearMemory(MemoryLayer):
         width, heads, chunk, checkpoint: as of `MemoryLayer`.
         rule: see above.
         max_rate: largest eta. Beyond 1 the delta rules turn the sign of what they hold along a key, with which a memory
-            tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2 it would grow.
+            tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2, Oja's rule beyond 1, it would grow.
         values: "unit", of unit norm, or "raw"; None: raw but of Oja's rule, which erases by values and so needs unit ones.
 
     Raises UserError for options of another type or out of range, and for ones with which the memory would grow.

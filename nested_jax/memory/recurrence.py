@@ -122,8 +122,8 @@ def chunked(
         state: weights (..., V, K) and momentum (..., V, K) before the first token.
         inputs: what each token writes at, (..., C, K).
         errors: what each token writes, negated: (..., C, V).
-        gates: strengths (..., C); beta |x|^2 <= 1 keeps the erase a contraction, exact (beta + eta) |x|^2 <= 2 without
-            momentum.
+        gates: strengths (..., C); beta |x|^2 <= 1 keeps the erase a contraction, exact (beta + eta) |x|^2 <= 1 + alpha
+            without momentum.
         queries: (..., C, K), each read after its own token was written; None to read nothing.
         anchor: (..., V, K), where retention decays to; None for zero.
         mask: (..., C), False for empty slots, which leave the state as it is. Reads there are of no meaning.

@@ -70,7 +70,8 @@ class ModelConfig:
     errors: Literal["boundary", "exact"] = "boundary"
     """Errors that a deep memory's second layer writes: as old as the chunk, or of its weights before the token."""
     step: Literal["proximal", "normalised", "raw"] = "proximal"
-    """Step of a deep memory's layers at their inputs x: eta / (1 + eta |x|^2), eta / |x|^2, or eta."""
+    """Step of a deep memory's layers at their inputs x: eta / (1 + eta |x|^2), or eta; normalised is eta / |x|^2 in the
+    second layer of the memory that is read, proximal in the others."""
     erase: Literal["layer", "memory", "none"] | None = None
     """Which of a deep memory's layers erase what they hold at their inputs: each, the first alone, whose input is the
     memory's own, or none; None: layer of self-modifying Titans, none of Titans."""
@@ -80,7 +81,8 @@ class ModelConfig:
     read: Literal["after", "before", "boundary"] = "after"
     """Whether a deep memory is read after or before its token's own write, or as it was at the last chunk boundary."""
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
-    """Largest norm of an error that a token writes into a deep or an omega memory; larger ones are scaled down to it."""
+    """Largest norm of an error that a token writes into a deep or an omega memory; larger ones are scaled down to it, but
+    for exact errors."""
     targets: Literal["l2", "rms", "raw"] = "l2"
     """How the targets and values that self-modifying memories generate are normalised."""
     generated: tuple[Quantity, ...] = ("keys", "values", "rates", "retention")

@@ -52,8 +52,9 @@ def scale_by_m3(
         emits (NS(m1) + slow_weight NS(m2)) / (sqrt(v) + eps)
 
     m2 and NS(m2) are updated at the end of every slow_period-th step, with s the sum of the gradients since their last
-    update: NS(m2) joins from the next step on. In an average, m1 and v have Adam's bias corrections, and m1 has Nesterov's step; m2 needs none: NS is invariant to scale.
-    Division by the second moment makes updates scale as 1 / |g|, so the best learning rate depends on the scale of the loss.
+    update; NS(m2) joins from the next step on. In an average, m1 and v have Adam's bias corrections, and m1 has Nesterov's
+    step; m2 needs none: NS is invariant to scale. Division by the second moment makes updates scale as 1 / |g|, so the best
+    learning rate depends on the scale of the loss.
 
     Args:
         b1: decay of the fast average, in [0, 1); of a sum, the weight of each gradient, at least 0.

@@ -100,6 +100,9 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     copies = [p for p in memories if p.law and p.law.keep == 0 and not p.reads & learned_from]
     parts = [p for p in parts if p not in copies]
     _connect(trial, parts)
+    state = lambda p: {graph.inputs[i] for i in p.leaves if i >= n}
+    for part in parts:  # what reads a copy reads what was copied
+        part.direct |= {p for copy in copies if part.reads & state(copy) for p in copy.direct if p in parts}
     while idle := [p for p in parts if p.loop and not any(p in other.above for other in parts)]:
         parts = [p for p in parts if p not in idle]  # nothing that stays depends on them
     for i in gathered:
@@ -111,7 +114,6 @@ def _parts(trial: Trial, shapes: PyTree, labels: Sequence[str]) -> list[Part]:
     for copy in copies:
         for part in [p for p in parts if p in copy.above][:1]:
             part.extra_leaves += copy.leaves
-    state = lambda p: {graph.inputs[i] for i in p.leaves if i >= n}
     for part in parts:
         own = {"weights"} if part.label is not None else set()  # which parameters read in any case
         part.sources = tuple(name for name, inputs in data.items() if part.reads & inputs and name not in own)

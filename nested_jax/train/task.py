@@ -14,7 +14,8 @@ from nested_jax.data.tasks import task
 from nested_jax.errors import UserError
 from nested_jax.train import report
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.task_scores import TaskScores
+from nested_jax.train.state import assert_fits
+from nested_jax.train.task_scores import SLOT_BYTES, TaskScores
 from nested_jax.typing import PyTree
 
 
@@ -56,6 +57,7 @@ class TaskSource:
 
     def __init__(self, config: TrainConfig):
         self._config, self.name = config, f"the data of --task {config.task}"
+        assert_fits(f"--batch-size {config.batch_size} of {config.window}", SLOT_BYTES * config.batch_size * config.window)
         try:
             self._scores = TaskScores(config)
             self.batches = TaskBatches(config)

@@ -20,8 +20,12 @@ from nested_jax.train.state import assert_fits
 from nested_jax.typing import Array, Float, Int, PyTree
 
 _ROWS = 16  # sequences in a call, where batches are smaller
-_SEED = 2**32  # above those of training
-_SLOT_BYTES = 100  # most that drawing a sequence takes for each of its slots
+SLOT_BYTES = 100  # most that drawing a sequence takes for each of its slots
+
+
+def held_out_rng(number: int) -> np.random.Generator:
+    """Of a range of lengths. Batches of training are of (seed, i) without a spawn key, so none has the same numbers."""
+    return np.random.default_rng(np.random.SeedSequence(number, spawn_key=(1,)))
 
 
 class TaskScores:
@@ -43,9 +47,9 @@ class TaskScores:
         self._number, self._rows = config.eval_sequences, min(max(config.batch_size, _ROWS), config.eval_sequences)
         activations = 4 * self._rows * 3 * window * (model.vocabulary + model.layers * model.width)
         assert_fits(f"{self._rows} sequences of {3 * window}", activations)
-        assert_fits(f"--eval-sequences {self._number} of {3 * window}", _SLOT_BYTES * self._number * 3 * window)
+        assert_fits(f"--eval-sequences {self._number} of {3 * window}", SLOT_BYTES * self._number * 3 * window)
         self._sets = [
-            own.sample(np.random.default_rng((_SEED, i)), self._number, shortest, longest)
+            own.sample(held_out_rng(i), self._number, shortest, longest)
             for i, (shortest, longest) in enumerate(self.lengths)
         ]
         self._read, self._surprise = jax.jit(_reading(model)), jax.jit(layer_surprise(model))

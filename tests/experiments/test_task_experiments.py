@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from operator import itemgetter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scripts
@@ -99,6 +101,64 @@ def test_more_calls_than_a_process_made_before_it_hung(load, tmp_path, monkeypat
         made = record.each_once(tmp_path / "some", results, list, ({"n": i} for i in range(10)), itemgetter("n"), config)
         assert made == [{"n": i} for i in range(10)] and len(results["runs"]) == 10
     assert json.loads((tmp_path / "some.json").read_text()) == results
+
+
+def fails_at_two(choices):
+    """Of a module that a process can import."""
+    (one,) = choices
+    if one["n"] == 2:
+        raise ValueError("two")
+    return choices
+
+
+def test_a_call_that_fails_loses_no_other(load, tmp_path, monkeypatch):
+    """What had ended, or begun, is saved; the error is raised and not all of the rest is made."""
+    monkeypatch.syspath_prepend(scripts.EXPERIMENTS)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    record = load("record")
+    results, config = {"runs": []}, record.Runs(jobs=1, lanes=1)
+    with pytest.raises(ValueError, match="two"):
+        record.each_once(tmp_path / "some", results, fails_at_two, ({"n": i} for i in range(10)), itemgetter("n"), config)
+    saved = [row["n"] for row in json.loads((tmp_path / "some.json").read_text())["runs"]]
+    assert saved == [row["n"] for row in results["runs"]] and saved[:2] == [0, 1] and 2 not in saved and len(saved) < 9
+
+
+def test_tables_say_which_runs_diverged(load):
+    """And are made with them; a chunk of text alone has its row."""
+    diverged, run = {"heldout_bits_per_byte": None, "norm": [None, None]}, {"right": [1.0] * 3, "labels": [1.0]}
+    run |= {"norm": [0.5, 20.5]}
+    text = lambda bits: {"heldout_bits_per_byte": bits, "norm": [0.1, 2.0]}
+    ablation, settings = load("run", "ablation"), load("config", "ablation")
+    rows = [{"row": "hope", "task": "text", "seed": seed} | text(2.0) for seed in (0, 1)]
+    rows += [
+        {"row": "no decay", "task": "text", "seed": 0} | text(2.5),
+        {"row": "no decay", "task": "text", "seed": 1} | diverged,
+    ]
+    rows += [{"row": "hope", "task": "parity", "seed": 0} | run]
+    results = {"config": dataclasses.asdict(settings.Config(rows=("hope", "no decay"), seeds=(0, 1))), "runs": rows}
+    assert "| no decay | 2.500, 1 of 2 diverged | +0.500 |  | inf |" in ablation.table(results)
+    plt.close(ablation.figure(results))
+    chunks, settings = load("run", "chunks"), load("config", "chunks")
+    form = "exact, normalised"
+    config = settings.Config(forms=(form,), chunks=(16,), text_chunks=(16, 32), seeds=(0,))
+    rows = [{"form": form, "task": "text", "chunk": 16, "seed": 0} | diverged]
+    rows += [
+        {"form": form, "task": "text", "chunk": 32, "seed": 0} | text(2.5),
+        {"form": form, "task": "parity", "chunk": 16, "seed": 0} | run,
+    ]
+    results = {"config": dataclasses.asdict(config), "runs": rows, "speeds": {form: {"16": 0.5}}, "device": "cpu"}
+    table = chunks.table(results)
+    assert (
+        "| 16 | 1.00 / 1.00 / 1.00 |  |  | 1 of 1 diverged | inf | 500 |" in table
+        and "| 32 |  |  |  | 2.500 | 2 |  |" in table
+    )
+    plt.close(chunks.figure(results))
+    boundary = load("boundary", "chunks")
+    config = boundary.Config(exact=("nothing more",), chunks=(16,), seeds=(0,))
+    lost = {"exact": "nothing more", "chunk": 16, "seed": 0} | run | {"norm": [None, None]}
+    assert "| nothing more | 1.00 / 1.00 / 1.00 | inf |" in boundary.table(
+        {"config": dataclasses.asdict(config), "runs": [lost]}
+    )
 
 
 def in_this_process(monkeypatch, record):

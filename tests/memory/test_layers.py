@@ -42,7 +42,7 @@ LAYERS = {
     "omega-raw-4": OmegaMemory(D, H, "l2", 3, values="raw", chunk=4),
     "titans-1": Titans(D, H, F, chunk=1, momentum=False),
     "titans-4": Titans(D, H, F, chunk=4),
-    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact", features="boundary")),
+    "titans-exact-4": Titans(D, H, F, chunk=4, rule=Rule(errors="exact", features="boundary", surprise=0.1)),
     "titans-paper-4": Titans(D, H, F, chunk=4, max_rate=0.3, rule=PAPER, values="raw"),
     "titans-undecayed-4": Titans(D, H, F, chunk=4, rule=Rule(damped=False, retention="none", read="before")),
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
@@ -390,7 +390,7 @@ def test_a_repeated_key_does_not_grow_at_a_rate_of_2():
     ("make", "most"),
     [
         (lambda rate: LinearMemory(D, H, "delta", rate), 2),
-        (lambda rate: LinearMemory(D, H, "oja", rate), 2),
+        (lambda rate: LinearMemory(D, H, "oja", rate), 1),
         (lambda rate: Titans(D, H, F, max_rate=rate, rule=Rule(erase="none", errors="exact", step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=Rule(step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=EXACT), 1),

@@ -120,6 +120,16 @@ def test_rates_start_at_three_over_the_period_or_half_the_largest(options, rate)
     assert float(given.mean()) == pytest.approx(rate, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("rule", "first", "others", "main"), [(Rule(), 3 / 4096, 3 / 1024, 3 / 64), (HOPE, 1 / 1024, 1 / 256, 3 / 16)], ids=str
+)
+def test_own_rates_start_small_but_that_of_the_main_memory(rule, first, others, main):
+    """r / 64 of first layers, r / 16 of the projections' second ones; of the main memory's r, or 3 r of exact errors."""
+    weights = SelfModifyingTitans(32, 2, 8, chunk=64, rates="own", rule=rule).init_weights(jax.random.key(0))
+    expected = [first, *[others] * 4, main]
+    np.testing.assert_allclose(jax.nn.sigmoid(weights["rate_bias"]), [expected] * 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("generated", cases([EVERYTHING, ("keys",), ("rates",), ()], [()]), ids=str)
 def test_what_no_memory_generates_starts_like_what_one_does(generated):
     """Unit keys, values and queries, retention near one and the same rates; the other weights are the default's."""

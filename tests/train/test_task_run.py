@@ -24,7 +24,7 @@ from nested_jax.train.config import TrainConfig
 from nested_jax.train.state import init_params
 from nested_jax.train.stopping import Interrupted
 from nested_jax.train.task import TaskBatches, TaskSource
-from nested_jax.train.task_scores import TaskScores
+from nested_jax.train.task_scores import TaskScores, held_out_rng
 
 
 @pytest.fixture
@@ -159,6 +159,15 @@ def test_batches_depend_on_the_seed_and_their_number(config):
 
 
 @pytest.mark.slow
+def test_held_out_sequences_are_not_those_of_training(config):
+    """Of any seed. Sizes are those with which numpy's streams were once the same ones: a batch as large as the set."""
+    held = task("parity").sample(held_out_rng(0), 16, 64, 64).tokens
+    for seed in (0, 1, 2**31):
+        batches = TaskBatches(config(seed=seed, task="parity", shortest=64, window=64, batch_size=16))
+        trained = np.concatenate([next(batches).tokens for _ in range(4)])
+        assert not {row.tobytes() for row in held} & {row.tobytes() for row in trained}
+
+
 def test_a_model_learns_a_task(config, quiet):
     """In (abab)* an a is followed by a b, and a b half of the time by an a alone: three labels in four by the token."""
     state, _ = quiet(config(task="abab-star", steps=60, learning_rate=0.02, eval_every=0, log_every=60))

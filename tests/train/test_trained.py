@@ -54,9 +54,9 @@ def trained(text):
 def test_a_trained_model_stays_bounded(trained, text, chunk):
     """Over 20,480 tokens, with its own learning rates and with rates next to their maximum.
 
-    Norms that grow would show in the halves' medians. Their peaks would not do: next to the largest rate a step turns round
-    what is held (factor -1), peaks of 2 to 3 times the median come anywhere, and rounding moves them. With `Rule.surprise` at
-    infinity the cases of 64 and 256 fail, with norms above 1,000.
+    Norms that grow would show in the halves' medians. Their peaks would not do: next to the largest rate a step turns
+    round what is held (factor -1), peaks of 2 to 3 times the median come anywhere, and rounding moves them. With
+    `Rule.surprise` at infinity the cases of 64 and 256 fail, with norms above 1,000.
     """
     net = dataclasses.replace(MODEL, chunk=chunk)
     mixer = trained["blocks"]["mixer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +46,12 @@ class FuzzyRecall:
         check_fields(self, "FuzzyRecall: ")
         if self.letters < (size := max(self.key_size, self.value_size)):
             raise UserError(f"FuzzyRecall: letters {self.letters} for keys or values of {size} tokens: give {size} or more")
-        if self.keys > (most := int(np.prod(np.arange(self.letters, self.letters - self.key_size, -1)))):
+        if self.keys > (most := math.perm(self.letters, self.key_size)):
             raise UserError(f"FuzzyRecall: keys {self.keys}, of {most} that there are: give {most} or fewer")
+        if most > 2**20:  # each row shuffles them
+            raise UserError(
+                f"FuzzyRecall: letters {self.letters} and key_size {self.key_size} make {most:.0e} keys: give less"
+            )
 
     @property
     def tokens(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from nested_jax.checks import Count, check_fields
+from nested_jax.checks import Interval, check_fields
 from nested_jax.data.pipeline import Batch
 from nested_jax.data.tasks.task import draw_lengths, to_batch
 
@@ -31,8 +32,8 @@ class ShuffledBrackets:
     ('([(])[)]', [1, 3, 3, 1, 1, 3, 2, 0])
     """
 
-    kinds: Count = 2
-    """Kinds of brackets."""
+    kinds: Annotated[int, Interval(least=1, below=31)] = 2
+    """Kinds of brackets, at most 30: labels are sets of them, as int32."""
 
     def __post_init__(self):
         check_fields(self, "ShuffledBrackets: ")
