@@ -110,7 +110,7 @@ def figure(results: dict) -> Figure:
     axes.set(xscale="log", xlabel="largest norm of the fast state", yticks=range(len(rows)))
     axes.set_yticklabels([row["option"] for row in rows], fontsize=8)
     axes.grid(axis="y", linewidth=0.3)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     fig.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return fig
 
