@@ -155,16 +155,23 @@ def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
 def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse.
 
+    Gradients are refined once by what they leave over: in float32 the inverse alone gives them ten times the error of values.
+
     >>> print(solve_unit_lower(jnp.array([[0.0, 0.0], [0.5, 0.0]]), jnp.ones((2, 1))))
     [[1. ]
      [0.5]]
     """
-    inverse = jax.lax.stop_gradient(_unit_lower_inverse(lower))
+    inverse, above = jax.lax.stop_gradient((_unit_lower_inverse(lower), lower.mT))
+
+    def transposed(_, right):
+        x = _exact(inverse.mT, right)
+        return x + _exact(inverse.mT, right - x - _exact(above, x))
+
     return jax.lax.custom_linear_solve(
         lambda x: x + _exact(lower, x),
         right,
         solve=lambda _, right: _exact(inverse, right),
-        transpose_solve=lambda _, right: _exact(inverse.mT, right),
+        transpose_solve=transposed,
     )
 
 

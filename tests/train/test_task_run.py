@@ -158,7 +158,6 @@ def test_batches_depend_on_the_seed_and_their_number(config):
     assert TaskSource(config()).fingerprint != TaskSource(config(shortest=5)).fingerprint
 
 
-@pytest.mark.slow
 def test_held_out_sequences_are_not_those_of_training(config):
     """Of any seed. Sizes are those with which numpy's streams were once the same ones: a batch as large as the set."""
     held = task("parity").sample(held_out_rng(0), 16, 64, 64).tokens
@@ -168,6 +167,7 @@ def test_held_out_sequences_are_not_those_of_training(config):
         assert not {row.tobytes() for row in held} & {row.tobytes() for row in trained}
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_task(config, quiet):
     """In (abab)* an a is followed by a b, and a b half of the time by an a alone: three labels in four by the token."""
     state, _ = quiet(config(task="abab-star", steps=60, learning_rate=0.02, eval_every=0, log_every=60))
