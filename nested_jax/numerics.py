@@ -155,7 +155,7 @@ def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
 def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse.
 
-    Gradients are refined once by what they leave over: in float32 the inverse alone gives them ten times the error of values.
+    Gradients are refined once by what they leave over: in float32 the inverse alone gives them ten times the error.
 
     >>> print(solve_unit_lower(jnp.array([[0.0, 0.0], [0.5, 0.0]]), jnp.ones((2, 1))))
     [[1. ]
