@@ -47,16 +47,15 @@ def table(results: dict) -> str:
         bits = [one[BITS] for one in runs if one[BITS]]
         more = [one[BITS] - base[one["seed"]] for one in runs if one[BITS] and base.get(one["seed"])]
         right = in_bins([one["right"] for one in rows_of(results, row=row, task="parity")])
+        norm, paper = largest(one["norm"][1] for one in rows_of(results, row=row)), settings.PAPER.get(row)
         cells.append(
             [
                 row,
                 with_diverged([one[BITS] for one in runs], spread(bits) if bits else ""),
                 spread(more, sign="+") if more and row != "hope" else "",
                 right,
-            ]
-            + [
-                largest(one["norm"][1] for one in rows_of(results, row=row)),
-                f"{settings.PAPER[row]:.2f}" if row in settings.PAPER else "",
+                norm,
+                f"{paper:.2f}" if paper else "",
             ]
         )
     heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")

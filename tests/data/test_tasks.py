@@ -313,7 +313,9 @@ def test_no_label_is_read_off_its_own_slot(name):
         (lambda: InContextRecall(noise=1.0), "InContextRecall: noise 1.0: give a finite number of at least 0 and below 1"),
         (lambda: FuzzyRecall(letters=2), "FuzzyRecall: letters 2 for keys or values of 3 tokens: give 3 or more"),
         (lambda: FuzzyRecall(keys=7, letters=3), "FuzzyRecall: keys 7, of 6 that there are: give 6 or fewer"),
+        (lambda: FuzzyRecall(letters=16, key_size=6), "letters 16 and key_size 6 make 6e\\+06 keys: give less"),
         (lambda: ShuffledBrackets(0), "ShuffledBrackets: kinds 0: give a whole number of at least 1"),
+        (lambda: ShuffledBrackets(31), "ShuffledBrackets: kinds 31: give a whole number of at least 1 and below 31"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(wrong, message):

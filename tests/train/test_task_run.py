@@ -197,6 +197,7 @@ def test_the_command_line_makes_a_model_of_the_task(tmp_path, monkeypatch, say):
         ("--task a5 --model.vocabulary 32", "--model.vocabulary 32 is too small for --task a5: give 60"),
         ("--task parity --shortest 70", "--shortest 70 is more than --window 64: change one"),
         ("--task mqar --window 20", "--shortest 2 and --window 20: no sequence of mqar with 8 pairs has from 2 to 20"),
+        ("--task parity --batch-size 1000000000000", "--batch-size 1000000000000 of 64 needs "),
         ("--task parity --window 1 --shortest 1", "no sequence of parity has from 3 to 2 tokens: give 3 or more"),
         ("--task", "--task"),
     ],
