@@ -11,6 +11,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from nested_jax._xla_flags import avoid_crash as _avoid_crash
+
 if TYPE_CHECKING:
     from nested_jax.cms import CMSConfig
     from nested_jax.description import Description
@@ -36,6 +38,7 @@ _HOMES = {
 }
 
 __version__ = version("nested-jax")
+_avoid_crash()
 
 
 def load(run_dir: str | os.PathLike) -> Trained:

@@ -14,7 +14,6 @@ import atexit  # noqa: E402
 import gc  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 # Programs that tests start keep what they compile in a folder of the tests' own, not in the user's.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nested_jax-tests-")
@@ -27,15 +26,6 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(100_000, 20, 20)  # tracing allocates many objects that stay: a tenth of the time
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_maps():
-    """Drops compiled programs after a file where a process holds many: Linux ends one that maps 65,530 pieces of memory."""
-    yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
 
 
 @pytest.fixture

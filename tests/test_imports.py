@@ -1,9 +1,12 @@
 """What an import of the package brings along, and its metadata."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 import nested_jax
 
@@ -38,3 +41,17 @@ def test_a_name_is_imported_when_it_is_asked_for():
 def test_version_and_type_information():
     assert nested_jax.__version__ == version("nested-jax")
     assert (Path(nested_jax.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("given", ["", "--xla_backend_optimization_level=0"])
+def test_sums_over_many_axes_do_not_crash(given):
+    """jaxlib 0.10.2 and 0.11.0 end the process here, or hang, without the flag."""
+    code = (
+        "import nested_jax, jax, jax.numpy as jnp, os; x = jnp.ones((3, 1, 2, 2, 8, 8, 8));"
+        "print(jax.jit(lambda a, b: (a * b).sum(3))(x, x).sum(), os.environ.get('XLA_FLAGS', ''))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    total, *flags = done.stdout.split()
+    assert total == "6144.0" and given in " ".join(flags)
