@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "features of the token": EXACT | {"features": "token"},
     "one rate": EXACT | {"rates": "shared"},
     "errors of the boundary, proximal": BOUNDARY,
+    "targets of any norm": EXACT | {"targets": "raw"},
+    "raw steps": EXACT | {"step": "raw"},
+    "erase by keys alone": EXACT | {"erase": "memory"},
+    "errors of any norm": EXACT | {"surprise": math.inf},
+    "decay to zero": EXACT | {"retention": "zero"},
+    "reads before the write": EXACT | {"read": "before"},
+    "reads of the boundary": EXACT | {"read": "boundary"},
+    "a sum as momentum": EXACT | {"momentum": True, "damped": False, "max_rate": 0.5},
 }
-"""Fields of `ModelConfig`. Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in
-context. Parity's models have no other."""
+"""Fields of `ModelConfig`: the paper's ablation, then our choices, then the paper's for ours. Fixed queries are the default;
+without a CMS stands one MLP as large, which does not learn in context. Parity's models have no other."""
 TASKS = ("parity", "text")
 PAPER: dict[str, float] = {
     "hope": 13.58,
