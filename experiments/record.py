@@ -58,6 +58,18 @@ class Runs:
     """Runs of one network that a process makes side by side, in one program."""
     fresh: bool = False
     """Replace results of other flags."""
+    into: str = ""
+    """Name of the results' files in place of the usual one, so that results of other flags are kept beside them."""
+
+    def path(self, usual: Path) -> Path:
+        """Of the results, without a suffix.
+
+        >>> Runs(into="longer").path(Path("results/chunks")), Runs().path(Path("results/chunks")).name
+        (PosixPath('results/longer'), 'chunks')
+        """
+        if self.into and not self.into.isidentifier():
+            raise UserError(f"--into {self.into}: give a name of letters, digits and _")
+        return usual.with_name(self.into or usual.name)
 
 
 RUNNING = tuple(field.name for field in dataclasses.fields(Runs))

@@ -15,4 +15,4 @@ def avoid_crash() -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if version("jaxlib") in ("0.10.2", "0.11.0") and _FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=DOT".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=-REDUCE".strip()

@@ -78,7 +78,7 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = flags.parse(settings.Config)
-    path = RESULTS / "ablation"
+    path = config.path(RESULTS / "ablation")
     results = resume(path, config)
     choices = ({"row": r, "task": t, "seed": s} for t in config.tasks for r in config.rows for s in config.seeds)
     each_once(path, results, partial(run, config), choices, partial(kind, ("row", "task")), config)

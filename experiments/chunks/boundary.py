@@ -131,10 +131,11 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = flags.parse(Config)
-    results = resume(RESULTS / "boundary", config)
+    path = config.path(RESULTS / "boundary")
+    results = resume(path, config)
     choices = ({"exact": e, "chunk": c, "seed": s} for s in config.seeds for c in config.chunks for e in config.exact)
-    each_once(RESULTS / "boundary", results, partial(run, config), choices, itemgetter("exact", "chunk"), config)
-    finish(RESULTS / "boundary", results, table(results), figure(results))
+    each_once(path, results, partial(run, config), choices, itemgetter("exact", "chunk"), config)
+    finish(path, results, table(results), figure(results))
 
 
 if __name__ == "__main__":

@@ -87,10 +87,10 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
     return {form: {str(chunk): median(times[form, chunk]) for chunk in config.chunks} for form in config.forms}
 
 
-def measure(config: settings.Config, results: dict) -> dict:
+def measure(path: Path, config: settings.Config, results: dict) -> dict:
     """All runs, then the speeds, on a machine that does nothing else."""
     of_one = partial(kind, ("form", "chunk", "task"))
-    each_once(RESULTS / "chunks", results, partial(run, config), cells(config), of_one, config)
+    each_once(path, results, partial(run, config), cells(config), of_one, config)
     if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:
@@ -156,8 +156,9 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = flags.parse(settings.Config)
-    results = resume(RESULTS / "chunks", config)
-    finish(RESULTS / "chunks", measure(config, results), table(results), figure(results))
+    path = config.path(RESULTS / "chunks")
+    results = resume(path, config)
+    finish(path, measure(path, config, results), table(results), figure(results))
 
 
 if __name__ == "__main__":

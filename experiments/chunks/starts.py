@@ -166,7 +166,7 @@ def figure(results: dict, config: Config) -> Figure:
 
 def main() -> None:
     config = flags.parse(Config)
-    path = RESULTS / "starts"
+    path = config.path(RESULTS / "starts")
     results = resume(path, config)
     choices = [
         one | {"start": start, "rate": rate, "seed": seed}

@@ -1,4 +1,4 @@
-"""Formal languages: `python experiments/formal_languages/run.py` writes results/formal_languages.* and results/bars.png."""
+"""Formal languages: `python experiments/formal_languages/run.py` writes results/formal_languages*."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def bars(results: dict, bins: tuple[tuple[int, int], ...]) -> Figure:
 
 def main() -> None:
     config = flags.parse(settings.Config)
-    path = RESULTS / "formal_languages"
+    path = config.path(RESULTS / "formal_languages")
     results = grid.measure(path, config, resume(path, config), partial(run, config), itemgetter("name"))
-    bars(results, config.bins).savefig(RESULTS / "bars.png", dpi=130)
+    bars(results, config.bins).savefig(f"{path}_bars.png", dpi=130)
     finish(path, results, table(results, config.bins), grid.figure(results, "right", TICKS, "wholly right words"))
 
 

@@ -41,7 +41,7 @@ def table(results: dict, config: settings.Config) -> str:
 
 def main() -> None:
     config = flags.parse(settings.Config)
-    path = RESULTS / "recall"
+    path = config.path(RESULTS / "recall")
     kind = lambda cell: (cell["name"], config.bins(cell["task"]))
     results = grid.measure(path, config, resume(path, config), partial(run, config), kind)
     ticks = [str(n) for n in config.multiples]

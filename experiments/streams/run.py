@@ -117,7 +117,7 @@ def figure(results: dict) -> Figure:
 
 def main() -> None:
     config = flags.parse(settings.Config)
-    path = RESULTS / "streams"
+    path = config.path(RESULTS / "streams")
     results = resume(path, config)
     choices = ({"option": option} for option in config.options)
     each_once(path, results, partial(run, config), choices, itemgetter("option"), config)

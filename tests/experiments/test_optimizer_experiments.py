@@ -202,7 +202,7 @@ def test_the_best_rate_has_the_test_runs(load):
         assert tuning.chosen(results, optimizer="m3") == f"{best}{' (edge)' if tries < 5 else ''}"
 
 
-@pytest.mark.parametrize("name, examples", [("record", 5), ("flags", 1), ("config", 1), ("vision_transformer", 3)])
+@pytest.mark.parametrize("name, examples", [("record", 6), ("flags", 1), ("config", 1), ("vision_transformer", 3)])
 def test_examples_in_docstrings(load, name, examples):
     assert doctest.testmod(load(name)) == (0, examples)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scripts
 
+from nested_jax import UserError
 from nested_jax.data.tasks import TASKS
 
 FOLDER = "formal_languages"
@@ -86,10 +87,21 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
         best = max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -row["loss"][-1]))
         assert grid.chosen(results, name) == best["rate"]
         assert all(len(grid.on_test_seeds(results, name, task)) == 2 for task in tasks)
+    make = module.run
     monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("a finished run was made again"))
     module.main()
     assert json.loads(path.read_text()) == results
     assert path.with_suffix(".md").read_text().count("| lstm |") >= 1 + 2
+
+    monkeypatch.setattr(module, "run", make)
+    monkeypatch.setattr("sys.argv", ["run.py", *flags.split(), "--steps", "1", "--networks", "lstm", "--into", "shorter"])
+    module.main()
+    shorter = json.loads(path.with_name("shorter.json").read_text())
+    assert shorter["config"]["steps"] == 1 and len(shorter["runs"]) == 2 + 2 * len(tasks)
+    assert json.loads(path.read_text()) == results
+    monkeypatch.setattr("sys.argv", ["run.py", "--into", "../elsewhere"])
+    with pytest.raises(UserError, match="--into ../elsewhere: give a name of letters, digits and _"):
+        module.main()
 
 
 def test_more_calls_than_a_process_made_before_it_hung(load, tmp_path, monkeypatch):
