@@ -94,9 +94,10 @@ def specs(leaf, rows):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_mode_is_jit(name):
+def test_every_mode_is_jit(x64, name):
     """Values, the last state and the gradients of the weights, of 6 rows: as jit has them, row by row."""
     call, weights = make(name)
+    weights = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
     x, position = jax.random.normal(jax.random.key(1), (6, T, D)), jnp.int32(T)
     close = lambda a, b: np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
     expected = jax.jit(with_gradients(call))(weights, x, position)
