@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -67,7 +68,7 @@ class Runs:
         >>> Runs(into="longer").path(Path("results/chunks")), Runs().path(Path("results/chunks")).name
         (PosixPath('results/longer'), 'chunks')
         """
-        if self.into and not self.into.isidentifier():
+        if not re.fullmatch(r"\w*", self.into):
             raise UserError(f"--into {self.into}: give a name of letters, digits and _")
         return usual.with_name(self.into or usual.name)
 

@@ -9,9 +9,9 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def avoid_crash() -> None:
-    """Keeps float32 sums over arrays of seven axes or more, as nested `jax.vmap` makes them, from a kernel that overruns.
+    """Keeps sums from a kernel that overruns where float32 arrays have seven axes or more, as nested `jax.vmap` makes them.
 
-    Products of matrices go on using it. XLA reads the flag with the first computation; one that is set already stays.
+    XLA reads the flag with the first computation; one that is set already stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if version("jaxlib") in ("0.10.2", "0.11.0") and _FLAG not in flags:

@@ -65,14 +65,18 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """Bits per byte on text, a point for each seed."""
-    rows = results["config"]["rows"]
-    fig, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for y, row in enumerate(rows):
-        bits = [one[BITS] for one in rows_of(results, row=row, task="text") if one[BITS]]
-        axes.plot(bits, np.full(len(bits), y), "o", color="C0", alpha=0.6)
-    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="held-out bits per byte")
-    axes.invert_yaxis()
+    """Words of twice the trained length that are right, or bits per byte of text: a point for each seed."""
+    rows, tasks = results["config"]["rows"], results["config"]["tasks"]
+    size = (3.2 * len(tasks) + 2.5, 0.25 * len(rows) + 0.9)
+    fig, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for task, axes in zip(tasks, panels[0], strict=True):
+        for y, row in enumerate(rows):
+            runs = rows_of(results, row=row, task=task)
+            values = [one[BITS] if task == "text" else one["right"][1] for one in runs]
+            axes.plot(values, np.full(len(values), y), "o", color="C0", alpha=0.6)
+        axes.set_xlabel("held-out bits per byte" if task == "text" else "parity: right words of 52-100")
+    panels[0, 0].set(yticks=range(len(rows)), yticklabels=rows)
+    panels[0, 0].invert_yaxis()
     return fig
 
 
