@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +177,7 @@ def each_once(
         if not rows_of(results, **one):
             kinds.setdefault(kind(one), []).append(one)
     calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
-    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(config.jobs, get_context("spawn"), _end_with_parent) as pool:
         started, failed = {pool.submit(_call, run, one): one for one in calls}, None
         for done in as_completed(started):
             if done.cancelled() or (error := done.exception()):
@@ -190,6 +192,17 @@ def each_once(
     if failed:
         raise failed
     return [row for one in choices for row in rows_of(results, **one)]
+
+
+def _end_with_parent() -> None:
+    """Ends this process once the one that started it has, though a call may be running."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _call(run: Callable[[Any], Any], choices: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +42,29 @@ class Lane:
     """Learning rate."""
 
 
-def run(network: Network, lanes: Sequence[Lane], training: Training, bins: Bins, sequences: int) -> list[dict[str, Any]]:
+def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """The rule of most experiments."""
+    return optax.adamw(rate, b2=0.95)
+
+
+def run(
+    network: Network,
+    lanes: Sequence[Lane],
+    training: Training,
+    bins: Bins,
+    sequences: int,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = adamw,
+) -> list[dict[str, Any]]:
     """Trains networks in one program, each on its own task, and tests them.
 
     Args:
         network: from `networks.network`, of the tokens and labels of all tasks.
         lanes: what is trained. Small networks leave a processor idle: several take hardly longer than one.
-        training: updates of AdamW, rate warmed up over a twentieth of them and falling along a cosine to a tenth, gradients
-            clipped to norm 1.
+        training: updates, rate warmed up over a twentieth of them and falling along a cosine to a tenth, gradients clipped
+            to norm 1.
         bins: (shortest, longest) of the test sequences.
         sequences: number of test sequences in each bin, the same ones for all networks.
+        optimizer: schedule of peak 1 -> rule, whose changes are multiplied by the lane's rate.
 
     Returns:
         For each lane labels, right: fractions of right labels and of wholly right sequences, in each bin; loss: nats per
@@ -60,7 +73,7 @@ def run(network: Network, lanes: Sequence[Lane], training: Training, bins: Bins,
     """
     started = time.monotonic()
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, training.steps // 20, training.steps, 0.1)
-    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optimizer(schedule))
 
     def loss(params, batch):
         nats = optax.softmax_cross_entropy_with_integer_labels(network.logits(params, batch.tokens), batch.targets)

@@ -1,55 +1,67 @@
-"""A model trained on the text of the README's first command: one cell of an experiment's table."""
+"""A model trained on the text of the README's first command: cells of an experiment's table."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+import optax
 
 from nested_jax import ModelConfig
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.loop import train
-from nested_jax.train.record import read_rows
+from nested_jax.train.optimizer import learning_rate, optimizer
+from nested_jax.train.source import open_source
+from nested_jax.train.state import TrainState, init_params
+from nested_jax.train.step import assert_healthy, train_step
 from nested_jax.train.stopping import Diverged
 
 BITS = "heldout_bits_per_byte"
 
 
-def held_out(model: ModelConfig, seed: int, steps: int) -> dict[str, Any]:
-    """Trains a model as `nested-jax train` does.
+def held_out(
+    model: ModelConfig,
+    seeds: Sequence[int],
+    steps: int,
+    rates: Sequence[float] | None = None,
+    rule: Callable[[optax.Schedule], optax.GradientTransformation] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains a model from several seeds, one after the other by one program, with the updates of `nested-jax train`.
 
     Args:
         model: of 1,024 tokens.
-        seed: of parameters and order of the text.
+        seeds: of parameters and order of the text.
         steps: updates.
+        rates: the largest learning rate of each run; None: `TrainConfig`'s.
+        rule: schedule -> optimizer, of gradients clipped to norm 1; None: `TrainConfig`'s at its own rate.
 
     Returns:
-        heldout_bits_per_byte, None if the run diverged; norm: median and largest norm of the gradients; seconds.
+        For each seed heldout_bits_per_byte, None where a number was not finite; norm: median and largest norm of the
+        gradients.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            model=model, run_dir=folder, seed=seed, steps=steps, eval_every=0, checkpoint_every=steps, log_every=5,
-            sample_tokens=0, reading_documents=0,
-        )  # fmt: skip
-        try:
-            train(config, Console(quiet=True))
-        except Diverged as error:
-            return {BITS: None, "norm": [None, None], "error": str(error)}
-        rows = read_rows(Path(folder))
-    norms = [row["gradient_norm"] for row in rows if "gradient_norm" in row]
-    last = next(row for row in rows if BITS in row)
-    seconds = max(row.get("seconds", 0.0) for row in rows)
-    return {BITS: last[BITS], "norm": [float(np.median(norms)), max(norms)], "seconds": seconds}
+    configs = [TrainConfig(model=model, seed=seed, steps=steps) for seed in seeds]
+    schedule = learning_rate(dataclasses.replace(configs[0], learning_rate=1.0))
+    clip = optax.clip_by_global_norm(1.0)
+    make = (lambda rate: optax.chain(clip, rule(lambda n: rate * schedule(n)))) if rule else lambda _: optimizer(configs[0])
+    init = jax.jit(lambda params: TrainState(jnp.int32(0), params, make(1.0).init(params), None))
+    update = jax.jit(lambda rate, *given: train_step(model, make(rate))(*given), donate_argnums=1)
+    return [_run(init, partial(update, rate), one) for rate, one in zip(rates or [1.0] * len(seeds), configs, strict=True)]
 
 
-def kind(names: Sequence[str], cell: dict[str, Any]) -> tuple:
-    """What the runs of one call have in common: these choices, and on text the seed, so that each is saved as it ends.
-
-    >>> [kind(("row", "task"), {"row": "hope", "task": task, "seed": 1}) for task in ("text", "parity")]
-    [('hope', 'text', 1), ('hope', 'parity', None)]
-    """
-    return (*(cell[name] for name in names), cell["seed"] if cell["task"] == "text" else None)
+def _run(init: Callable, update: Callable, config: TrainConfig) -> dict[str, Any]:
+    source, norms = open_source(config, None), []
+    state = init(init_params(config.model, config.seed))
+    try:
+        for step in range(1, config.steps + 1):
+            state, metrics = update(state, next(source.batches))
+            assert_healthy(step, metrics, config.model)
+            norms.append(float(metrics.gradient_norm))
+        row = source.evaluate(state.params, lambda: False)
+    except Diverged as error:
+        return {BITS: None, "norm": [None, None], "error": str(error)}
+    assert row is not None  # nothing stops it
+    return {BITS: row[BITS], "norm": [float(np.median(norms)), max(norms)]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import config as settings
@@ -19,7 +20,7 @@ from networks import network
 from record import each_once, finish, largest, markdown, resume, rows_of, spread, with_diverged
 from sequences import PARITY, Lane, Training
 from sequences import run as train_network
-from text_run import BITS, held_out, kind
+from text_run import BITS, held_out
 
 from nested_jax import preset
 from nested_jax.data.tasks import TASKS
@@ -32,7 +33,7 @@ def run(config: settings.Config, cells: list[dict]) -> list[dict]:
     changes = settings.ROWS[cells[0]["row"]]
     if cells[0]["task"] == "text":
         model = dataclasses.replace(preset("tiny-hope"), **changes)
-        return [held_out(model, cell["seed"], config.text_steps) for cell in cells]
+        return held_out(model, [cell["seed"] for cell in cells], config.text_steps)
     changes = {name: value for name, value in changes.items() if name != "cms"}
     made = network("hope, chunk 16", 2, 32, 2, changes | {"chunk": config.chunk})
     lanes = [Lane(TASKS["parity"], cell["seed"], config.rate) for cell in cells]
@@ -85,7 +86,7 @@ def main() -> None:
     path = config.path(RESULTS / "ablation")
     results = resume(path, config)
     choices = ({"row": r, "task": t, "seed": s} for t in config.tasks for r in config.rows for s in config.seeds)
-    each_once(path, results, partial(run, config), choices, partial(kind, ("row", "task")), config)
+    each_once(path, results, partial(run, config), choices, itemgetter("row", "task"), config)
     finish(path, results, table(results), figure(results))
 
 

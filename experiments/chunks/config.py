@@ -46,8 +46,8 @@ class Config(Runs):
     """Learning rate of parity and mqar."""
     steps: Count = 800
     """Updates of parity and mqar."""
-    text_steps: Count = 280
-    """Updates on text."""
+    text_steps: Count = 140
+    """Updates on text, half of the first command's."""
     rounds: Count = 7
     """Rounds in which the speeds are measured, in turn."""
 

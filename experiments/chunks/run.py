@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from networks import network
 from record import each_once, finish, largest, markdown, resume, rows_of, spread, with_diverged
 from sequences import Lane, Training
 from sequences import run as train_network
-from text_run import BITS, held_out, kind
+from text_run import BITS, held_out
 from timing import alternate
 
 from nested_jax import ModelConfig, preset
@@ -41,11 +42,11 @@ def fields(form: str, chunk: int) -> dict[str, Any]:
 
 
 def run(config: settings.Config, cells: list[dict]) -> list[dict]:
-    """One form of Hope, trained on a task from several seeds; on text from one."""
+    """One form of Hope, trained on a task from several seeds."""
     form, chunk, task = (cells[0][name] for name in ("form", "chunk", "task"))
     if task == "text":
         model = dataclasses.replace(preset("tiny-hope"), **fields(form, chunk))
-        return [held_out(model, cell["seed"], config.text_steps) for cell in cells]
+        return held_out(model, [cell["seed"] for cell in cells], config.text_steps)
     longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
     shortest = 64 if task == "mqar" else 2
     one = TASKS[task.split(" ")[0]]
@@ -89,8 +90,7 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
 
 def measure(path: Path, config: settings.Config, results: dict) -> dict:
     """All runs, then the speeds, on a machine that does nothing else."""
-    of_one = partial(kind, ("form", "chunk", "task"))
-    each_once(path, results, partial(run, config), cells(config), of_one, config)
+    each_once(path, results, partial(run, config), cells(config), itemgetter("form", "chunk", "task"), config)
     if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:

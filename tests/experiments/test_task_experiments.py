@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from operator import itemgetter
 from pathlib import Path
 
@@ -9,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
 import scripts
+from matplotlib.image import imread
+from rich.console import Console
 
-from nested_jax import UserError
+from nested_jax import UserError, preset
 from nested_jax.data.tasks import TASKS
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.loop import train
+from nested_jax.train.optimizer import decayed
+from nested_jax.train.record import read_rows
 
 FOLDER = "formal_languages"
 
@@ -133,6 +144,100 @@ def test_a_call_that_fails_loses_no_other(load, tmp_path, monkeypatch):
         record.each_once(tmp_path / "some", results, fails_at_two, ({"n": i} for i in range(10)), itemgetter("n"), config)
     saved = [row["n"] for row in json.loads((tmp_path / "some.json").read_text())["runs"]]
     assert saved == [row["n"] for row in results["runs"]] and saved[:2] == [0, 1] and 2 not in saved and len(saved) < 9
+
+
+def sleeps(choices):
+    """Of a module that a process can import: says that it runs, for a minute."""
+    Path(choices[0]["file"]).write_text(str(os.getpid()))
+    time.sleep(60)
+    return choices
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process of another is looked for by a signal")
+def test_a_killed_runner_leaves_no_process(tmp_path):
+    """A call that runs ends with the process that started it, however that ends."""
+    started, path = tmp_path / "started", [str(scripts.EXPERIMENTS), str(Path(__file__).parent)]
+    code = f"""if __name__ == "__main__":
+    from pathlib import Path
+    from record import Runs, each_once
+    from test_task_experiments import sleeps
+    each_once(Path({str(tmp_path / "some")!r}), {{"runs": []}}, sleeps, [{{"file": {str(started)!r}}}], str, Runs(jobs=1))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    runner = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": os.pathsep.join([*path, *sys.path])})
+    wait_for(lambda: started.exists() and started.read_text(), 120)
+    runner.kill()
+    runner.wait()
+    wait_for(lambda: not is_running(int(started.read_text())), 20)
+
+
+def wait_for(holds, seconds):
+    """Until something holds, or fails."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not come to hold"
+        time.sleep(0.1)
+
+
+def is_running(process):
+    """Whether there is a process that has not ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_text_is_learned_as_by_the_command(load, tmp_path):
+    """The updates and the held-out bits of `nested-jax train`, seed by seed; its rule, given by hand, at the rates given."""
+    text_run = load("text_run")
+    model = dataclasses.replace(preset("tiny-transformer"), width=16, layers=1, heads=2)
+    rows = text_run.held_out(model, (0, 1), 3)
+    for seed, row in enumerate(rows):
+        config = TrainConfig(model=model, seed=seed, steps=3, run_dir=str(tmp_path / str(seed)), log_every=1)
+        config = dataclasses.replace(config, eval_every=0, sample_tokens=0, reading_documents=0)
+        train(config, Console(quiet=True))
+        found = read_rows(tmp_path / str(seed))
+        norms = [one["gradient_norm"] for one in found if "gradient_norm" in one]
+        np.testing.assert_allclose(row[text_run.BITS], found[-1][text_run.BITS], rtol=1e-5)
+        np.testing.assert_allclose(row["norm"], [np.median(norms), max(norms)], rtol=1e-4)
+    adam, decay = optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(config.weight_decay, decayed)
+    rule = lambda rate: optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
+    still, same = text_run.held_out(model, (0, 0), 3, (0.0, config.learning_rate), rule)
+    np.testing.assert_allclose(same[text_run.BITS], rows[0][text_run.BITS], rtol=1e-5)
+    assert still[text_run.BITS] > same[text_run.BITS] + 0.003
+
+
+def test_fidelity_compares_at_the_best_rate_of_each(load, tmp_path, monkeypatch):
+    """Rows are models and optimizers; a rate is chosen on the tuning seed, and tries are in no mean."""
+    fidelity, settings = load("run", "fidelity"), load("config", "fidelity")
+    for row in settings.ROWS.values():
+        dataclasses.replace(preset(row.preset), **row.changes)
+        assert row.of in settings.ROWS and (row.rule is None or row.rule(lambda step: 0.1).init({"up": jnp.ones((1, 2, 3))}))
+
+    def run(config, cells):  # the best rate is 0.1 on text and 0.01 on parity; sums are worse by the seed plus one
+        of = lambda cell: abs(np.log10(cell["rate"]) + 1) + (cell["row"] == "Adam, sums") * (cell["seed"] % 100 + 1)
+        right = lambda cell: [float(cell["rate"] == 0.01)] * 3
+        text = lambda cell: {"heldout_bits_per_byte": 2.0 + of(cell)}
+        parity = lambda cell: {"right": right(cell), "labels": [0.5] * 3, "loss": [1.0]}
+        return [(text(cell) if cell["task"] == "text" else parity(cell)) | {"norm": [0.1, 0.5]} for cell in cells]
+
+    monkeypatch.setattr(fidelity, "RESULTS", tmp_path)
+    monkeypatch.setattr(fidelity, "run", run)
+    in_this_process(monkeypatch, load("record", "fidelity"))
+    flags = ["--rows", "titans", "Adam", "Adam, sums", "--rates", "0.01", "0.1", "1", "--seeds", "0", "1"]
+    monkeypatch.setattr("sys.argv", ["run.py", *flags])
+    fidelity.main()
+    results, table = json.loads((tmp_path / "fidelity.json").read_text()), (tmp_path / "fidelity.md").read_text()
+    assert len(results["runs"]) == 2 * 2 * 3 + 3 * 2 * 2 and imread(tmp_path / "fidelity.png").std() > 0.01
+    assert "| Adam | 0.1 and 0.01 | 2.000 ± 0.000 |  | 1.00 / 1.00 / 1.00 | 0.5 |" in table
+    assert "| Adam, sums | 0.1 and 0.01 | 3.500 ± 0.707 | +1.500 ± 0.707 | 1.00 / 1.00 / 1.00 | 0.5 |" in table
+    assert "| titans | 0.008 and 0.003 |" in table
+    monkeypatch.setattr("sys.argv", ["run.py", "--rows", "Adam, sums"])
+    with pytest.raises(UserError, match="--rows 'Adam, sums': give 'Adam' too, which it is compared with"):
+        fidelity.main()
 
 
 def test_tables_say_which_runs_diverged(load):
