@@ -61,7 +61,8 @@ def table(results: dict) -> str:
         )
     heads = ("", "bits per byte", "more than hope, same seed", "parity 2-50 / 52-100 / 102-150", "largest gradient norm")
     text, parity = (len({one["seed"] for one in rows_of(results, task=task)}) for task in ("text", "parity"))
-    note = f"Text: mean ± standard deviation of {text} seeds. Parity: wholly right sequences, mean (least) of {parity}."
+    note = f"Text: mean ± standard deviation of {text} seeds. " if text else ""
+    note += f"Parity: wholly right sequences, mean (least) of {parity} seeds."
     return "\n".join([*markdown((*heads, "paper's perplexity"), cells), "", note]) + "\n"
 
 
