@@ -76,6 +76,12 @@ def check_rising(config: Any, *names: str) -> None:
             raise UserError(f"{given(config, name)}: give numbers that rise")
 
 
+def check_tuning(config: Any) -> None:
+    """Raises UserError if a config's tuning seed is one of its seeds."""
+    if config.tuning_seed in config.seeds:
+        raise UserError(f"--tuning-seed {config.tuning_seed} is one of --seeds: give another")
+
+
 def flag(name: str) -> str:
     """The flag of a field.
 

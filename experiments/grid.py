@@ -9,12 +9,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from flags import Rates, Seed, Seeds
+from flags import Rates, Seed, Seeds, check_tuning
 from matplotlib.figure import Figure
 from record import Runs, each_once, markdown, rows_of
 
 from nested_jax.checks import Count
-from nested_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Grid(Runs):
     """Test sequences in each bin."""
 
     def __post_init__(self):
-        if self.tuning_seed in self.seeds:
-            raise UserError(f"--tuning-seed {self.tuning_seed} is one of --seeds: give another")
+        check_tuning(self)
 
 
 def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict]], kind: Callable[[dict], Any]) -> dict:

@@ -15,7 +15,7 @@ import optax
 from nested_jax import ModelConfig
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import learning_rate, optimizer
-from nested_jax.train.source import open_source
+from nested_jax.train.source import Source, open_source
 from nested_jax.train.state import TrainState, init_params
 from nested_jax.train.step import assert_healthy, train_step
 from nested_jax.train.stopping import Diverged
@@ -49,18 +49,20 @@ def held_out(
     make = (lambda rate: optax.chain(clip, rule(lambda n: rate * schedule(n)))) if rule else lambda _: optimizer(configs[0])
     init = jax.jit(lambda params: TrainState(jnp.int32(0), params, make(1.0).init(params), None))
     update = jax.jit(lambda rate, *given: train_step(model, make(rate))(*given), donate_argnums=1)
-    return [_run(init, partial(update, rate), one) for rate, one in zip(rates or [1.0] * len(seeds), configs, strict=True)]
+    sources = [open_source(config, None) for config in configs]  # they differ in the order of training alone
+    states = [init(init_params(model, seed)) for seed in seeds]
+    runs = zip(rates or [1.0] * len(seeds), states, sources, strict=True)
+    return [_run(partial(update, rate), state, one, sources[0], configs[0]) for rate, state, one in runs]
 
 
-def _run(init: Callable, update: Callable, config: TrainConfig) -> dict[str, Any]:
-    source, norms = open_source(config, None), []
-    state = init(init_params(config.model, config.seed))
+def _run(update: Callable, state: TrainState, source: Source, judge: Source, config: TrainConfig) -> dict[str, Any]:
+    norms = []
     try:
         for step in range(1, config.steps + 1):
             state, metrics = update(state, next(source.batches))
             assert_healthy(step, metrics, config.model)
             norms.append(float(metrics.gradient_norm))
-        row = source.evaluate(state.params, lambda: False)
+        row = judge.evaluate(state.params, lambda: False)
     except Diverged as error:
         return {BITS: None, "norm": [None, None], "error": str(error)}
     assert row is not None  # nothing stops it

@@ -42,8 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "a sum as momentum": EXACT | {"momentum": True, "damped": False, "max_rate": 0.5},
 }
 """Fields of `ModelConfig`: the paper's ablation, then our choices, then the paper's for ours. Fixed queries are the default;
-without a CMS stands one MLP as large, which does not learn in context. Parity's models have no other."""
+without a CMS stands one MLP as large, which does not learn in context."""
 TASKS = ("parity", "text")
+NOT_MADE = {("no CMS", "parity")}
+"""Parity's models have no CMS that learns in context."""
 PAPER: dict[str, float] = {
     "hope": 13.58,
     "with momentum": 12.24,

@@ -34,7 +34,6 @@ def run(config: settings.Config, cells: list[dict]) -> list[dict]:
     if cells[0]["task"] == "text":
         model = dataclasses.replace(preset("tiny-hope"), **changes)
         return held_out(model, [cell["seed"] for cell in cells], config.text_steps)
-    changes = {name: value for name, value in changes.items() if name != "cms"}
     made = network("hope, chunk 16", 2, 32, 2, changes | {"chunk": config.chunk})
     lanes = [Lane(TASKS["parity"], cell["seed"], config.rate) for cell in cells]
     return train_network(made, lanes, Training(config.steps, 16, 2, 50), PARITY, 256)
@@ -86,7 +85,8 @@ def main() -> None:
     config = flags.parse(settings.Config)
     path = config.path(RESULTS / "ablation")
     results = resume(path, config)
-    choices = ({"row": r, "task": t, "seed": s} for t in config.tasks for r in config.rows for s in config.seeds)
+    pairs = [(row, task) for task in config.tasks for row in config.rows if (row, task) not in settings.NOT_MADE]
+    choices = ({"row": row, "task": task, "seed": seed} for row, task in pairs for seed in config.seeds)
     each_once(path, results, partial(run, config), choices, itemgetter("row", "task"), config)
     finish(path, results, table(results), figure(results))
 

@@ -126,5 +126,4 @@ class Config(Runs):
         for name in self.rows:
             if (base := ROWS[name].of) not in self.rows:
                 raise UserError(f"--rows {name!r}: give {base!r} too, which it is compared with")
-        if self.tuning_seed in self.seeds:
-            raise UserError(f"--tuning-seed {self.tuning_seed} is one of --seeds: give another")
+        flags.check_tuning(self)

@@ -153,7 +153,6 @@ def sleeps(choices):
     return choices
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a process of another is looked for by a signal")
 def test_a_killed_runner_leaves_no_process(tmp_path):
     """A call that runs ends with the process that started it, however that ends."""
     started, path = tmp_path / "started", [str(scripts.EXPERIMENTS), str(Path(__file__).parent)]
