@@ -53,6 +53,8 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict
     Returns:
         The results.
     """
+    if config.report:
+        return results
     first, *_ = config.tasks
     make = lambda choices: each_once(path, results, run, choices, kind, config)
     if len(config.rates) > 1:
@@ -84,14 +86,20 @@ def chosen(results: dict, name: str) -> float:
 
 def on_test_seeds(results: dict, name: str, task: str) -> list[dict]:
     """The runs of a network on a task, on the test seeds."""
-    rows = rows_of(results, name=name, task=task, rate=chosen(results, name))
-    return [row for row in rows if row["seed"] in results["config"]["seeds"]]
+    rows = [row for row in rows_of(results, name=name, task=task) if row["seed"] in results["config"]["seeds"]]
+    return [row for row in rows if row["rate"] == chosen(results, name)]
 
 
 def tasks_of(results: dict) -> list[str]:
     """The tasks that have runs."""
     config = results["config"]
     return [task for task in config["tasks"] if any(on_test_seeds(results, name, task) for name in config["networks"])]
+
+
+def networks_of(results: dict) -> list[str]:
+    """The networks that have runs."""
+    config = results["config"]
+    return [name for name in config["networks"] if any(on_test_seeds(results, name, task) for task in config["tasks"])]
 
 
 def table(results: dict, key: str) -> list[str]:
@@ -104,7 +112,7 @@ def table(results: dict, key: str) -> list[str]:
     Returns:
         Its lines.
     """
-    networks, tasks = results["config"]["networks"], tasks_of(results)
+    networks, tasks = networks_of(results), tasks_of(results)
     cell = lambda name, task: in_bins([row[key] for row in on_test_seeds(results, name, task)])
     return markdown(
         ("network", "rate", *tasks),
@@ -139,7 +147,7 @@ def in_bins(found: Sequence[Sequence[float]]) -> str:
 
 def figure(results: dict, key: str, ticks: Sequence[str], label: str) -> Figure:
     """Mean over seeds by bin, a panel for each task."""
-    networks, tasks = results["config"]["networks"], tasks_of(results)
+    networks, tasks = networks_of(results), tasks_of(results)
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     size = (2.9 * columns + 2.4, 2.5 * rows)

@@ -61,6 +61,8 @@ class Runs:
     """Runs of one network that a process makes side by side, in one program."""
     fresh: bool = False
     """Replace results of other flags."""
+    report: bool = False
+    """Make no runs: write the table and the figure of those in the results."""
     into: str = ""
     """Name of the results' files in place of the usual one, so that results of other flags are kept beside them."""
 
@@ -113,11 +115,13 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     Lists of runs (`LISTS`) may be longer than those of the results.
 
     Raises:
-        UserError: the results are of another config, or cannot be read.
+        UserError: the results are of another config, or cannot be read, or there is nothing to report.
     """
     results = start(path, config) | {"runs": []}
     kept = None if config.fresh else _kept(path)
     if not kept:
+        if config.report:
+            raise UserError(f"--report: {path}.json has no runs to report, make some")
         return results
     old, new = kept["config"], results["config"]
     if old == new:
@@ -125,7 +129,7 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     one = lambda flags: {name: value for name, value in flags.items() if name not in LISTS}
     if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS):
         raise UserError(f"{path}.json was made with other flags: give those, longer lists of runs, or --fresh to replace it")
-    return results | {"runs": kept["runs"]}
+    return (kept if config.report else {}) | results | {"runs": kept["runs"]}
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
@@ -157,7 +161,8 @@ def each_once(
     kind: Callable[[dict[str, Any]], Any],
     config: Runs,
 ) -> list[dict[str, Any]]:
-    """The runs of all these choices. Those that are not in the results yet are made, and saved to NAME.json as they end.
+    """The runs of all these choices. Those that are not in the results yet are made, and saved to NAME.json as they end;
+    with `config.report` none are made.
 
     Where one fails, those that have begun are still saved, no other begins, and its error is raised.
 
@@ -170,11 +175,11 @@ def each_once(
         config: how many are made at a time.
 
     Returns:
-        A row for each of the choices.
+        A row for each of the choices that has one.
     """
     choices, kinds = list(choices), {}
     for one in choices:
-        if not rows_of(results, **one):
+        if not config.report and not rows_of(results, **one):
             kinds.setdefault(kind(one), []).append(one)
     calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
     with ProcessPoolExecutor(config.jobs, get_context("spawn"), _end_with_parent) as pool:

@@ -91,7 +91,7 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
 def measure(path: Path, config: settings.Config, results: dict) -> dict:
     """All runs, then the speeds, on a machine that does nothing else."""
     each_once(path, results, partial(run, config), cells(config), itemgetter("form", "chunk", "task"), config)
-    if {form: list(found) for form, found in results.get("speeds", {}).items()} != {
+    if not config.report and {form: list(found) for form, found in results.get("speeds", {}).items()} != {
         form: [str(chunk) for chunk in config.chunks] for form in config.forms
     }:
         results |= {"speeds": speeds(config), "device": jax.devices()[0].device_kind}
@@ -104,7 +104,7 @@ def table(results: dict) -> str:
     for form in config["forms"]:
         for chunk in sorted({*config["chunks"], *config["text_chunks"]}):
             of = lambda task: rows_of(results, form=form, chunk=chunk, task=task)  # noqa: B023
-            every, ms = [row[BITS] for row in of("text")], results["speeds"][form].get(str(chunk))
+            every, ms = [row[BITS] for row in of("text")], results.get("speeds", {}).get(form, {}).get(str(chunk))
             bits = [one for one in every if one]
             if not ms and not rows_of(results, form=form, chunk=chunk):
                 continue
@@ -118,7 +118,7 @@ def table(results: dict) -> str:
     heads += ("MQAR, right labels", "text, bits per byte", "largest gradient norm", "ms an update")
     seeds = {task: len({row["seed"] for row in rows_of(results, task=task)}) for task in config["tasks"]}
     note = "Wholly right sequences, mean over seeds (least). Seeds: " + ", ".join(f"{k} {n}" for k, n in seeds.items())
-    note += f". ms: 2 x 512 tokens of `tiny-hope`, medians, {results['device']}."
+    note += f". ms: 2 x 512 tokens of `tiny-hope`, medians, {results['device']}." if "speeds" in results else "."
     return "\n".join([*markdown(heads, cells), "", note]) + "\n"
 
 
@@ -137,7 +137,7 @@ def figure(results: dict) -> Figure:
             row[BITS] for row in rows_of(results, form=form, chunk=chunk, task="text") if row[BITS]
         ],
         "ms an update": lambda form, chunk: [
-            1e3 * seconds for length, seconds in results["speeds"][form].items() if int(length) == chunk
+            1e3 * seconds for length, seconds in results.get("speeds", {}).get(form, {}).items() if int(length) == chunk
         ],
     }
     fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")

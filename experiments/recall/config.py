@@ -15,16 +15,17 @@ from flags import Counts
 from grid import Grid
 from networks import NETWORKS
 
-PAIRS: dict[str, Task] = {f"mqar, {pairs} pairs": MQAR(pairs=pairs, vocabulary=256) for pairs in (4, 8, 16, 32, 64)}
+PAIRS: dict[str, Task] = {f"mqar, {pairs} pairs": MQAR(pairs, vocabulary=8 * pairs) for pairs in (4, 8, 16, 32, 64)}
 MAD: dict[str, Task] = {name: task for name, task in TASKS.items() if name.startswith("mad-")}
 RECALL: dict[str, Task] = {**PAIRS, **MAD, "passkey": TASKS["passkey"]}
-VOCABULARY = max(max(task.tokens, task.labels) for task in RECALL.values())
-"""Tokens and labels of all networks, so that one program trains several of them, each on its own task."""
 
 
 @dataclass(frozen=True)
 class Config(Grid):
-    """Train networks on recall: MQAR, the six MAD tasks, a passkey at up to 64 times the trained length."""
+    """Train networks on recall: MQAR, the six MAD tasks, a passkey at up to 64 times the trained length.
+
+    MQAR's sequences have 8 tokens a pair, of a vocabulary of 8 a pair.
+    """
 
     networks: tuple[str, ...] = (
         "hope exact, chunk 16",
@@ -40,14 +41,14 @@ class Config(Grid):
     """Names of `networks.NETWORKS`."""
     tasks: tuple[str, ...] = tuple(RECALL)
     """Names of `RECALL`."""
-    steps: Count = 1000
+    steps: Count = 2000
     """Updates."""
     batch_size: Count = 32
     """Sequences of an update."""
-    width: Count = 64
-    """Width of the models."""
+    longest: Count = 128
+    """Tokens of the MAD tasks, and of the passkey in training."""
     multiples: Counts = (1, 4, 16, 64)
-    """Lengths that a passkey is read at, in multiples of the trained one, 128."""
+    """Lengths that a passkey is read at, in multiples of the trained one."""
     sequences: Count = 128
     """Test sequences in each bin."""
 
@@ -61,8 +62,13 @@ class Config(Grid):
     def lengths(self, task: str) -> tuple[int, int]:
         """Shortest and longest sequence in training."""
         one = RECALL[task]
-        longest = max(64, 4 * one.pairs) if isinstance(one, MQAR) else 128
+        longest = 8 * one.pairs if isinstance(one, MQAR) else self.longest
         return longest, longest
+
+    def vocabulary(self, task: str) -> int:
+        """Tokens and labels of the networks of a task, those of all with its lengths: one program trains several."""
+        alike = [one for name, one in RECALL.items() if self.bins(name) == self.bins(task)]
+        return max(max(one.tokens, one.labels) for one in alike)
 
     def bins(self, task: str) -> tuple[tuple[int, int], ...]:
         """Lengths of the test sequences."""

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def run(config: settings.Config, cells: list[dict]) -> list[dict]:
     """One network, trained and tested on each cell's task, all of one length."""
     first = cells[0]
-    made = network(first["name"], settings.VOCABULARY, config.width, config.layers)
+    made = network(first["name"], config.vocabulary(first["task"]), config.width, config.layers)
     lanes = [Lane(settings.RECALL[cell["task"]], cell["seed"], cell["rate"]) for cell in cells]
     training = Training(config.steps, config.batch_size, *config.lengths(first["task"]))
     return train(made, lanes, training, config.bins(first["task"]), config.sequences)

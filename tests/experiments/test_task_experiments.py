@@ -114,6 +114,15 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
     with pytest.raises(UserError, match="--into ../elsewhere: give a name of letters, digits and _"):
         module.main()
 
+    monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("a report made a run"))
+    monkeypatch.setattr("sys.argv", ["run.py", *flags.split(), "--networks", *names, "gated-delta", "--report"])
+    rows = path.with_suffix(".md").read_text()
+    module.main()
+    assert json.loads(path.read_text())["runs"] == results["runs"] and path.with_suffix(".md").read_text() == rows
+    monkeypatch.setattr("sys.argv", ["run.py", "--report", "--into", "nothing"])
+    with pytest.raises(UserError, match=r"--report: .*nothing.json has no runs to report, make some"):
+        module.main()
+
 
 def test_more_calls_than_a_process_made_before_it_hung(load, tmp_path, monkeypatch):
     """Ten calls in one process of its own, each saved, none made twice."""
