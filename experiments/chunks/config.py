@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nested_jax import preset
 from nested_jax.checks import Count, Positive
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
@@ -22,8 +23,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact, normalised": EXACT,
     "exact, normalised, features of the token": EXACT | {"features": "token"},
     "exact, normalised, with momentum": EXACT | {"momentum": True},
+    "exact, normalised, heads of 64": EXACT | {"heads": preset("tiny-hope").width // 64},
+    "exact, normalised, heads of 128": EXACT | {"heads": preset("tiny-hope").width // 128},
 }
-"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum."""
+"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum. Other heads are tried on text alone."""
 TASKS = ("parity", "parity to 150", "mqar", "text")
 
 
@@ -39,13 +42,15 @@ class Config(Runs):
     """Chunk lengths on text."""
     tasks: tuple[str, ...] = TASKS
     """parity: trained on lengths 2-50, tested to 150; parity to 150: trained on those, tested to 450, from chunk 64 on;
-    mqar: 8 pairs in 64 tokens; text: the first command of the README, held-out bits per byte."""
+    mqar: 4 pairs in 32 tokens; text: the first command of the README, held-out bits per byte."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of the parameters and of the training data."""
     rate: Positive = 0.003
     """Learning rate of parity and mqar."""
     steps: Count = 800
-    """Updates of parity and mqar."""
+    """Updates of parity."""
+    mqar_steps: Count = 2000
+    """Updates of mqar, of twice as many sequences."""
     text_steps: Count = 140
     """Updates on text, half of the first command's."""
     rounds: Count = 7

@@ -30,7 +30,7 @@ from text_run import BITS, held_out
 from timing import alternate
 
 from nested_jax import ModelConfig, preset
-from nested_jax.data.tasks import TASKS
+from nested_jax.data.tasks import MQAR, TASKS
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,21 +47,22 @@ def run(config: settings.Config, cells: list[dict]) -> list[dict]:
     if task == "text":
         model = dataclasses.replace(preset("tiny-hope"), **fields(form, chunk))
         return held_out(model, [cell["seed"] for cell in cells], config.text_steps)
-    longest = {"parity": 50, "parity to 150": 150, "mqar": 64}[task]
-    shortest = 64 if task == "mqar" else 2
-    one = TASKS[task.split(" ")[0]]
+    one = MQAR(4, vocabulary=32) if task == "mqar" else TASKS["parity"]
     hope = network("hope, chunk 16", max(one.tokens, one.labels), 32, 2, fields(form, chunk))
-    bins = [(shortest, longest)] if task == "mqar" else [(longest * i + 2, longest * (i + 1)) for i in range(3)]
     lanes = [Lane(one, cell["seed"], config.rate) for cell in cells]
-    return train_network(hope, lanes, Training(config.steps, 16, shortest, longest), bins, 256)
+    if task == "mqar":
+        return train_network(hope, lanes, Training(config.mqar_steps, 32, 32, 32), [(32, 32)], 256)
+    longest = 150 if task == "parity to 150" else 50
+    bins = [(longest * i + 2, longest * (i + 1)) for i in range(3)]
+    return train_network(hope, lanes, Training(config.steps, 16, 2, longest), bins, 256)
 
 
 def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
     """The choices of all runs."""
     for task in config.tasks:
         for chunk in config.text_chunks if task == "text" else config.chunks:
-            if task != "parity to 150" or chunk >= 64:
-                for form in config.forms:
+            for form in config.forms:
+                if task == "text" or ("heads" not in settings.FORMS[form] and (task != "parity to 150" or chunk >= 64)):
                     yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for seed in config.seeds)
 
 
