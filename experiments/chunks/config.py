@@ -19,6 +19,7 @@ from record import Runs
 FORMS: dict[str, dict[str, Any]] = {
     "boundary, proximal": BOUNDARY,
     "boundary, normalised": BOUNDARY | {"step": "normalised"},
+    "boundary, all else as exact": EXACT | {"errors": "boundary"},
     "exact, proximal": EXACT | {"step": "proximal"},
     "exact, normalised": EXACT,
     "exact, normalised, features of the token": EXACT | {"features": "token"},
@@ -26,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact, normalised, heads of 64": EXACT | {"heads": preset("tiny-hope").width // 64},
     "exact, normalised, heads of 128": EXACT | {"heads": preset("tiny-hope").width // 128},
 }
-"""Fields of Hope's `ModelConfig`; with errors of the boundary it has momentum. Other heads are tried on text alone."""
+"""Fields of Hope's `ModelConfig`; the first two have momentum, features of the token and one rate. Other heads are tried on text alone."""
 TASKS = ("parity", "parity to 150", "mqar", "text")
 
 
