@@ -27,7 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact, normalised, heads of 64": EXACT | {"heads": preset("tiny-hope").width // 64},
     "exact, normalised, heads of 128": EXACT | {"heads": preset("tiny-hope").width // 128},
 }
-"""Fields of Hope's `ModelConfig`; the first two have momentum, features of the token and one rate. Other heads are tried on text alone."""
+"""Fields of Hope's `ModelConfig`; the first two have momentum, features of the token and one rate. Other heads are tried on
+text alone."""
 TASKS = ("parity", "parity to 150", "mqar", "text")
 
 
