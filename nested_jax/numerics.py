@@ -47,6 +47,26 @@ def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
     return jax.tree.map(cast, state)
 
 
+BATCH, TOKENS, HEADS = ("data", "fsdp"), "sequence", "tensor"
+"""Axes of a mesh along which rows, tokens, and heads, hidden units and the vocabulary are split, see `parallel.rules`."""
+
+
+def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """x, laid on the mesh of `jax.set_mesh`; as it is where there is none, inside `jax.shard_map` too.
+
+    Args:
+        x: an array.
+        axes: of the mesh, for each of its axes from the first on. An axis that they do not divide is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or not {*BATCH, TOKENS, HEADS} <= {*mesh.axis_names}:
+        return x
+    size = lambda names: math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    fits = lambda n, names: names is not None and n % size(names) == 0
+    spec = [names if fits(n, names) else None for n, names in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
 def normal(key: Array, shape: tuple[int, ...], dtype: Any = float) -> Array:
     """`jax.random.normal`, drawn as a vector: XLA's CPU takes seconds to compile random numbers of several axes."""
     return jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)

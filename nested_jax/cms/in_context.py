@@ -23,7 +23,7 @@ from nested_jax.description import Description
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, Nested, nest
 from nested_jax.meta import mixflow_grad
-from nested_jax.numerics import upcast, vary
+from nested_jax.numerics import BATCH, HEADS, lay, upcast, vary
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -200,9 +200,11 @@ def _cms_level(config: CMSConfig, index: int, weights: PyTree, batch_size: int, 
             matrices = slower[0].matrices
         else:
             matrices = upcast({k: w for k, w in slow.items() if k in MATRICES})
+            hidden = lambda name: (HEADS,) if name == "down" else (None, HEADS)
+            matrices = {name: lay(w, None, *hidden(name)) for name, w in matrices.items()}
             if each:
                 spread = lambda w: jnp.broadcast_to(w[:, None], (len(w), batch_size, *w.shape[1:]))
-                matrices = jax.tree.map(spread, matrices)
+                matrices = {name: lay(spread(w), None, BATCH, *hidden(name)) for name, w in matrices.items()}
         gradient = optax.tree.zeros_like(matrices)
         return FastWeights(matrices, gradient, init_rule(matrices), jnp.zeros((), jnp.int32))
 

@@ -20,6 +20,7 @@ from nested_jax.checks import Count, check_fields, check_key
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
+from nested_jax.memory.projections import init_qkv, qkv
 from nested_jax.memory.stream import bounded, check_call, check_sizes, check_tokens
 from nested_jax.numerics import normal, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
@@ -77,7 +78,7 @@ class Attention:
         project, out = jax.random.split(key)
         D = self.width
         return {
-            "project": normal(project, (D, 3 * D)) * D**-0.5,
+            **init_qkv(project, D),
             "out": normal(out, (D, D)) * D**-0.5,
         }
 
@@ -129,8 +130,7 @@ class Attention:
         state = vary(state, x, weights, reset, rank=1)
         size = state.keys.shape[1]
 
-        project = (x @ weights["project"].astype(x.dtype)).reshape(B, T, 3 * self.heads, -1)
-        q, k, v = jnp.split(project, 3, axis=2)
+        q, k, v = qkv(weights, x, self.heads)
         step = jnp.arange(T, dtype=jnp.int32)
         at = jnp.asarray(bounded(state.document, TURN))[:, None] + step[None]  # tokens of the document before each token
         if reset is not None:

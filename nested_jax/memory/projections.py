@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import check_key
 from nested_jax.memory.stream import CONVOLUTION
-from nested_jax.numerics import l2norm, normal, upcast
+from nested_jax.numerics import BATCH, HEADS, l2norm, lay, normal, upcast
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -22,7 +22,7 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
     biases = [jnp.full(H, -1.0, jnp.float32), retention_bias(H), jnp.zeros(H)]
     return {
         "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
-        "project": normal(keys[0], (D, 3 * D)) * D**-0.5,
+        **init_qkv(keys[0], D),
         "gates": normal(keys[1], (D, gates * H)) * 0.1 * D**-0.5,
         "gates_bias": jnp.concatenate(biases[:gates]),
         "norm": jnp.ones((H, D // H)),
@@ -30,13 +30,30 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
     }
 
 
+def init_qkv(key: Array, width: int) -> dict[str, Array]:
+    """Maps (D, D) of tokens to queries, keys and values."""
+    q, k, v = jnp.split(normal(key, (width, 3 * width)) * width**-0.5, 3, axis=1)
+    return {"query": q, "key": k, "value": v}
+
+
+def qkv(weights: PyTree, x: Float[Array, "B T D"], heads: int) -> tuple[Float[Array, "B T H K"], ...]:
+    """Queries, keys and values of tokens, of x's type."""
+    q, k, v = (split_heads(x @ weights[name].astype(x.dtype), heads) for name in ("query", "key", "value"))
+    return q, k, v
+
+
+def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H K"]:
+    """Tokens by heads, laid along the mesh's axis of heads."""
+    return lay(x.reshape(*x.shape[:2], heads, -1), BATCH, None, HEADS)
+
+
 def project_in(weights: PyTree, x: Float[Array, "B T D"], heads: int) -> tuple[Array, ...]:
     """(q, k, v, *gates) of convolved tokens: (B, T, H, K) with q and k of unit norm, then (B, T, H) in (0, 1)."""
     B, T, _ = x.shape
-    qkv = upcast(x @ weights["project"].astype(x.dtype)).reshape(B, T, 3, heads, -1)
+    q, k, v = (upcast(y) for y in qkv(weights, x, heads))
     gates = jax.nn.sigmoid(upcast(x @ weights["gates"].astype(x.dtype)) + weights["gates_bias"][None, None])
     gates = gates.reshape(B, T, -1, heads)
-    return l2norm(qkv[:, :, 0]), l2norm(qkv[:, :, 1]), qkv[:, :, 2], *(gates[:, :, i] for i in range(gates.shape[2]))
+    return l2norm(q), l2norm(k), v, *(gates[:, :, i] for i in range(gates.shape[2]))
 
 
 def retention_bias(heads: int) -> Float[Array, " H"]:

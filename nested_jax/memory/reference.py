@@ -166,7 +166,7 @@ def self_modifying_titans(
 def attention(layer: Attention, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """`Attention` of one document, query by query."""
     T, D = x.shape
-    q, k, v = jnp.split((x @ weights["project"]).reshape(1, T, 3 * layer.heads, -1), 3, axis=2)
+    q, k, v = ((x @ weights[name]).reshape(1, T, layer.heads, -1) for name in ("query", "key", "value"))
     at = jnp.arange(T)[None]
     q, k, v = rotate(q, at)[0], rotate(k, at)[0], v[0]
     rows = []

@@ -28,7 +28,7 @@ from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import bounded, check_documents, check_rows, check_size
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
-from nested_jax.numerics import normal, rms_norm, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, TOKENS, lay, normal, rms_norm, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 Rules = Sequence[optax.GradientTransformation]
@@ -192,7 +192,7 @@ def mix(
     """The sequence layer's half of a block: (state, x)."""
     x_normed = rms_norm(weights["norm"], x)
     state, y = sequence_layer(config)(weights["mixer"], state, x_normed, position, reset=reset, aligned=aligned)
-    return state, x + y
+    return state, lay(x + y, BATCH, TOKENS)
 
 
 def init_mixers(config: ModelConfig, weights: PyTree, batch_size: int, max_length: int | None) -> PyTree:
@@ -210,14 +210,15 @@ def compute_dtype(config: ModelConfig, weights: PyTree) -> jnp.dtype:
 def embed(config: ModelConfig, weights: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Embeddings of unit mean square; NaN for a token out of range."""
     tokens = jnp.where(tokens < 0, config.vocabulary, tokens)  # a negative index would count from the end
-    x = weights["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan) * config.width**0.5
-    return x.astype(compute_dtype(config, weights))
+    table = lay(weights["embedding"], HEADS)  # its shards are looked up where they are
+    x = table.at[tokens].get(mode="fill", fill_value=jnp.nan) * config.width**0.5
+    return lay(x.astype(compute_dtype(config, weights)), BATCH, TOKENS)
 
 
 def head(config: ModelConfig, weights: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits, float32."""
     out = weights["embedding"].T if config.tie_embeddings else weights["head"]
-    return upcast(rms_norm(weights["norm"], x) @ out.astype(x.dtype))
+    return lay(upcast(rms_norm(weights["norm"], x) @ out.astype(x.dtype)), BATCH, TOKENS, HEADS)
 
 
 def _cut(tree: PyTree, piece: int | slice) -> PyTree:

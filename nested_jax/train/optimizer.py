@@ -15,7 +15,7 @@ from nested_jax.paths import path_name, resolve_dimension_numbers
 from nested_jax.train.config import TrainConfig
 from nested_jax.typing import PyTree
 
-MATRICES = optim.matrices("up|gate|down|query|key|value|project|out")
+MATRICES = optim.matrices("up|gate|down|query|key|value|out")
 """The dimension numbers of matrices (L, in, out), None for other leaves; embeddings and heads are no matrices."""
 
 
