@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_jax.typing import Array, Float, PyTree
+from nested_jax.typing import Array, Float, Int, PyTree
 
 _AXES = attrgetter("manual_axis_type.varying")  # of an array's type: mesh axes over which `jax.shard_map` has it varying
 
@@ -47,7 +47,7 @@ def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
     return jax.tree.map(cast, state)
 
 
-BATCH, TOKENS, HEADS = ("data", "fsdp"), "sequence", "tensor"
+BATCH, TOKENS, HEADS = ("fsdp", "data"), "sequence", "tensor"
 """Axes of a mesh along which rows, tokens, and heads, hidden units and the vocabulary are split, see `parallel.rules`."""
 
 
@@ -65,6 +65,15 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     fits = lambda n, names: names is not None and n % size(names) == 0
     spec = [names if fits(n, names) else None for n, names in zip(x.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Nats of the targets, as `optax.softmax_cross_entropy_with_integer_labels`, without a gather along the vocabulary, which
+    a mesh may split.
+    """
+    logits = upcast(logits)
+    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == jnp.expand_dims(targets, -1)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)
 
 
 def normal(key: Array, shape: tuple[int, ...], dtype: Any = float) -> Array:

@@ -23,7 +23,7 @@ from nested_jax.description import Description
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, Nested, nest
 from nested_jax.meta import mixflow_grad
-from nested_jax.numerics import BATCH, HEADS, lay, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, lay, nats, upcast, vary
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -174,7 +174,7 @@ def _segment_level(config: CMSConfig, forward: Forward, init_mixers: Callable[[]
 
         def loss(matrices):
             logits, mixers = forward(matrices, state.mixers, position, x, reset)
-            each = optax.softmax_cross_entropy_with_integer_labels(upcast(logits), targets).mean(axis=1)
+            each = nats(logits, targets).mean(axis=1)
             return each.sum() if config.scope == "sequence" else each.mean(), (logits, mixers)
 
         matrices = tuple(level.matrices for level in reversed(slower))

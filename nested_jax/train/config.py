@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.models.config import ModelConfig, preset
+from nested_jax.parallel.mesh import parse
 
 _SAME_RUN = (  # fields that may differ when a run is resumed
     "fresh",
@@ -26,6 +27,7 @@ _SAME_RUN = (  # fields that may differ when a run is resumed
     "sample_tokens",
     "reading_documents",
     "show_surprise",
+    "mesh",
     "model.memory_policy",
 )
 
@@ -72,6 +74,9 @@ class TrainConfig:
     """Windows B of one update."""
     accumulate: Count = 1
     """Equal parts that a batch is computed in, one after the other, to save memory; the update is the same."""
+    mesh: Annotated[str, Named("sizes of axes, such as data=2,fsdp=4")] | None = None
+    """Devices along data, fsdp (rows; with fsdp the weights are split too), tensor (heads, hidden units and the vocabulary)
+    and sequence (tokens), such as data=2,fsdp=4; without it as many along fsdp as divide the rows of a part."""
     carry: bool = False
     """Carry the fast state from one window of a document to the next (truncated back-propagation), instead of
     starting each window afresh."""
@@ -122,6 +127,8 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             sizes = f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
             raise UserError(f"{sizes}: change one")
+        if self.mesh is not None:
+            parse(self.mesh)
         if self.task is not None:
             self._check_task(self.task)
 

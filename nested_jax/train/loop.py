@@ -17,6 +17,7 @@ from rich.console import Console
 
 from nested_jax.data import Batch
 from nested_jax.errors import UserError
+from nested_jax.parallel.mesh import MeshShape
 from nested_jax.train import folder as folders
 from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
@@ -26,7 +27,7 @@ from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, assert_rows, read_rows
 from nested_jax.train.source import Source, open_source
-from nested_jax.train.state import TrainState, init_train_state, shapes_of
+from nested_jax.train.state import Places, TrainState, init_train_state, open_mesh, places_of, shapes_of
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Diverged, Interrupted, Interruption
 from nested_jax.train.trained import load_run
@@ -60,6 +61,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             stack.enter_context(folders.lock(folder))  # before anything in it is read
         saved = folders.resumable(folder, config)
         shapes = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
+        if mesh := open_mesh(config):
+            stack.enter_context(jax.set_mesh(mesh))
+        places = places_of(mesh, shapes)
+        shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places.state)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, partial(print_line, console))))
         if saved:
             if checkpoints.latest() is not None:
@@ -90,13 +95,13 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             state, progress = checkpoints.restore(shapes)
             print_line(console, f"goes back to step {step}, before the loss rose, with a lower learning rate")
         if state is None:
-            state = jax.jit(lambda: init_train_state(config, first))()
+            state = jax.jit(lambda: init_train_state(config, first), out_shardings=places.state)()
         else:
             source.batches.set_state(progress["data"])
-        state = jax.device_put(state, jax.devices()[0])  # committed, whether new or restored: one program for both
+            state = jax.device_put(state, places.state)
         record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
         record.add_config(dict(flatten(config)))
-        run = _Run(config, console, source, checkpoints, record, state, progress)
+        run = _Run(config, console, source, checkpoints, record, state, progress, places)
         run.print_start()
         run.compile()
         run.update()
@@ -116,8 +121,9 @@ class _Run:
         record: Record,
         state: TrainState,
         progress: dict[str, Any],
+        places: Places,
     ):
-        self.config, self.console, self.source = config, console, source
+        self.config, self.console, self.source, self.places = config, console, source, places
         self.checkpoints, self.record = checkpoints, record
         self.state, self.step, self.tokens = state, int(state.step), progress.get("tokens", 0)
         self.compiling, self.evaluating = progress.get("compiling", 0.0), progress.get("evaluating", 0.0)
@@ -142,7 +148,12 @@ class _Run:
         say = lambda line: print_line(self.console, line)
         say(f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes")
         sizes = f"{config.batch_size * config.window:,} tokens an update, {first}"
-        say(f"on {jax.devices()[0].device_kind}, JAX {jax.__version__}; {sizes}")
+        devices = self.places.batch.num_devices
+        where = f"{devices} x {jax.devices()[0].device_kind}" if devices > 1 else jax.devices()[0].device_kind
+        where += f", mesh {MeshShape(*self.places.batch.mesh.shape.values())}" if devices > 1 else ""
+        say(f"on {where}, JAX {jax.__version__}; {sizes}")
+        if idle := jax.device_count() - devices:
+            say(f"note: {idle} of {jax.device_count()} devices have no part; give another --batch-size or --mesh")
         for line in others:
             say(line)
         slowest = max(config.model.cms.periods, default=0)
@@ -155,7 +166,12 @@ class _Run:
         config, start = self.config, time.monotonic()
         if self.step == config.steps:
             return
-        update = jax.jit(train_step(config.model, optimizer(config), accumulate=config.accumulate), donate_argnums=0)
+        update = jax.jit(
+            train_step(config.model, optimizer(config), accumulate=config.accumulate),
+            donate_argnums=0,
+            in_shardings=tuple(self.places),
+            out_shardings=(self.places.state, None),
+        )
         slots = lambda dtype: np.zeros((config.batch_size, config.window), dtype)
         batch = Batch(slots(np.int32), slots(np.int32), slots(np.float32), slots(bool))
         words = "compiling the training step and the evaluation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import init_state, init_weights
+from nested_jax.parallel import rules
+from nested_jax.parallel.mesh import Divided, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 from nested_jax.typing import Array, Int, PyTree
@@ -45,6 +49,40 @@ def init_train_state(config: TrainConfig, params: PyTree | None = None) -> Train
         piece = init_state(config.model, weights, config.batch_size // config.accumulate, max_length=config.window)
         fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.accumulate, *x.shape)), piece)
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer(config).init(weights), fast)
+
+
+class Places(NamedTuple):
+    """Where a run's arrays lie: a sharding for each leaf of its state, and one for those of a batch."""
+
+    state: TrainState
+    batch: Sharding
+
+
+def places_of(mesh: Mesh | None, state: TrainState) -> Places:
+    """Where a state, or its shapes, and batches lie: on a mesh by the rules of `parallel.rules`; without one on one device.
+
+    Raises:
+        UserError: as `parallel.rules.state_shardings`.
+    """
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        return Places(jax.tree.map(lambda _: device, state), device)
+    return Places(rules.state_shardings(mesh, state), rules.row_sharding(mesh))
+
+
+def open_mesh(config: TrainConfig) -> Mesh | None:
+    """The mesh that a run is laid on; None for one device.
+
+    Raises:
+        UserError: `config.mesh` is not of the devices that there are, or does not divide the model or a batch's parts.
+    """
+    model, devices = config.model, jax.device_count()
+    if devices == 1 and config.mesh is None:
+        return None
+    tensor = (model.heads, *model.cms.hidden, model.vocabulary)
+    divided = Divided(config.batch_size // config.accumulate, model.width, tensor, config.window)
+    shape = choose(config.mesh, devices, divided)
+    return make_mesh(shape) if math.prod(shape) > 1 else None
 
 
 def size_of(tree: PyTree) -> int:

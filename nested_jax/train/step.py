@@ -13,6 +13,7 @@ import optax
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.models.owners import state_owners
+from nested_jax.numerics import BATCH, lay, nats
 from nested_jax.paths import path_name
 from nested_jax.surprise import Pair, layers, surprise_and_grad
 from nested_jax.train.optimizer import WithInputs
@@ -59,7 +60,7 @@ def cross_entropy(model: ModelConfig, params: PyTree, fast: PyTree | None, batch
     logits, fast = apply(model, params, batch.tokens, fast, reset=batch.reset, multiple=window)
     known = (batch.targets >= 0) & (batch.targets < model.vocabulary)  # optax counts a negative one from the end
     targets = jnp.where(known, batch.targets, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    losses = nats(logits.astype(jnp.float32), targets)
     losses = jnp.where(known | (batch.weights == 0), losses, jnp.nan)
     return (losses * batch.weights).sum(), fast
 
@@ -77,7 +78,7 @@ def train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum(batch.weights.sum(), 1)
-        pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        pieces = jax.tree.map(lambda x: lay(x.reshape(accumulate, -1, *x.shape[1:]), None, BATCH), batch)
 
         def loss(params, fast, piece):
             total, fast = cross_entropy(model, params, fast, piece)

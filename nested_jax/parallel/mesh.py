@@ -1,0 +1,152 @@
+"""Meshes of devices: from flags or chosen, checked against what has to be divided."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from nested_jax.errors import UserError, shown
+
+
+class MeshShape(NamedTuple):
+    """Devices along each axis of a mesh.
+
+    >>> str(MeshShape(fsdp=8, tensor=2))
+    'fsdp=8,tensor=2'
+    """
+
+    data: int = 1
+    """Groups of rows; each holds all weights."""
+    fsdp: int = 1
+    """Groups of rows within those of data; each holds a part of every weight, gathered where it is used."""
+    tensor: int = 1
+    """Groups of heads, of hidden units and of the vocabulary."""
+    sequence: int = 1
+    """Pieces of a sequence."""
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={n}" for name, n in self._asdict().items() if n > 1) or "data=1"
+
+
+class Divided(NamedTuple):
+    """What the axes of a mesh divide: data times fsdp the rows, fsdp the width, tensor the heads, hidden units and
+    vocabulary, sequence the tokens."""
+
+    rows: int
+    width: int
+    tensor: tuple[int, ...]
+    """Heads, hidden units, vocabulary."""
+    tokens: int
+
+    def by(self, shape: MeshShape) -> bool:
+        """Whether a mesh divides it.
+
+        >>> Divided(8, 128, (4, 280, 1024), 512).by(MeshShape(data=2, fsdp=4)), Divided(8, 128, (4,), 512).by(MeshShape(tensor=8))
+        (True, False)
+        """
+        rows, sizes = shape.data * shape.fsdp, (self.width, *self.tensor, self.tokens)
+        by = (shape.fsdp, *(shape.tensor for _ in self.tensor), shape.sequence)
+        return not self.rows % rows and not any(size % n for size, n in zip(sizes, by, strict=True))
+
+
+def parse(text: str) -> MeshShape:
+    """The shape that a flag gives.
+
+    Raises:
+        UserError: it is not of the form data=2,fsdp=4.
+
+    >>> parse("data=2,fsdp=4")
+    MeshShape(data=2, fsdp=4, tensor=1, sequence=1)
+    """
+    found = [re.fullmatch(r"\s*(\w+)=([1-9]\d{0,6})\s*", part) for part in text.split(",")]
+    names = [match[1] for match in found if match]
+    if len(names) < len(found) or len({*names}) < len(names) or not {*names} <= {*MeshShape._fields}:
+        axes = ", ".join(MeshShape._fields)
+        raise UserError(f"--mesh {shown(text)}: give sizes of some of {axes}, each once, such as data=2,fsdp=4")
+    return MeshShape(**{match[1]: int(match[2]) for match in found if match})
+
+
+def choose(text: str | None, devices: int, divided: Divided) -> MeshShape:
+    """The shape that a flag gives, or without one as many devices along fsdp as divide rows and width.
+
+    Args:
+        text: the flag's value, or None.
+        devices: how many there are.
+        divided: what the mesh has to divide.
+
+    Returns:
+        The shape; without a flag its devices may be fewer.
+
+    Raises:
+        UserError: the flag's shape is not of so many devices, or does not divide.
+
+    >>> sizes = Divided(rows=8, width=128, tensor=(4, 280, 1024), tokens=512)
+    >>> choose(None, 6, sizes)
+    MeshShape(data=1, fsdp=4, tensor=1, sequence=1)
+    >>> choose("data=2,fsdp=4", 16, sizes)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: --mesh data=2,fsdp=4 is 8 devices, not 16: give data=2,fsdp=4,tensor=2
+    """
+    if text is None:
+        return MeshShape(fsdp=max(n for n in range(1, devices + 1) if divided.by(MeshShape(fsdp=n))))
+    shape = parse(text)
+    if math.prod(shape) == devices and divided.by(shape):
+        return shape
+    if math.prod(shape) != devices:
+        fault = f"is {math.prod(shape)} devices, not {devices}"
+    else:
+        sizes = f"{divided.rows} rows (data, fsdp), a width of {divided.width} (fsdp), "
+        sizes += f"{', '.join(map(str, divided.tensor))} heads, hidden units and vocabulary (tensor) "
+        fault = f"does not divide {sizes}and {divided.tokens} tokens (sequence)"
+    far = lambda one: (sum(abs(math.log(a / b)) for a, b in zip(one, shape, strict=True)), one.sequence, one.tensor)
+    fitting = [one for one in _shapes(devices) if divided.by(one)]
+    remedy = f"give {min(fitting, key=far)}" if fitting else "give another --batch-size"
+    raise UserError(f"--mesh {shape} {fault}: {remedy}")
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh whose axes lie as the devices are wired: tensor and sequence on neighbours, data across slices.
+
+    Args:
+        shape: devices along each axis; data is a multiple of the number of slices.
+        devices: as many, or more; None: all there are.
+
+    Returns:
+        The mesh, of axes data, fsdp, tensor, sequence.
+
+    Raises:
+        UserError: there are not so many devices, or data does not divide into the slices.
+
+    >>> make_mesh(MeshShape()).axis_names
+    ('data', 'fsdp', 'tensor', 'sequence')
+    """
+    devices, count = list(jax.devices() if devices is None else devices), math.prod(shape)
+    if count > len(devices):
+        raise UserError(f"mesh {shape} is {count} devices, there are {len(devices)}: give a smaller one")
+    slices = len({getattr(device, "slice_index", 0) for device in devices[:count]})
+    kinds = (AxisType.Auto,) * len(shape)
+    if slices == 1:
+        return jax.make_mesh(shape, MeshShape._fields, kinds, devices=devices[:count])
+    if shape.data % slices:
+        raise UserError(f"mesh {shape} on {slices} slices: give a multiple of {slices} as data")
+    inner, outer = shape._replace(data=shape.data // slices), MeshShape(data=slices)
+    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count])
+    return Mesh(np.asarray(laid), MeshShape._fields, axis_types=kinds)
+
+
+def _shapes(devices: int) -> list[MeshShape]:
+    """All meshes of so many devices."""
+    divisors = [n for n in range(1, devices + 1) if not devices % n]
+    return [
+        MeshShape(*sizes, devices // math.prod(sizes))
+        for sizes in itertools.product(divisors, repeat=3)
+        if not devices % math.prod(sizes)
+    ]

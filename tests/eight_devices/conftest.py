@@ -1,0 +1,5 @@
+"""What is tested on eight devices: `tests/test_multi_device.py` runs each file here in a process of its own that has them."""
+
+import jax
+
+collect_ignore_glob = [] if jax.device_count() == 8 else ["test_*.py"]
