@@ -68,9 +68,7 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Nats of the targets, as `optax.softmax_cross_entropy_with_integer_labels`, without a gather along the vocabulary, which
-    a mesh may split.
-    """
+    """Nats of the targets: optax's softmax cross-entropy, without a gather along the vocabulary, which a mesh may split."""
     logits = upcast(logits)
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == jnp.expand_dims(targets, -1)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)

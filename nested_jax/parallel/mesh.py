@@ -49,7 +49,8 @@ class Divided(NamedTuple):
     def by(self, shape: MeshShape) -> bool:
         """Whether a mesh divides it.
 
-        >>> Divided(8, 128, (4, 280, 1024), 512).by(MeshShape(data=2, fsdp=4)), Divided(8, 128, (4,), 512).by(MeshShape(tensor=8))
+        >>> sizes = Divided(rows=8, width=128, tensor=(4, 280, 1024), tokens=512)
+        >>> sizes.by(MeshShape(data=2, fsdp=4)), sizes.by(MeshShape(tensor=8))
         (True, False)
         """
         rows, sizes = shape.data * shape.fsdp, (self.width, *self.tensor, self.tokens)
