@@ -146,8 +146,5 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def _shapes(devices: int) -> list[MeshShape]:
     """All meshes of so many devices."""
     divisors = [n for n in range(1, devices + 1) if not devices % n]
-    return [
-        MeshShape(*sizes, devices // math.prod(sizes))
-        for sizes in itertools.product(divisors, repeat=3)
-        if not devices % math.prod(sizes)
-    ]
+    sizes = [(n, devices // math.prod(n)) for n in itertools.product(divisors, repeat=3) if not devices % math.prod(n)]
+    return [MeshShape(data, fsdp, tensor, sequence) for (data, fsdp, tensor), sequence in sizes]

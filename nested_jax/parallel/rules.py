@@ -135,12 +135,13 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """A `NamedSharding` for each leaf of a training state, or of its shapes. Raises UserError as `weight_shardings`."""
     weights = {path_name(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     piece = lambda path, leaf: P(None, *fast_spec(path, leaf.ndim - 1))  # the first axis is of the pieces of a batch
-    return type(state)(
-        step=NamedSharding(mesh, P()),
-        params=weight_shardings(mesh, state.params),
-        optimizer=_named(mesh, state.optimizer, lambda path, leaf: memory_spec(path, leaf.ndim, weights)),
-        fast=_named(mesh, state.fast, piece),
-    )
+    places: dict[str, Any] = {
+        "step": NamedSharding(mesh, P()),
+        "params": weight_shardings(mesh, state.params),
+        "optimizer": _named(mesh, state.optimizer, lambda path, leaf: memory_spec(path, leaf.ndim, weights)),
+        "fast": _named(mesh, state.fast, piece),
+    }
+    return state._replace(**places)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

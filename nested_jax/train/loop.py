@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,6 @@ from rich.console import Console
 
 from nested_jax.data import Batch
 from nested_jax.errors import UserError
-from nested_jax.parallel.mesh import MeshShape
 from nested_jax.train import folder as folders
 from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
@@ -148,9 +148,9 @@ class _Run:
         say = lambda line: print_line(self.console, line)
         say(f"{config.preset}, {self.size:,} parameters, {where}; Ctrl-C saves, the same command resumes")
         sizes = f"{config.batch_size * config.window:,} tokens an update, {first}"
-        devices = self.places.batch.num_devices
-        where = f"{devices} x {jax.devices()[0].device_kind}" if devices > 1 else jax.devices()[0].device_kind
-        where += f", mesh {MeshShape(*self.places.batch.mesh.shape.values())}" if devices > 1 else ""
+        shape, kind = self.places.shape, jax.devices()[0].device_kind
+        devices = math.prod(shape)
+        where = f"{devices} x {kind}, mesh {shape}" if devices > 1 else kind
         say(f"on {where}, JAX {jax.__version__}; {sizes}")
         if idle := jax.device_count() - devices:
             say(f"note: {idle} of {jax.device_count()} devices have no part; give another --batch-size or --mesh")
@@ -169,7 +169,7 @@ class _Run:
         update = jax.jit(
             train_step(config.model, optimizer(config), accumulate=config.accumulate),
             donate_argnums=0,
-            in_shardings=tuple(self.places),
+            in_shardings=(self.places.state, self.places.batch),
             out_shardings=(self.places.state, None),
         )
         slots = lambda dtype: np.zeros((config.batch_size, config.window), dtype)

@@ -16,7 +16,7 @@ from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import init_state, init_weights
 from nested_jax.parallel import rules
-from nested_jax.parallel.mesh import Divided, choose, make_mesh
+from nested_jax.parallel.mesh import Divided, MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 from nested_jax.typing import Array, Int, PyTree
@@ -52,8 +52,9 @@ def init_train_state(config: TrainConfig, params: PyTree | None = None) -> Train
 
 
 class Places(NamedTuple):
-    """Where a run's arrays lie: a sharding for each leaf of its state, and one for those of a batch."""
+    """Where a run's arrays lie: the mesh, a sharding for each leaf of its state, and one for the arrays of a batch."""
 
+    shape: MeshShape
     state: TrainState
     batch: Sharding
 
@@ -66,8 +67,8 @@ def places_of(mesh: Mesh | None, state: TrainState) -> Places:
     """
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        return Places(jax.tree.map(lambda _: device, state), device)
-    return Places(rules.state_shardings(mesh, state), rules.row_sharding(mesh))
+        return Places(MeshShape(), jax.tree.map(lambda _: device, state), device)
+    return Places(MeshShape(*mesh.devices.shape), rules.state_shardings(mesh, state), rules.row_sharding(mesh))
 
 
 def open_mesh(config: TrainConfig) -> Mesh | None:

@@ -84,7 +84,9 @@ def test_an_update_keeps_everything_in_parts(rule):
         places = places_of(mesh, alone)
         state = jax.jit(lambda: init_train_state(config), out_shardings=places.state)()
         assert_in_parts(state)
-        step = jax.jit(update, donate_argnums=0, in_shardings=tuple(places), out_shardings=(places.state, None))
+        step = jax.jit(
+            update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None)
+        )
         state, got = step(state, given)
         state, _ = step(state, given)
         assert step._cache_size() == 1
@@ -115,7 +117,7 @@ def test_carried_state_lies_in_parts(family):
     places = places_of(mesh, expected)
     with jax.set_mesh(mesh):
         state = jax.device_put(expected, places.state)
-        step = jax.jit(update, in_shardings=tuple(places), out_shardings=(places.state, None))
+        step = jax.jit(update, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
         for _ in range(2):
             state, got = step(state, given)
             expected, metrics = jax.jit(update)(expected, given)

@@ -1,0 +1,78 @@
+"""`train` on meshes: a run that is stopped goes on elsewhere, with the numbers of one that was not."""
+
+import dataclasses
+import json
+import shutil
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nested_jax import UserError
+from nested_jax.models.config import preset
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.loop import train
+
+
+def config(folder, mesh, **fields):
+    model = preset("tiny-transformer")
+    small = {"vocabulary": 8, "width": 16, "layers": 1, "heads": 2, "cms": dataclasses.replace(model.cms, hidden=(16,))}
+    sizes = {
+        "task": "parity",
+        "window": 16,
+        "batch_size": 16,
+        "steps": 6,
+        "warmup": 2,
+        "eval_every": 3,
+        "eval_sequences": 16,
+    }
+    return TrainConfig.from_preset(
+        "tiny-transformer",
+        **sizes,
+        **{
+            "checkpoint_every": 3,
+            "log_every": 1,
+            "run_dir": str(folder),
+            "mesh": mesh,
+            "model": dataclasses.replace(model, **small),
+        },
+        **fields,
+    )
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(row["step"], name): row[name] for row in rows for name in ("loss", "heldout_loss") if name in row}
+
+
+def test_a_stopped_run_goes_on_elsewhere(tmp_path):
+    """On eight devices by rows; from the third update on as 2x2x2, and by three axes with part of the devices."""
+    said = StringIO()
+    whole, others = tmp_path / "whole", {"2x2x2": "data=2,fsdp=2,tensor=2", "sequence": "fsdp=2,tensor=2,sequence=2"}
+    train(config(whole, None), Console(file=said))
+    assert "on 8 x cpu, mesh fsdp=8" in said.getvalue()
+    for name, mesh in others.items():
+        again = tmp_path / name
+        shutil.copytree(whole, again)
+        shutil.rmtree(again / "checkpoints" / "6")
+        state = train(config(again, mesh), Console(file=StringIO()))
+        assert state.params["head"].sharding.spec[1] == "tensor" and state.params["head"].sharding.num_devices == 8
+        assert losses(again).keys() == losses(whole).keys()
+        for key, value in losses(again).items():
+            np.testing.assert_allclose(value, losses(whole)[key], rtol=1e-5, err_msg=str(key))
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    for mesh, fault in (("data=4", "is 4 devices, not 8: give data=4,fsdp=2"), ("tensor=8", "does not divide 16 rows")):
+        with pytest.raises(UserError, match=f"--mesh {mesh} {fault}"):
+            train(config(tmp_path / "none", mesh), Console(file=StringIO()))
+    assert not (tmp_path / "none").exists()
+
+
+def test_devices_without_a_part_are_told(tmp_path):
+    said = StringIO()
+    small = config(tmp_path / "few", None)
+    train(dataclasses.replace(small, batch_size=2, steps=1, eval_sequences=2), Console(file=said))
+    assert "on 2 x cpu, mesh fsdp=2" in said.getvalue()
+    assert "note: 6 of 8 devices have no part; give another --batch-size or --mesh" in said.getvalue()
