@@ -99,17 +99,17 @@ def test_with_a_fast_weight_it_is_the_linear_memory(x64, fast):
     weights["gates_bias"] = jnp.array([-0.5, 1.0] if fast else [-1e3, 1e3])
     x = stream()[0]
 
-    def memory(start, project):
-        given = {**weights, "start": start, "project": project}
+    def memory(start, maps):
+        given = {**weights, "start": start, **maps}
         return layer(given, layer.init_state(given, 1), x[None], 0)[1][0]
 
-    def own(start, project):
-        maps = dict(zip(("query", "key", "value"), jnp.split(project.T, 3), strict=True))
+    def own(start, maps):
+        maps = {name: w.T for name, w in maps.items()}
         *_, rate, retain = project_in(weights, x[None], 1)  # the convolution starts as the identity
         y = read(l2norm, fast, {**maps, "M": start[0]}, (x, rate[0, :, 0], retain[0, :, 0]))
         return project_out(weights, y[None, :, None], x.dtype)[0]
 
-    assert_same(memory, own, draw_weights()["M"][None], weights["project"])
+    assert_same(memory, own, draw_weights()["M"][None], {name: weights[name] for name in ("query", "key", "value")})
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["slow", "fast"])

@@ -301,9 +301,13 @@ def language_model(preset_name, **fields):
 @pytest.mark.parametrize(
     ("preset_name", "fields", "mixer", "others"),
     [
-        pytest.param("tiny-transformer", {}, ("project", "out"), ("head",), marks=pytest.mark.slow),
+        pytest.param("tiny-transformer", {}, ("query", "key", "value", "out"), ("head",), marks=pytest.mark.slow),
         pytest.param(  # the head is the embedding
-            "tiny-gated-delta", {"tie_embeddings": True}, ("project", "gates", "out"), (), marks=pytest.mark.slow
+            "tiny-gated-delta",
+            {"tie_embeddings": True},
+            ("query", "key", "value", "gates", "out"),
+            (),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -317,7 +321,7 @@ def test_language_models(x64, preset_name, fields, mixer, others):
 def test_a_model_that_learns_in_context_has_pairs_where_its_kernels_stay_slow(x64):
     """The last block's CMS is fast, and the head is used both ways, by the inner gradients."""
     cms = [f"blocks/cms/level{level}/{kernel}[0:1]" for level in (1, 2) for kernel in ("up", "down")]
-    kernels = (*cms, "blocks/mixer/project", "blocks/mixer/out")
+    kernels = (*cms, *(f"blocks/mixer/{name}" for name in ("query", "key", "value", "out")))
     explains(*language_model("tiny-hope-attention"), *kernels, apart=False)
 
 

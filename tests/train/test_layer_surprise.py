@@ -22,7 +22,7 @@ from nested_jax.train.step import cross_entropy, train_step
 
 TWO_LAYERS = small_model(layers=2)
 KERNELS = [f"blocks/cms/level1/{part}" for part in ("up", "gate", "down")] + [
-    f"blocks/mixer/{p}" for p in ("project", "out")
+    f"blocks/mixer/{p}" for p in ("query", "key", "value", "out")
 ]
 
 
@@ -40,7 +40,7 @@ def test_an_optimizer_gets_the_inputs_of_its_matrices_at_the_targets(x64):
     state = states.init_train_state(config)._replace(params=params, optimizer=())
     after, _ = jax.jit(train_step(net, remembering(MATRICES), accumulate=2))(state, batch)
     given = after.optimizer
-    assert set(given) == {path for path in KERNELS if not path.endswith("project")} | {"blocks/mixer/project"}
+    assert set(given) == {*KERNELS}
     loss = lambda params, batch: cross_entropy(net, params, None, batch)[0]
     pairs = jax.jit(lambda p, b: local_surprise(loss, p, b))(params, batch)
     assert 0 < batch.weights.sum() < batch.weights.size
@@ -60,7 +60,7 @@ def test_layers_that_learn_in_context_have_inputs_of_zeros():
     for level in (1, 2):
         x = after.optimizer[f"blocks/cms/level{level}/up"]
         assert x.shape == (2, 1, 4, 32, 16) and jnp.any(x[0] != 0) and jnp.all(x[1] == 0)
-    assert jnp.all(jnp.any(after.optimizer["blocks/mixer/project"] != 0, axis=(1, 2, 3, 4)))
+    assert jnp.all(jnp.any(after.optimizer["blocks/mixer/query"] != 0, axis=(1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_showing_surprise_changes_nothing_else(small, quiet):
     assert [{k: v for k, v in row.items() if "/" not in k} for row in rows(shown)] == rows(plain)
     measured = [row for row in rows(shown) if surprise(row)]
     assert [row["step"] for row in measured] == [0, 3, 6] and all("heldout_bits_per_byte" in row for row in measured)
-    assert all(len(surprise(row)) == 3 * 11 and np.isfinite(list(row.values())).all() for row in measured)
+    assert all(len(surprise(row)) == 3 * 15 and np.isfinite(list(row.values())).all() for row in measured)
     assert said_more.count("surprise, RMS") == 3 and "surprise, RMS" not in said
     report, other = (Path(config.run_dir, "report.md").read_text() for config in (shown, plain))
     assert "| blocks/mixer/out[1] |" in report and "surprise, RMS" not in other and "--show-surprise" in report
