@@ -14,7 +14,7 @@ from nested_jax import preset
 from nested_jax.data import Batch
 from nested_jax.models.language_model import apply, init_state, init_weights
 from nested_jax.numerics import nats
-from nested_jax.parallel import rules
+from nested_jax.parallel import hlo, rules
 from nested_jax.parallel.mesh import MeshShape, make_mesh
 from nested_jax.train.config import Optimizer, TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -69,6 +69,24 @@ def test_a_mesh_changes_no_number(x64, case):
         got = compiled(weights, given)
     close = 1e-6 if family == "hope-attention" else 1e-9  # JAX's softmax attention is float32, and is learned from
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=close, atol=close * np.abs(b).max()), got, expected)
+
+
+@pytest.mark.parametrize("family", cases(["hope", "hope-attention", "transformer", "gated-delta"], ["gated-delta"]))
+def test_weights_are_gathered_a_block_at_a_time(family):
+    """Along fsdp, inside the loop over blocks: no device ever holds all matrices of five, or of four that learn slowly."""
+    model = dataclasses.replace(small(family), layers=5)
+    config = TrainConfig.from_preset(f"tiny-{family}", model=model, batch_size=B, window=T)
+    mesh, update = make_mesh(MESHES["2x2x2"]), train_step(model, optimizer(config))
+    state = jax.eval_shape(lambda: init_train_state(config))
+    places = places_of(mesh, state)
+    with jax.set_mesh(mesh):
+        step = jax.jit(update, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
+        program = hlo.parse(step.lower(state, batch()).compile().as_text())
+    gathered = [
+        one for one in hlo.collectives(program, MESHES["2x2x2"]) if one.kind == "all-gather" and one.axes == ("fsdp",)
+    ]
+    assert any(one.runs >= 4 for one in gathered)
+    assert not [one for one in gathered if one.shape.partition("[")[2].startswith(("5,", "4,"))]
 
 
 @pytest.mark.parametrize("rule", cases(OPTIMIZERS, ["adamw", "m3"]))
