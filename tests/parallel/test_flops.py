@@ -1,0 +1,37 @@
+"""Operations against hand counts."""
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax import preset
+from nested_jax.models.language_model import apply, init_state, init_weights
+from nested_jax.parallel.flops import flops
+
+B, T = 2, 64
+
+
+def forward(model):
+    weights = jax.eval_shape(lambda: init_weights(model, jax.random.key(0)))
+    run = lambda weights, tokens: apply(model, weights, tokens, init_state(model, weights, B, max_length=T))[0].sum()
+    return run, weights, jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+
+def test_a_transformer():
+    """Four projections, three matrices of the feed-forward layer, scores and values of all pairs, the head: thrice for a
+    gradient. Norms are products too, of less than a hundredth."""
+    model = preset("tiny-transformer")
+    run, *given = forward(model)
+    D, (F,), L, V = model.width, model.cms.hidden, model.layers, model.vocabulary
+    by_hand = L * (2 * B * T * (4 * D * D + 3 * D * F) + 4 * B * T * T * D) + 2 * B * T * D * V
+    assert 1 < flops(run, *given) / by_hand < 1.01
+    assert 1 < flops(jax.grad(run), *given) / (3 * by_hand) < 1.01
+
+
+def test_a_branch_a_loop_and_a_convolution():
+    x = jnp.ones((4, 4))
+    both = lambda x, on: jax.lax.cond(on, lambda x: x @ x @ x, lambda x: x @ x, x)
+    assert flops(both, x, True) == 2 * 2 * 4**3
+    assert flops(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x), x) == 5 * 2 * 4**3
+    assert flops(jax.vmap(lambda x: x @ x), jnp.ones((3, 4, 4))) == 3 * 2 * 4**3
+    image, kernel = jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 2, 2))
+    assert flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), image, kernel) == 2 * (2 * 5 * 7 * 7) * (3 * 2 * 2)
