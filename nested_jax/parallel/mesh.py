@@ -67,7 +67,7 @@ def parse(text: str) -> MeshShape:
     >>> parse("data=2,fsdp=4")
     MeshShape(data=2, fsdp=4, tensor=1, sequence=1)
     """
-    found = [re.fullmatch(r"\s*(\w+)=([1-9]\d{0,6})\s*", part) for part in text.split(",")]
+    found = [re.fullmatch(r"\s*(\w+)=([1-9]\d{0,8})\s*", part) for part in text.split(",")]
     names = [match[1] for match in found if match]
     if len(names) < len(found) or len({*names}) < len(names) or not {*names} <= {*MeshShape._fields}:
         axes = ", ".join(MeshShape._fields)
