@@ -29,7 +29,7 @@ def other(hint, value):
         doubled = tuple(2 * item for item in value) or (8,)
         return doubled if allows(hint, doubled) else value[1:]
     if value is None:
-        return next(choice for choice in (0.5, 1024, "elsewhere", "layer", "raw") if allows(hint, choice))
+        return next(choice for choice in (0.5, 1024, "data=2", "layer", "raw") if allows(hint, choice))
     return 2 * value or 1 if isinstance(value, int | float) else value
 
 
