@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.memory.attention import AttentionState
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.models.owners import state_owners
@@ -96,7 +97,7 @@ def train_step(
             piece, fast = inputs
             (value, fast), gradients, inputs = differentiate(state.params, fast, piece)
             sums = jax.tree.map(jnp.add, sums, (value, gradients))
-            return sums, (fast if state.fast is not None else None, _finite(fast), inputs)
+            return sums, (fast, _finite(fast), inputs) if state.fast is not None else (None, _finite(_unread(fast)), inputs)
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (value, gradients), (fast, fast_finite, inputs) = jax.lax.scan(add, zeros, (pieces, state.fast))
@@ -156,6 +157,13 @@ def assert_healthy(step: int, metrics: Metrics, model: ModelConfig) -> None:
     path, level = next((path, level) for (path, finite), level in zip(leaves, owners, strict=True) if not finite)
     leaf = jax.tree_util.keystr(path, simple=True, separator="/")
     raise NonFinite(f"step {step}, level {level}: {_CAUSES[kind].format(leaf)}")
+
+
+def _unread(fast: PyTree) -> PyTree:
+    """A fast state that nothing will read, with numbers in place of its attention caches, which then need not be made."""
+    is_cache = lambda tree: isinstance(tree, AttentionState)
+    blank = lambda tree: jax.tree.map(lambda _: jnp.zeros(()), tree) if is_cache(tree) else tree
+    return jax.tree.map(blank, fast, is_leaf=is_cache)
 
 
 def _finite(tree: PyTree) -> PyTree:

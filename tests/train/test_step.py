@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import typing
 
 import chex
@@ -263,6 +264,16 @@ def test_a_carried_state_that_overflows_is_seen_at_once():
     _, metrics = update(state._replace(fast=jax.tree.unflatten(tree, leaves)), batch)
     with pytest.raises(NonFinite, match="step 1, level memories of the sequence layers, chunk 16: fast state"):
         assert_healthy(1, metrics, config.model)
+
+
+@pytest.mark.parametrize("name", ["tiny-transformer", pytest.param("tiny-hope-attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("carry", [False, True])
+def test_attention_caches_are_made_only_where_they_are_carried(name, carry):
+    """Nothing of the update is written into an array of their shape."""
+    config, _, _ = make(name, carry=carry, model=small_model(name, layers=3, width=48, heads=3))
+    text = updating(config).lower(start(config), next(batches(config))).as_text()
+    written = re.findall(r"stablehlo.scatter.*?-> (\S+)", text, re.DOTALL)
+    assert written and ("tensor<4x32x3x16xf32>" in written) == carry
 
 
 @pytest.mark.parametrize("target", [-1, 256, -100])
