@@ -1,4 +1,4 @@
-"""The command line: nested-jax train | eval | generate | describe, each a frozen dataclass of flags."""
+"""The command line: nested-jax train | eval | generate | describe | plan, each a frozen dataclass of flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nested_jax.cli.flags import Depiction, Evaluation, Generation
+from nested_jax.cli.flags import Depiction, Evaluation, Generation, Planning
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag
@@ -156,7 +156,20 @@ def depict(argv: Sequence[str]) -> None:
         terminal.print(picture)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict}
+def plan(argv: Sequence[str]) -> None:
+    """Say what a training step takes on TPUs, with none at hand."""
+    default = of_preset(argv)
+    own = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    flags = parse(Planning(**own), "plan", argv)
+    from nested_jax.parallel import plan as planning
+    from nested_jax.train.progress import announced
+
+    with announced("compiling the training step"):
+        made = planning.plan(flags.run, flags.topology)
+    print(planning.table(made))
+
+
+COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict, "plan": plan}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

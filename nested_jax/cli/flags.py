@@ -34,7 +34,27 @@ class Training(TrainConfig, Program):
     @property
     def run(self) -> TrainConfig:
         """What concerns the run."""
-        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+        return as_run(self)
+
+
+@dataclass(frozen=True)
+class Planning(TrainConfig):
+    """Compile the training step for TPUs, with none at hand, and say what it takes of memory, of links and of time. Needs
+    libtpu: pip install "nested-jax[tpu]".
+    """
+
+    topology: Annotated[str, Named("kind and shape of TPUs")] = "v5e:2x2"
+    """Kind and shape of the TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:4x4x4."""
+
+    @property
+    def run(self) -> TrainConfig:
+        """What concerns the run."""
+        return as_run(self)
+
+
+def as_run(flags: TrainConfig) -> TrainConfig:
+    """The fields of a run alone."""
+    return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,18 @@ def open_mesh(config: TrainConfig) -> Mesh | None:
     Raises:
         UserError: `config.mesh` is not of the devices that there are, or does not divide the model or a batch's parts.
     """
-    model, devices = config.model, jax.device_count()
+    devices = jax.device_count()
     if devices == 1 and config.mesh is None:
         return None
-    tensor = (model.heads, *model.cms.hidden, model.vocabulary)
-    divided = Divided(config.batch_size // config.accumulate, model.width, tensor, config.window)
-    shape = choose(config.mesh, devices, divided)
+    shape = choose(config.mesh, devices, divided(config))
     return make_mesh(shape) if math.prod(shape) > 1 else None
+
+
+def divided(config: TrainConfig) -> Divided:
+    """What the axes of a run's mesh divide."""
+    model = config.model
+    tensor = (model.heads, *model.cms.hidden, model.vocabulary)
+    return Divided(config.batch_size // config.accumulate, model.width, tensor, config.window)
 
 
 def size_of(tree: PyTree) -> int:

@@ -1,0 +1,194 @@
+"""What a training step takes on TPUs that need not be there: it is compiled for them by libtpu, and read.
+
+Counted: bytes in memory, operations of matrix products, bytes that devices send. Estimated by the compiler: cycles.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from nested_jax.data import Batch
+from nested_jax.errors import UserError, shown
+from nested_jax.parallel import hlo
+from nested_jax.parallel.flops import flops
+from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.optimizer import optimizer
+from nested_jax.train.state import divided, init_train_state, places_of, shapes_of
+from nested_jax.train.step import train_step
+
+
+class Chip(NamedTuple):
+    """What its maker says of a chip."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """Operations a second of bfloat16 products."""
+    links: float
+    """Bytes a second to other chips, all links together."""
+    clock: float
+    """Cycles a second, from its operations and those of its matrix units a cycle."""
+
+
+CHIPS = {
+    "v4": Chip(32e9, 275e12, 300e9, 1.05e9),
+    "v5e": Chip(16e9, 197e12, 200e9, 1.5e9),
+    "v5p": Chip(95e9, 459e12, 600e9, 1.75e9),
+    "v6e": Chip(32e9, 918e12, 448e9, 1.75e9),
+}
+"""TPUs, by the names of topologies. Source: cloud.google.com/tpu/docs/system-architecture-tpu-vm."""
+
+
+class Plan(NamedTuple):
+    """A compiled training step. Bytes, cycles and what is sent are of one device and one step."""
+
+    topology: str
+    shape: MeshShape
+    arguments: int
+    """Bytes of the state and the batch, as they lie there in tiles; where memory lacks, of the state's numbers alone."""
+    temporaries: int
+    """Bytes of all else, at the most."""
+    host: int
+    """Bytes in the host's memory."""
+    flops: int
+    """Operations of all devices' matrix products."""
+    collectives: list[hlo.Collective]
+    cycles: list[tuple[int, int]]
+    """(runs, cycles of all runs), as the compiler estimates, of the step outside its loops and of each loop's body."""
+    excess: str
+    """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
+
+    @property
+    def chip(self) -> Chip:
+        """The kind of device."""
+        return CHIPS[self.topology.partition(":")[0]]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Least seconds of a step by what it takes: products at the chip's speed; what is sent, by all links; cycles."""
+        devices, sent = math.prod(self.shape), sum(one.sent for one in self.collectives)
+        total = sum(cycles for _, cycles in self.cycles)
+        cycles = {} if self.excess else {"cycles, as the compiler estimates them": total / self.chip.clock}
+        products = self.flops / devices / self.chip.flops
+        return {"matrix products at the chip's speed": products, "bytes sent by all links": sent / self.chip.links} | cycles
+
+
+def plan(config: TrainConfig, topology: str) -> Plan:
+    """Compiles a run's training step for TPUs, none of which need be there; libtpu has to be installed.
+
+    Args:
+        config: of the run; its `mesh` is of the topology's devices.
+        topology: KIND:SHAPE, such as "v5e:4x4" or "v5p:4x4x4".
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: there is no libtpu, no such topology, or the mesh does not fit.
+    """
+    devices = _devices(topology)
+    mesh = make_mesh(choose(config.mesh, len(devices), divided(config)), devices)
+    shape = MeshShape(*mesh.devices.shape)
+    state = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
+    slots = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.window), dtype)
+    batch = Batch(*map(slots, (jnp.int32, jnp.int32, jnp.float32, jnp.bool_)))  # pyright: ignore[reportArgumentType]
+    places, update = places_of(mesh, state), train_step(config.model, optimizer(config), accumulate=config.accumulate)
+    step = jax.jit(update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
+    arguments = sum(_bytes(*pair) for pair in zip(jax.tree.leaves(state), jax.tree.leaves(places.state), strict=True))
+    made: dict[str, Any] = {"topology": topology, "shape": shape, "flops": flops(update, state, batch)}
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            made |= {"excess": _excess(str(error)), "temporaries": 0, "host": 0}
+            return Plan(**made, arguments=arguments, collectives=[], cycles=[])
+    memory: Any = compiled.memory_analysis()
+    program = hlo.parse(compiled.as_text() or "")
+    made |= {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes, "excess": ""}
+    made |= {"arguments": memory.argument_size_in_bytes, "collectives": hlo.collectives(program, shape)}
+    return Plan(**made, cycles=_cycles(program))
+
+
+def table(plan: Plan) -> str:
+    """A plan in lines: which numbers are counted and which estimated, and whether the step fits."""
+    devices, chip, seconds = math.prod(plan.shape), plan.chip, plan.seconds
+    size = lambda n: f"{n / 1e9:,.3f} GB"
+    lines = [f"{devices} devices of {plan.topology}, mesh {plan.shape}; of each device in one step:"]
+    lines += [f"  state and batch       {size(plan.arguments)}, counted"]
+    if plan.excess:
+        lines += [f"  does not fit: {plan.excess}, as the compiler says"]
+    else:
+        taken = plan.arguments + plan.temporaries
+        verdict = "fits" if taken <= chip.memory else "does not fit"
+        lines += [f"  temporaries           {size(plan.temporaries)}, counted; {size(plan.host)} in the host"]
+        lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}"]
+    lines += [f"  matrix products       {plan.flops / devices / 1e12:,.3f} TFLOP, counted"]
+    for kind, axes, runs, sent in hlo.by_kind(plan.collectives):
+        along = ", ".join(axes) or "no axis"
+        lines += [f"  {kind:<21} {size(sent)} along {along}, {runs:,} runs, counted"]
+    for runs, cycles in plan.cycles[:5]:
+        lines += [
+            f"  {'the step' if runs == 1 else f'a loop of {runs:,} turns':<21} {cycles / 1e6:,.2f} million cycles, estimated"
+        ]
+    lines += ["least milliseconds of a step by"]
+    lines += [f"  {1e3 * value:>9,.2f}  {name}" for name, value in seconds.items()]
+    if not plan.excess:
+        slowest = max(seconds.values())
+        used = plan.flops / devices / chip.flops / slowest if slowest else 0.0
+        lines += [f"so at most {100 * used:.1f} % of the chip's products; bound by {max(seconds, key=seconds.__getitem__)}"]
+    return "\n".join(lines)
+
+
+def _devices(topology: str) -> Sequence[Any]:
+    """The devices of a topology."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise UserError(f"--topology {shown(topology)}: give one of {', '.join(CHIPS)} and a shape, such as v5e:4x4")
+    # No machine of Google's is asked for its chips, and another process may use libtpu too.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError('nested-jax plan compiles with libtpu: pip install "nested-jax[tpu]"') from None
+    named = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **named).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rpartition(": ")[2][:150]
+        raise UserError(f"--topology {topology}: {reason}; give a shape that there is, such as v5e:4x4") from None
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> int:
+    return math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _excess(error: str) -> str:
+    """ "27.32G of 15.75G hbm" and the like, of the compiler's error."""
+    match = re.search(r"Used ([\d.]+\w of [\d.]+\w) (?:hbm|HBM)", error)
+    return match[1] if match else error.splitlines()[0][:200]
+
+
+def _cycles(program: hlo.Program) -> list[tuple[int, int]]:
+    """(runs, cycles of all runs) of the step itself and of its loops' bodies, the most cycles first."""
+    found: Counter[str] = Counter()
+    runs = hlo.runs(program)
+    for name, lines in program.computations.items():
+        for line in lines:
+            if match := re.search(r'"estimated_cycles":"(\d+)"', line.attributes):
+                found[name] += int(match[1]) * runs[name]
+    return [(runs[name], cycles) for name, cycles in found.most_common() if cycles]

@@ -1,0 +1,79 @@
+"""What a step takes on TPUs: read from what libtpu compiles, where it is installed; words and bad input without it."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from nested_jax import UserError, preset
+from nested_jax.cli import main
+from nested_jax.parallel import hlo
+from nested_jax.parallel.mesh import MeshShape
+from nested_jax.parallel.plan import CHIPS, Plan, plan, table
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.state import init_train_state, size_of
+
+SMALL = dataclasses.replace(preset("tiny-transformer"), layers=3, width=128, heads=2, vocabulary=256)
+CONFIG = TrainConfig.from_preset("tiny-transformer", model=SMALL, batch_size=4, window=128, mesh="fsdp=2,tensor=2")
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2", "v5e:2x2x2x2", "v5e:axb", "", "v5e:2x2 "])
+def test_what_is_no_topology(topology):
+    with pytest.raises(UserError, match=r"--topology .*: give one of v4, v5e, v5p, v6e and a shape, such as v5e:4x4"):
+        plan(CONFIG, topology)
+
+
+def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert main(["plan", "--preset", "tiny-transformer"]) == 2
+    assert capsys.readouterr().err == 'nested-jax: nested-jax plan compiles with libtpu: pip install "nested-jax[tpu]"\n'
+
+
+def test_a_table_says_what_bounds_a_step():
+    """197 TFLOP on two chips take half a second, 300 MB by links 1.5 ms; cycles are added up, an excess is told."""
+    gather = hlo.Collective("all-gather", ("fsdp",), "f32[8]", 10, 300_000_000)
+    made = Plan(
+        "v5e:2x2", MeshShape(fsdp=2), 4 * 10**9, 8 * 10**9, 0, 197 * 10**12, [gather], [(10, 10**9), (1, 5 * 10**8)], ""
+    )
+    assert list(made.seconds.values()) == [0.5, 1.5e-3, 1.0]
+    text = table(made)
+    for line in (
+        "2 devices of v5e:2x2, mesh fsdp=2; of each device in one step:",
+        "  fits: 12.000 GB of 16.000 GB",
+        "  all-gather            0.300 GB along fsdp, 10 runs, counted",
+        "  a loop of 10 turns    1,000.00 million cycles, estimated",
+        "     500.00  matrix products at the chip's speed",
+        "so at most 50.0 % of the chip's products; bound by cycles, as the compiler estimates them",
+    ):
+        assert line in text.splitlines()
+    assert "  does not fit: 20.000 GB of 16.000 GB" in table(made._replace(temporaries=16 * 10**9))
+    lacking = table(made._replace(excess="27.32G of 15.75G", cycles=[]))
+    assert "  does not fit: 27.32G of 15.75G, as the compiler says" in lacking and "at most" not in lacking
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_small_step_is_compiled_for_tpus(topology):
+    """Of the state a quarter, what is not split and what pads it to tiles; weights are gathered in the loop over blocks."""
+    pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
+    made = plan(CONFIG, topology)
+    state = jax.eval_shape(lambda: init_train_state(CONFIG))
+    assert 1 / 4 < made.arguments / size_of(state) < 1 / 2 and not made.excess
+    assert 0 < made.temporaries < made.chip.memory / 100 and made.chip == CHIPS[topology[:3]]
+    matrices = sum(np.prod(w.shape) for w in jax.tree.leaves(state.params) if w.ndim > 1 and min(w.shape[-2:]) > 100)
+    forward = 2 * 4 * 128 * (matrices - 256 * 128) + 3 * 4 * 4 * 128**2 * 128  # the embedding is looked up
+    assert 3 < made.flops / forward < 3.1
+    kinds = {(one.kind, one.axes, one.runs) for one in made.collectives}
+    assert ("all-gather", ("fsdp",), 3) in kinds and any(axes == ("tensor",) for _, axes, _ in kinds)
+    assert {runs for runs, _ in made.cycles} == {1, 3} and all(seconds > 0 for seconds in made.seconds.values())
+
+
+@pytest.mark.slow
+def test_topologies_and_meshes_that_there_are_not():
+    pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
+    with pytest.raises(UserError, match="--topology v5e:3x7: .*; give a shape that there is, such as v5e:4x4"):
+        plan(CONFIG, "v5e:3x7")
+    with pytest.raises(UserError, match="--mesh fsdp=2,tensor=2 is 4 devices, not 16: give fsdp=4,tensor=2,sequence=2"):
+        plan(CONFIG, "v5e:4x4")
