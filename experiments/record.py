@@ -118,10 +118,13 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
         UserError: the results are of another config, or cannot be read, or there is nothing to report.
     """
     results = start(path, config) | {"runs": []}
+    report = isinstance(config, Runs) and config.report
+    if report and config.fresh:
+        raise UserError("--report shows the runs that --fresh would replace: leave one out")
     kept = None if config.fresh else _kept(path)
+    if report and not (kept and kept.get("runs")):
+        raise UserError(f"--report: {path}.json has no runs to report, make some")
     if not kept:
-        if config.report:
-            raise UserError(f"--report: {path}.json has no runs to report, make some")
         return results
     old, new = kept["config"], results["config"]
     if old == new:
@@ -129,7 +132,9 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     one = lambda flags: {name: value for name, value in flags.items() if name not in LISTS}
     if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS):
         raise UserError(f"{path}.json was made with other flags: give those, longer lists of runs, or --fresh to replace it")
-    return (kept if config.report else {}) | results | {"runs": kept["runs"]}
+    if report:  # the command stays that which made them
+        return kept | {"config": new}
+    return results | {"runs": kept["runs"]}
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from nested_jax.typing import Array, Float, Int, PyTree
 
@@ -52,14 +53,15 @@ BATCH, TOKENS, HEADS = ("fsdp", "data"), "sequence", "tensor"
 
 
 def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """x, laid on the mesh of `jax.set_mesh`; as it is where there is none, inside `jax.shard_map` too.
+    """x, laid on the mesh of `jax.set_mesh`; as it is where there is none of all four axes, or inside `jax.shard_map`.
 
     Args:
         x: an array.
         axes: of the mesh, for each of its axes from the first on. An axis that they do not divide is not split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.are_all_axes_manual or not {*BATCH, TOKENS, HEADS} <= {*mesh.axis_names}:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kinds.get(name) != AxisType.Auto for name in (*BATCH, TOKENS, HEADS)):
         return x
     size = lambda names: math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
     fits = lambda n, names: names is not None and n % size(names) == 0

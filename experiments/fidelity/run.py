@@ -57,6 +57,8 @@ def rate_of(results: dict, name: str, task: str) -> float:
 
 def measure(path: Path, config: settings.Config, results: dict) -> dict:
     """The tries of every optimizer's rates, then all runs."""
+    if config.report:
+        return results
     make = lambda choices: each_once(path, results, partial(run, config), choices, itemgetter("row", "task"), config)
     pairs = [(row, task) for row in config.rows for task in config.tasks if (row, task) not in settings.NOT_MADE]
     tried = [{"row": row, "task": task} for row, task in pairs if settings.ROWS[row].rule]

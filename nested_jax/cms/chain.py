@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import Count, NonNegative, check_fields, check_key
 from nested_jax.errors import UserError
-from nested_jax.numerics import BATCH, HEADS, lay, normal, rms_norm
+from nested_jax.numerics import BATCH, HEADS, TOKENS, lay, normal, rms_norm
 from nested_jax.typing import Array, Float, PyTree
 
 MATRICES = ("up", "gate", "down")  # what is fast in a level's weights
@@ -149,14 +149,14 @@ def apply(config: CMSConfig, weights: PyTree, fast: Sequence[PyTree], x: Float[A
 
 def _mlp(matrices: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     product = lambda x, w: jnp.matmul(x, w.astype(x.dtype))  # w is (D, F) or one for each row, (B, D, F)
-    hidden = lambda w: lay(product(x, w), BATCH, None, HEADS)
+    hidden = lambda w: lay(product(x, w), BATCH, TOKENS, HEADS)
 
     @jax.checkpoint  # the backward pass keeps the hidden layer before its activation, and nothing more
     def down(hidden, gate, w):
         return product(_gelu(hidden) if gate is None else _silu(gate) * hidden, w)
 
     gate = hidden(matrices["gate"]) if "gate" in matrices else None
-    return lay(down(hidden(matrices["up"]), gate, matrices["down"]), BATCH)
+    return lay(down(hidden(matrices["up"]), gate, matrices["down"]), BATCH, TOKENS)
 
 
 def _with_slope(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

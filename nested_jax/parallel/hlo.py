@@ -15,8 +15,7 @@ import numpy as np
 
 from nested_jax.parallel.mesh import MeshShape
 
-_BITS = {"pred": 8, "bf16": 16, "token": 0} | {f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)}
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -74,7 +73,7 @@ def parse(text: str) -> Program:
 
 
 def runs(program: Program) -> Counter[str]:
-    """How often each computation runs in one run of the program, those inside fusions too.
+    """How often each computation runs in one run of the program, those inside fusions too; every branch of a conditional.
 
     >>> import jax
     >>> loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
@@ -104,7 +103,8 @@ def trips(program: Program, loop: Instruction) -> int:
     for name in names:  # of fusions in it too
         names += [called for line in program.computations[name] for called in called_by(line)]
     lines = [line for name in names for line in program.computations[name] if line.opcode == "constant"]
-    return max((int(line.operands[0]) for line in lines if line.operands and line.operands[0].isdigit()), default=1)
+    whole = [line.operands[0] for line in lines if re.match(r"[su]\d+\[\]", line.shapes) and line.operands]
+    return max((int(number) for number in whole if number.isdigit()), default=1)
 
 
 def called_by(line: Instruction) -> list[str]:
@@ -135,7 +135,7 @@ def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
         for line in program.computations[name]:
             kind = line.opcode.removesuffix("-start")
             if kind in _KINDS:
-                groups = _groups(line)
+                groups = _groups(line) or [tuple(range(math.prod(mesh)))]  # {}: all devices
                 size = len(groups[0]) if kind != "collective-permute" else 2
                 ours = Collective(kind, _axes(groups, mesh), _result(line), times, times * _sent(kind, line, size))
                 channel = re.search(r"channel_id=(\d+)", line.attributes)
@@ -154,8 +154,7 @@ def size_of(shapes: str, padded: bool = False) -> int:
 
 
 def _bytes(kind: str, sizes: str, layout: str, padded: bool) -> int:
-    if kind not in _BITS:
-        return 0
+    bits = re.search(r"\d+", kind)  # f32, bf16, f8e4m3fn; a truth value takes a byte, a token none
     n = [int(size) for size in sizes.split(",") if size]
     order, _, rest = layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", rest)
@@ -165,7 +164,7 @@ def _bytes(kind: str, sizes: str, layout: str, padded: bool) -> int:
             if i < len(minor):
                 minor[i] = -(-minor[i] // size) * size
         n = minor
-    return math.prod(n) * _BITS[kind] // 8
+    return math.prod(n) * (int(bits[0]) if bits else 8 * (kind == "pred")) // 8
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -194,7 +193,9 @@ _MESHED = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(" + _IOTA +
 
 
 def _groups(line: Instruction) -> list[tuple[int, ...]]:
-    """Devices that take part together; of a permutation each pair of source and target."""
+    """Devices that take part together, none where all do; of a permutation each pair of source and target."""
+    if re.search(r"(?:replica_groups|source_target_pairs)=\{\}", line.attributes):
+        return []
     if match := _PAIRS.search(line.attributes):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := _LISTED.search(line.attributes):
@@ -202,15 +203,17 @@ def _groups(line: Instruction) -> list[tuple[int, ...]]:
     if match := _MESHED.search(line.attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         devices = _devices(match[2] or str(math.prod(sizes.values())), match[3])
-        split, inside = [], []  # of an axis a part may be named: 'x':(4)2 are 2 within its first 4
+        split, inside = [], []  # of an axis parts may be named: 'x':(4)2 are the 2 after its first 4
         for name, size in sizes.items():
-            for before, part in [(int(a), int(b)) for a, b in re.findall(rf"'{name}':\((\d+)\)(\d+)", match[4])]:
-                split += [before, part, size // before // part]
-                inside += [False, True, False]
-                break
-            else:
-                split.append(size)
-                inside.append(bool(re.search(rf"'{name}'(?!:)", match[4])))
+            parts = [(int(at), int(n)) for at, n in re.findall(rf"'{name}':\((\d+)\)(\d+)", match[4])]
+            parts = [(1, size)] if re.search(rf"'{name}'(?!:)", match[4]) else sorted(parts)
+            done = 1
+            for at, n in parts:
+                split += [at // done, n]
+                inside += [False, True]
+                done = at * n
+            split.append(size // done)
+            inside.append(False)
         order = sorted(range(len(split)), key=lambda axis: inside[axis])  # those of a group last
         group = math.prod(n for n, own in zip(split, inside, strict=True) if own)
         return _rows(devices.reshape(split).transpose(order).reshape(-1, group))
@@ -237,11 +240,20 @@ def _axes(groups: Sequence[Sequence[int]], mesh: MeshShape) -> tuple[str, ...]:
 
 
 def _result(line: Instruction) -> str:
-    """The shape of what comes out; of a -start, whose results hold its operands too, the last array that is no number."""
-    shapes = ["".join((kind, "[", sizes, "]")) for kind, sizes, _ in _SHAPE.findall(line.shapes)]
-    if line.opcode.endswith("-start") and len(shapes) > 1:
-        shapes = [shape for shape in shapes if not re.fullmatch(r"[su]32\[\]", shape)][-1:]
-    return ", ".join(shapes)
+    """The arrays that come out; of a -start, but that of an all-reduce, its tuple holds the operands before them."""
+    shapes = line.shapes
+    if line.opcode.endswith("-start") and line.opcode != "all-reduce-start":
+        outer = shapes.strip()[1:]
+        first = _closing(outer, 0) + 1 if outer[0] == "(" else _closing_of_array(outer)
+        rest = outer[first:].lstrip(", ")
+        shapes = rest[: _closing(rest, 0) + 1 if rest[0] == "(" else _closing_of_array(rest)]
+    return ", ".join(f"{kind}[{sizes}]" for kind, sizes, _ in _SHAPE.findall(shapes))
+
+
+def _closing_of_array(text: str) -> int:
+    """Where the first array of a text ends."""
+    match = _SHAPE.match(text)
+    return match.end() if match else len(text)
 
 
 def _sent(kind: str, line: Instruction, group: int) -> int:

@@ -76,7 +76,7 @@ def parse(text: str) -> MeshShape:
 
 
 def choose(text: str | None, devices: int, divided: Divided) -> MeshShape:
-    """The shape that a flag gives, or without one as many devices along fsdp as divide rows and width.
+    """The shape that a flag gives, or without one as many devices as divide the rows, along fsdp if they divide the width.
 
     Args:
         text: the flag's value, or None.
@@ -84,25 +84,26 @@ def choose(text: str | None, devices: int, divided: Divided) -> MeshShape:
         divided: what the mesh has to divide.
 
     Returns:
-        The shape; without a flag its devices may be fewer.
+        The shape, of these devices or fewer.
 
     Raises:
-        UserError: the flag's shape is not of so many devices, or does not divide.
+        UserError: the flag's shape is of more devices, or does not divide.
 
     >>> sizes = Divided(rows=8, width=128, tensor=(4, 280, 1024), tokens=512)
     >>> choose(None, 6, sizes)
     MeshShape(data=1, fsdp=4, tensor=1, sequence=1)
-    >>> choose("data=2,fsdp=4", 16, sizes)
+    >>> choose("data=2,fsdp=4", 4, sizes)
     Traceback (most recent call last):
-    nested_jax.errors.UserError: --mesh data=2,fsdp=4 is 8 devices, not 16: give data=2,fsdp=4,tensor=2
+    nested_jax.errors.UserError: --mesh data=2,fsdp=4 is 8 devices, there are 4: give fsdp=4
     """
     if text is None:
-        return MeshShape(fsdp=max(n for n in range(1, devices + 1) if divided.by(MeshShape(fsdp=n))))
+        rows = [MeshShape(n // fsdp, fsdp) for n in range(1, devices + 1) for fsdp in range(1, n + 1) if not n % fsdp]
+        return max(filter(divided.by, rows), key=lambda one: (math.prod(one), one.fsdp))
     shape = parse(text)
-    if math.prod(shape) == devices and divided.by(shape):
+    if math.prod(shape) <= devices and divided.by(shape):
         return shape
-    if math.prod(shape) != devices:
-        fault = f"is {math.prod(shape)} devices, not {devices}"
+    if math.prod(shape) > devices:
+        fault = f"is {math.prod(shape)} devices, there are {devices}"
     else:
         sizes = f"{divided.rows} rows (data, fsdp), a width of {divided.width} (fsdp), "
         sizes += f"{', '.join(map(str, divided.tensor))} heads, hidden units and vocabulary (tensor) "

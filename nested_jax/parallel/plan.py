@@ -178,9 +178,18 @@ def _bytes(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> int:
 
 
 def _excess(error: str) -> str:
-    """ "27.32G of 15.75G hbm" and the like, of the compiler's error."""
-    match = re.search(r"Used ([\d.]+\w of [\d.]+\w) (?:hbm|HBM)", error)
-    return match[1] if match else error.splitlines()[0][:200]
+    """What lacks, in the compiler's words.
+
+    >>> _excess("... the total memory required for HLO temporaries (22.18G) exceeds available HBM (15.75G).")
+    'temporaries of 22.18G, memory of 15.75G'
+    >>> _excess("Used 27.32G of 15.75G hbm. Exceeded hbm capacity by 11.57G.")
+    'in all 27.32G, memory of 15.75G'
+    """
+    if match := re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error):
+        return f"temporaries of {match[1]}, memory of {match[2]}"
+    if match := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error):
+        return f"in all {match[1]}, memory of {match[2]}"
+    return error.splitlines()[0][:200]
 
 
 def _cycles(program: hlo.Program) -> list[tuple[int, int]]:

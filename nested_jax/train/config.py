@@ -76,7 +76,7 @@ class TrainConfig:
     """Equal parts that a batch is computed in, one after the other, to save memory; the update is the same."""
     mesh: Annotated[str, Named("sizes of axes, such as data=2,fsdp=4")] | None = None
     """Devices along data, fsdp (rows; with fsdp the weights are split too), tensor (heads, hidden units and the vocabulary)
-    and sequence (tokens), such as data=2,fsdp=4; without it as many along fsdp as divide the rows of a part."""
+    and sequence (tokens), such as data=2,fsdp=4; without it as many as divide the rows of a part."""
     carry: bool = False
     """Carry the fast state from one window of a document to the next (truncated back-propagation), instead of
     starting each window afresh."""

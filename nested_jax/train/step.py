@@ -59,7 +59,7 @@ def cross_entropy(model: ModelConfig, params: PyTree, fast: PyTree | None, batch
         fast = init_state(model, params, rows, max_length=window)
     # windows of one length follow one another
     logits, fast = apply(model, params, batch.tokens, fast, reset=batch.reset, multiple=window)
-    known = (batch.targets >= 0) & (batch.targets < model.vocabulary)  # optax counts a negative one from the end
+    known = (batch.targets >= 0) & (batch.targets < model.vocabulary)
     targets = jnp.where(known, batch.targets, 0)
     losses = nats(logits.astype(jnp.float32), targets)
     losses = jnp.where(known | (batch.weights == 0), losses, jnp.nan)

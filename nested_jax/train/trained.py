@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from nested_jax.data import load_tokenizer
 from nested_jax.errors import UserError
@@ -59,6 +61,8 @@ def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.w
         if checkpoints.latest() is None:
             raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
         shapes, _ = shapes_of(f"the model of --run-dir {folder}", lambda: _weights_and_state(config))
+        here = SingleDeviceSharding(jax.devices()[0])  # wherever it was trained
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
         step, params = checkpoints.restore_parameters(shapes)
     if config.task is not None:
         return Trained(config, params, None, step)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from io import StringIO
 
 import numpy as np
@@ -18,27 +21,10 @@ from nested_jax.train.loop import train
 def config(folder, mesh, **fields):
     model = preset("tiny-transformer")
     small = {"vocabulary": 8, "width": 16, "layers": 1, "heads": 2, "cms": dataclasses.replace(model.cms, hidden=(16,))}
-    sizes = {
-        "task": "parity",
-        "window": 16,
-        "batch_size": 16,
-        "steps": 6,
-        "warmup": 2,
-        "eval_every": 3,
-        "eval_sequences": 16,
-    }
-    return TrainConfig.from_preset(
-        "tiny-transformer",
-        **sizes,
-        **{
-            "checkpoint_every": 3,
-            "log_every": 1,
-            "run_dir": str(folder),
-            "mesh": mesh,
-            "model": dataclasses.replace(model, **small),
-        },
-        **fields,
-    )
+    sizes = {"window": 16, "batch_size": 16, "steps": 6, "warmup": 2}
+    often = {"eval_every": 3, "eval_sequences": 16, "checkpoint_every": 3, "log_every": 1}
+    own = {"task": "parity", "run_dir": str(folder), "mesh": mesh, "model": dataclasses.replace(model, **small)}
+    return TrainConfig.from_preset("tiny-transformer", **(sizes | often | own | fields))
 
 
 def losses(folder):
@@ -64,10 +50,20 @@ def test_a_stopped_run_goes_on_elsewhere(tmp_path):
 
 
 def test_what_does_not_fit_is_told(tmp_path):
-    for mesh, fault in (("data=4", "is 4 devices, not 8: give data=4,fsdp=2"), ("tensor=8", "does not divide 16 rows")):
+    for mesh, fault in (("data=16", "is 16 devices, there are 8: give data=8"), ("tensor=8", "does not divide 16 rows")):
         with pytest.raises(UserError, match=f"--mesh {mesh} {fault}"):
             train(config(tmp_path / "none", mesh), Console(file=StringIO()))
     assert not (tmp_path / "none").exists()
+
+
+def test_what_was_trained_on_a_mesh_is_read_on_one_device(tmp_path):
+    """By another process, which has but one."""
+    state = train(config(tmp_path / "run", "fsdp=4,tensor=2", steps=1), Console(file=StringIO()))
+    read = f"import nested_jax; run = nested_jax.load({str(tmp_path / 'run')!r}); print(float(run.params['head'].sum()))"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(float(done.stdout), float(state.params["head"].sum()), rtol=1e-5)
 
 
 def test_devices_without_a_part_are_told(tmp_path):

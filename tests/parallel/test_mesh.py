@@ -21,7 +21,7 @@ def test_what_is_no_mesh(text):
 @pytest.mark.parametrize(
     "text, devices, remedy",
     [
-        ("data=4", 8, "is 4 devices, not 8: give data=4,fsdp=2"),
+        ("data=4,fsdp=4", 8, "is 16 devices, there are 8: give data=2,fsdp=4"),
         ("data=16", 16, "give data=8,tensor=2"),
         ("tensor=8", 8, "give fsdp=2,tensor=4"),
         ("sequence=3", 3, "give another --batch-size"),
@@ -37,6 +37,7 @@ def test_the_nearest_mesh_is_named(text, devices, remedy):
 def test_without_a_flag_rows_are_split(devices):
     shape = choose(None, devices, SIZES)
     assert shape == MeshShape(fsdp=min(2 ** int(math.log2(devices)), 8)) and SIZES.by(shape)
+    assert choose(None, 6, SIZES._replace(rows=6)) == MeshShape(data=3, fsdp=2)  # three do not divide the width
 
 
 class Chip:
