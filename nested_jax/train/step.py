@@ -97,7 +97,9 @@ def train_step(
             piece, fast = inputs
             (value, fast), gradients, inputs = differentiate(state.params, fast, piece)
             sums = jax.tree.map(jnp.add, sums, (value, gradients))
-            return sums, (fast, _finite(fast), inputs) if state.fast is not None else (None, _finite(_unread(fast)), inputs)
+            if state.fast is not None:
+                return sums, (fast, _finite(fast), inputs)
+            return sums, (None, _finite(_unread(fast) if model.attends else fast), inputs)
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (value, gradients), (fast, fast_finite, inputs) = jax.lax.scan(add, zeros, (pieces, state.fast))
