@@ -14,7 +14,7 @@ def flops(function: Callable, *arguments: Any) -> int:
     """Operations of all matrix products and convolutions, two for each multiplication and its sum.
 
     A scan's body counts as often as it runs, of a cond the branch that has most, a while loop's body once. What a backward
-    pass computes again is counted; no other operations are.
+    pass computes again is counted; no other operations are. Inside `jax.shard_map` those of one device count.
 
     Args:
         function: is traced, not run.

@@ -15,7 +15,7 @@ import numpy as np
 
 from nested_jax.parallel.mesh import MeshShape
 
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -144,27 +144,18 @@ def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
     return sorted(found.values(), key=lambda one: -one.sent)
 
 
-def size_of(shapes: str, padded: bool = False) -> int:
-    """Bytes of arrays as printed; `padded` to the tiles of their layouts.
+def size_of(shapes: str) -> int:
+    """Bytes of arrays as printed, without what pads them to tiles.
 
-    >>> size_of("(f32[2,64]{1,0}, bf16[3]{0})"), size_of("f32[2,64]{1,0:T(8,128)}", padded=True)
-    (518, 4096)
+    >>> size_of("(f32[2,64]{1,0}, bf16[3]{0})")
+    518
     """
-    return sum(_bytes(kind, sizes, layout, padded) for kind, sizes, layout in _SHAPE.findall(shapes))
+    return sum(_bytes(kind, sizes) for kind, sizes in _SHAPE.findall(shapes))
 
 
-def _bytes(kind: str, sizes: str, layout: str, padded: bool) -> int:
+def _bytes(kind: str, sizes: str) -> int:
     bits = re.search(r"\d+", kind)  # f32, bf16, f8e4m3fn; a truth value takes a byte, a token none
-    n = [int(size) for size in sizes.split(",") if size]
-    order, _, rest = layout.partition(":")
-    tile = re.match(r"T\(([\d,]+)\)", rest)
-    if padded and tile and n:
-        minor = [n[int(axis)] for axis in order.split(",")]
-        for i, size in enumerate(map(int, reversed(tile[1].split(",")))):
-            if i < len(minor):
-                minor[i] = -(-minor[i] // size) * size
-        n = minor
-    return math.prod(n) * (int(bits[0]) if bits else 8 * (kind == "pred")) // 8
+    return math.prod(int(n) for n in sizes.split(",") if n) * (int(bits[0]) if bits else 8 * (kind == "pred")) // 8
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -247,7 +238,7 @@ def _result(line: Instruction) -> str:
         first = _closing(outer, 0) + 1 if outer[0] == "(" else _closing_of_array(outer)
         rest = outer[first:].lstrip(", ")
         shapes = rest[: _closing(rest, 0) + 1 if rest[0] == "(" else _closing_of_array(rest)]
-    return ", ".join(f"{kind}[{sizes}]" for kind, sizes, _ in _SHAPE.findall(shapes))
+    return ", ".join(f"{kind}[{sizes}]" for kind, sizes in _SHAPE.findall(shapes))
 
 
 def _closing_of_array(text: str) -> int:

@@ -75,5 +75,6 @@ def test_topologies_and_meshes_that_there_are_not():
     pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
     with pytest.raises(UserError, match="--topology v5e:3x7: .*; give a shape that there is, such as v5e:4x4"):
         plan(CONFIG, "v5e:3x7")
-    with pytest.raises(UserError, match="--mesh fsdp=2,tensor=2 is 4 devices, not 16: give fsdp=4,tensor=2,sequence=2"):
-        plan(CONFIG, "v5e:4x4")
+    larger = dataclasses.replace(CONFIG, mesh="fsdp=4,tensor=2")
+    with pytest.raises(UserError, match="--mesh fsdp=4,tensor=2 is 8 devices, there are 4: give fsdp=4"):
+        plan(larger, "v5e:2x2")
