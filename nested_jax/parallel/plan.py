@@ -10,11 +10,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import requires, version
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from packaging.requirements import Requirement
 
 from nested_jax.data import Batch
 from nested_jax.errors import UserError, shown
@@ -165,6 +167,9 @@ def _devices(topology: str) -> Sequence[Any]:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError('nested-jax plan compiles with libtpu: pip install "nested-jax[tpu]"') from None
+    fitting, found = next((one for one in requires("jax") or [] if one.startswith("libtpu")), "libtpu"), version("libtpu")
+    if not Requirement(fitting).specifier.contains(found, prereleases=True):  # then it may end the process
+        raise UserError(f'libtpu {found} is not that of jax {jax.__version__}: pip install "nested-jax[tpu]"')
     named = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **named).devices

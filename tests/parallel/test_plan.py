@@ -31,6 +31,14 @@ def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch, capsys):
     assert capsys.readouterr().err == 'nested-jax: nested-jax plan compiles with libtpu: pip install "nested-jax[tpu]"\n'
 
 
+def test_a_libtpu_of_another_jax_is_refused(monkeypatch):
+    """It would end the process."""
+    monkeypatch.setitem(sys.modules, "libtpu", object())
+    monkeypatch.setattr("nested_jax.parallel.plan.version", lambda name: "0.0.1")
+    with pytest.raises(UserError, match=r'libtpu 0.0.1 is not that of jax .*: pip install "nested-jax\[tpu\]"'):
+        plan(CONFIG, "v5e:2x2")
+
+
 def test_a_table_says_what_bounds_a_step():
     """197 TFLOP on two chips take half a second, 300 MB by links 1.5 ms; cycles are added up, an excess is told."""
     gather = hlo.Collective("all-gather", ("fsdp",), "f32[8]", 10, 300_000_000)
