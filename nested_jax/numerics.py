@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from nested_jax.typing import Array, Float, Int, PyTree
@@ -183,6 +185,10 @@ def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
     return safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
 
 
+KEPT = "kept"
+"""Name of what costs more to compute again than to keep: `remat.scan` keeps it with the states before steps."""
+
+
 def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse.
 
@@ -192,7 +198,9 @@ def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*b
     [[1. ]
      [0.5]]
     """
-    inverse, above = jax.lax.stop_gradient((_unit_lower_inverse(lower), lower.mT))
+    lower_now = jax.lax.stop_gradient(lower)
+    inverse = jax.lax.platform_dependent(lower_now, tpu=_masked_inverse, default=_unit_lower_inverse)
+    inverse, above = checkpoint_name(inverse, KEPT), lower_now.mT
 
     def transposed(_, right):
         x = _exact(inverse.mT, right)
@@ -204,6 +212,22 @@ def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*b
         solve=lambda _, right: _exact(inverse, right),
         transpose_solve=transposed,
     )
+
+
+def _masked_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """The same as `_unit_lower_inverse` by products of whole matrices, all else zeros: a TPU's blocks are of 128 rows."""
+    row = jnp.arange(lower.shape[-1])
+    pairs = lambda where: jnp.expand_dims(where(row[:, None], row[None]), tuple(range(lower.ndim - 2)))
+    one = pairs(operator.eq).astype(lower.dtype)
+    tiles = jnp.where(pairs(lambda i, j: i // 8 == j // 8), lower, 0)
+    squared = _exact(tiles, tiles)
+    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
+    block = 8
+    while block < lower.shape[-1]:
+        below = pairs(lambda i, j, size=block: (i // size != j // size) & (i // (2 * size) == j // (2 * size)))
+        inverse -= _exact(_exact(inverse, jnp.where(below, lower, 0)), inverse)
+        block *= 2
+    return inverse
 
 
 def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:

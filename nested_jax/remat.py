@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 
 from nested_jax.checks import Count
 from nested_jax.errors import UserError, is_whole
-from nested_jax.numerics import vary
+from nested_jax.numerics import KEPT, vary
 from nested_jax.typing import Array, PyTree
 
 Checkpoint = Literal["none", "full", "sqrt", "log"] | Count | tuple[Count, ...]
@@ -35,7 +35,8 @@ def scan(
 
     Args:
         length: the number of steps, needed where xs has no arrays.
-        checkpoint: "none": all that happens inside the steps. "full": the state before each step. A number n: the state
+        checkpoint: "none": all that happens inside the steps. "full": the state before each step, and what bears the name
+            `numerics.KEPT`. A number n: the state
             before each of at most n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments.
             A tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
@@ -50,7 +51,8 @@ def scan(
     length = stream_length(xs, length)
     counts = segments_of(checkpoint, length, offload)
     if checkpoint == "full":
-        step = jax.checkpoint(step, prevent_cse=False)
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+        step = jax.checkpoint(step, prevent_cse=False, policy=kept)
     try:
         if not counts:
             return jax.lax.scan(step, state, xs, length)

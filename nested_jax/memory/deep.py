@@ -199,30 +199,23 @@ def learn(
     )  # fmt: skip
     each: tuple[Array, Array | None, Decays] = jax.tree.map(partial(_repeat, memories=M), (retain, theta, decay))
 
-    def write_second(which: slice, errors: Array, step: str, exact: bool = False) -> Written:
-        """The second layers of some of the memories."""
-        cut = partial(jax.tree.map, itemgetter((slice(None), slice(None), which)))
-        hidden, eta, (retain, theta, decay) = cut((keys.hidden, rate.second, each))
-        return write(
-            cut(running.second), hidden, errors,
-            _gates(hidden, eta, retain, theta, rule.erase == "layer", step, rule.damped, exact),
-            anchor=cut(anchor.second), mask=None if mask is None else mask[None, None, None], decay=decay,
-            product=cut(keys.second) if at_boundary else None, exact=exact,
-        )  # fmt: skip
-
-    if queries is None or (rule.errors == "boundary" and rule.step == usual):
-        second = write_second(slice(None), error, usual)
-        after_second = second.state
-    else:
-        exact = rule.errors == "exact"
-        given = keys.inputs[:, :, None] - targets[:, :, -1:] if exact else error[:, :, -1:]
-        second = write_second(slice(-1, None), given, rule.step, exact)
-        after_second = second.state
-        if M > 1:
-            others = write_second(slice(-1), error[:, :, :-1], usual).state
-            after_second = jax.tree.map(lambda *w: jnp.concatenate(w, axis=2), others, after_second)
+    exact: Array | bool = False
+    gates = _gates(keys.hidden, rate.second, each[0], each[1], rule.erase == "layer", usual, rule.damped)
+    if queries is not None and (rule.errors == "exact" or rule.step != usual):
+        main = (jnp.arange(M) == M - 1)[None, None, :, None]  # the memory that is read has a step and errors of its own
+        if rule.errors == "exact":
+            exact, error = main.astype(error.dtype), jnp.where(main[..., None], keys.inputs[:, :, None] - targets, error)
+        own = _gates(
+            keys.hidden, rate.second, each[0], each[1], rule.erase == "layer", rule.step, rule.damped, exact is not False
+        )
+        gates = jax.tree.map(partial(jnp.where, main), own, gates)
+    second = write(
+        running.second, keys.hidden, error, gates,
+        anchor=anchor.second, mask=None if mask is None else mask[None, None, None], decay=each[2],
+        product=keys.second if at_boundary else None, exact=exact,
+    )  # fmt: skip
     unmerge = lambda w: w.reshape(B, H, M, F, -1)
-    after = Deep(jax.tree.map(unmerge, first.state), after_second)
+    after = Deep(jax.tree.map(unmerge, first.state), second.state)
     if queries is None:
         return after, None
     if rule.read == "boundary":

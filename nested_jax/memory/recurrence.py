@@ -222,7 +222,7 @@ def write(
     *,
     anchor: Float[Array, "*#batch V K"] | None = None,
     mask: Bool[Array, "*#batch C"] | None = None,
-    exact: bool = False,
+    exact: bool | Float[Array, "*#batch 1"] = False,
     decay: Decays | None = None,
     product: Float[Array, "*#batch C V"] | None = None,
 ) -> Written:
@@ -237,7 +237,8 @@ def write(
         (I + (A_ o X X^T) diag beta + (c_ o X X^T) diag eta) U = gamma_ o ... + pi_ o ... - (c_ o X X^T) diag(eta) E
 
     Args:
-        state, inputs, errors, gates, anchor, mask, exact: as of `chunked`.
+        state, inputs, errors, gates, anchor, mask: as of `chunked`.
+        exact: the same, for all maps or 1 for those whose errors are, 0 for others.
         decay: `decays(gates.retain, gates.momentum, mask)`, if the caller has it already.
         product: W_0 x (..., C, V), if the caller has it already.
 
@@ -269,13 +270,17 @@ def write(
     if decay.inertia is not None and state.momentum is not None:
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
     right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
-    lower = _shift_rows(decay.retained) * (inputs @ scale(gates.erase, inputs).mT)
-    if exact:
-        lower += _shift_rows(decay.carried) * (inputs @ scale(gates.write, inputs).mT)
+    feeds, erases = exact is not False, gates.erase
+    push = gates.write * exact
+    if feeds and gates.momentum is None:  # then carried is retained
+        erases += push
+    lower = _shift_rows(decay.retained) * (inputs @ scale(erases, inputs).mT)
+    if feeds and gates.momentum is not None:
+        lower += _shift_rows(decay.carried) * (inputs @ scale(push, inputs).mT)
     held = solve_unit_lower(lower, right)
     erased = scale(gates.erase, held)
-    if exact:
-        written += scale(gates.write, held)
+    if feeds:
+        written += scale(push, held)
 
     change = scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased)
     kept = decay.retention[..., -1:]

@@ -23,7 +23,7 @@ from nested_jax.typing import Array
 def sequence_layer(config: ModelConfig) -> SequenceLayer:
     """The config's sequence layer."""
     D, H, F = config.width, config.heads, config.memory_hidden
-    chunks: dict[str, Any] = {"chunk": config.chunk, "checkpoint": config.memory_policy}
+    chunks: dict[str, Any] = {"chunk": config.chunk, "checkpoint": config.checkpoint}
     values = config.values or "unit"
     omega: dict[str, Any] = {"max_rate": config.max_rate, "surprise": config.surprise, "values": values, **chunks}
     rate, rule = config.largest_rate, config.rule

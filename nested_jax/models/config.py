@@ -15,6 +15,7 @@ from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import assert_stable
 from nested_jax.memory.self_modifying import Quantity
 from nested_jax.memory.titans import titans_rate
+from nested_jax.remat import Checkpoint
 
 Mixer = Literal[
     "self-modifying",
@@ -108,10 +109,11 @@ class ModelConfig:
     """Norm of an error from which on the Huber memory's objective is linear."""
     cms: CMSConfig = field(default_factory=CMSConfig)
     """The feed-forward side of every block."""
-    memory_policy: Literal["none", "full", "sqrt", "log"] | Count = "full"
-    """What the backward pass keeps of what learns while reading, the rest it computes again: full, the fast state before
-    every chunk and every segment of the CMS; sqrt, log or a number, the states that `unroll` keeps of these; none,
-    everything. Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
+    memory_policy: Literal["none", "full", "blocks", "sqrt", "log"] | Count = "full"
+    """What the backward pass keeps, the rest it computes again: none, everything; full, all of a block but for its chunks
+    and segments of the CMS, of which it keeps the fast state before each; blocks, what every block reads, and of the block
+    that it computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
+    Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -133,6 +135,11 @@ class ModelConfig:
         if self.attends:
             return 1
         return self.projection_chunk or self.chunk if self.mixer == "self-modifying" and self.generated else self.chunk
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """What `memory_policy` has loops over chunks and segments keep."""
+        return "full" if self.memory_policy == "blocks" else self.memory_policy
 
     @cached_property
     def rule(self) -> Rule:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import bounded, check_documents, check_rows, check_size
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
-from nested_jax.numerics import BATCH, HEADS, TOKENS, lay, normal, rms_norm, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, TOKENS, lay, nats, normal, rms_norm, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 Rules = Sequence[optax.GradientTransformation]
@@ -143,6 +143,69 @@ def apply(
     >>> logits.shape, int(state.position)
     ((2, 8, 1024), 8)
     """
+    x, state = _read(config, weights, tokens, state, reset, multiple, rules)
+    return x if config.adapting else head(config, weights, x), state
+
+
+def target_nats(
+    config: ModelConfig,
+    weights: PyTree,
+    tokens: ArrayLike,
+    targets: Int[Array, "B T"],
+    state: ModelState,
+    *,
+    reset: ArrayLike | None = None,
+    multiple: int = 1,
+    rules: Rules | None = None,
+) -> tuple[Float[Array, "B T"], ModelState]:
+    """Nats -log p of a target at every token, and the state after the last: the softmax cross-entropy of `apply`'s logits.
+
+    Where no block learns in context only some of the logits, a part of the tokens', are in memory at once.
+
+    Args:
+        config, weights, tokens, state, reset, multiple, rules: as of `apply`.
+        targets: from 0 to V - 1.
+
+    Returns:
+        (nats, float32 or float64, state).
+
+    Raises:
+        UserError: as `apply`.
+
+    >>> from nested_jax import preset
+    >>> config = preset("tiny-transformer")
+    >>> weights, tokens = init_weights(config, jax.random.key(0)), jnp.zeros((2, 8), int)
+    >>> target_nats(config, weights, tokens, tokens, init_state(config, weights, 2))[0].shape
+    (2, 8)
+    """
+    x, state = _read(config, weights, tokens, state, reset, multiple, rules)
+    if config.adapting:
+        return nats(x, targets), state
+    B, T = targets.shape
+    most = _LOGITS * max(jax.sharding.get_abstract_mesh().size, 1)
+    parts = next(n for n in range(1, T + 1) if T % n == 0 and (B * T * config.vocabulary <= n * most or n == T))
+    if parts == 1:
+        return nats(head(config, weights, x), targets), state
+    # Every part has tokens from all over the sequence, which a mesh may split.
+    cut = lambda whole: jnp.moveaxis(whole.reshape(B, T // parts, parts, *whole.shape[2:]), 2, 0)
+    part = jax.checkpoint(lambda given: nats(head(config, weights, given[0]), given[1]))
+    return jnp.moveaxis(jax.lax.map(part, (cut(x), cut(targets))), 0, 2).reshape(B, T), state
+
+
+_LOGITS = 2**27
+"""Logits of a device that `target_nats` has in memory at once: 512 MB."""
+
+
+def _read(
+    config: ModelConfig,
+    weights: PyTree,
+    tokens: ArrayLike,
+    state: ModelState,
+    reset: ArrayLike | None,
+    multiple: int,
+    rules: Rules | None,
+) -> tuple[Float[Array, "B T _"], ModelState]:
+    """What the blocks make of tokens (B, T, D), or the logits where blocks learn in context; and the state after them."""
     check_config(config)
     rules = as_rules(config, rules)
     check_size("multiple", multiple)
@@ -166,18 +229,23 @@ def apply(
 
     frozen, mixers, learning = config.layers - config.adapting, state.mixers, state.learning
     if frozen:
-        x, after = jax.lax.scan(block, x, (_cut(weights["blocks"], slice(frozen)), _cut(mixers, slice(frozen))))
+        x, after = _scan_blocks(config, block, x, (_cut(weights["blocks"], slice(frozen)), _cut(mixers, slice(frozen))))
     if learning is None:
-        logits, mixers = head(config, weights, x), after
+        mixers = after
     else:  # the first block that learns: its sequence layer comes before all CMS that learn
         last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
         last = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], last)
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
         reader = cms_reader(config, weights, x.shape[0], rules)
         learning, grown = _reserve(learning, x.shape[1])
-        logits, learning = reader.read(learning, position, x, ids, starts, multiple)
+        x, learning = reader.read(learning, position, x, ids, starts, multiple)
         learning = _unbounded(learning) if grown else learning
-    return logits, ModelState(position + np.int32(ids.shape[1]), mixers, learning)
+    return x, ModelState(position + np.int32(ids.shape[1]), mixers, learning)
+
+
+def _scan_blocks(config: ModelConfig, block: Callable, x: Array, blocks: PyTree) -> tuple[Array, PyTree]:
+    """x through blocks, stacked (L, ...), and what each returns beside it; what the backward pass keeps is the config's."""
+    return jax.lax.scan(jax.checkpoint(block, prevent_cse=False) if config.memory_policy == "blocks" else block, x, blocks)
 
 
 def mix(
@@ -245,11 +313,11 @@ def cms_reader(
             return cms.apply(config.cms, weights["cms"], fast, x), mixer
 
         if config.adapting > 1:
-            x, mixers = jax.lax.scan(block, x, (between, _cut(fast, slice(1, None)), mixers))
+            x, mixers = _scan_blocks(config, block, x, (between, _cut(fast, slice(1, None)), mixers))
         return head(config, weights, x), mixers
 
     init = lambda: init_mixers(config, between, batch_size, max_length) if config.adapting > 1 else ()
-    keep = config.memory_policy
+    keep = config.checkpoint
     level = cms.nest_levels(config.cms, learning["cms"], forward, init, batch_size, rules, keep_all=keep == "none")
     segments = "none" if keep == "full" else keep  # the level computes each of its segments again by itself
     return Reader(config.cms, level, forward, config.reading, segments)

@@ -12,9 +12,9 @@ import optax
 
 from nested_jax.memory.attention import AttentionState
 from nested_jax.models.config import ModelConfig
-from nested_jax.models.language_model import apply, init_state
+from nested_jax.models.language_model import init_state, target_nats
 from nested_jax.models.owners import state_owners
-from nested_jax.numerics import BATCH, lay, nats
+from nested_jax.numerics import BATCH, lay
 from nested_jax.paths import path_name
 from nested_jax.surprise import Pair, layers, surprise_and_grad
 from nested_jax.train.optimizer import WithInputs
@@ -58,10 +58,9 @@ def cross_entropy(model: ModelConfig, params: PyTree, fast: PyTree | None, batch
     if fast is None:
         fast = init_state(model, params, rows, max_length=window)
     # windows of one length follow one another
-    logits, fast = apply(model, params, batch.tokens, fast, reset=batch.reset, multiple=window)
     known = (batch.targets >= 0) & (batch.targets < model.vocabulary)
     targets = jnp.where(known, batch.targets, 0)
-    losses = nats(logits.astype(jnp.float32), targets)
+    losses, fast = target_nats(model, params, batch.tokens, targets, fast, reset=batch.reset, multiple=window)
     losses = jnp.where(known | (batch.weights == 0), losses, jnp.nan)
     return (losses * batch.weights).sum(), fast
 

@@ -45,7 +45,7 @@ def test_gradients_do_not_depend_on_the_policy(x64):
     value = lambda policy: (made := differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(40)))[0](made[1])
     expected = value("none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
-    for policy in ("sqrt", "full", "log", 2, 100):
+    for policy in ("sqrt", "full", "blocks", "log", 2, 100):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), value(policy), expected)
 
 
@@ -84,6 +84,19 @@ def test_every_layer_takes_it(mixer):
     assert everything > 2 * few, (everything, few)  # the insides of 16 chunks can be more than 256 states
 
 
+@pytest.mark.parametrize("mixer", cases(["attention", "gated-delta"], ["gated-delta"]))
+def test_blocks_keep_what_they_read(mixer):
+    """Temporary memory of the gradient of eight blocks, and its values."""
+    config = dataclasses.replace(MODEL, mixer=mixer, layers=8, width=16, cms=CMSConfig(hidden=(64,)))
+    whole, blocks = (
+        differentiated(dataclasses.replace(config, memory_policy=each), text(256)) for each in ("full", "blocks")
+    )
+    used = [compiled.memory_analysis().temp_size_in_bytes for compiled, _ in (whole, blocks)]
+    assert used[0] > 2 * used[1], used
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *(compiled(weights) for compiled, weights in (whole, blocks)))
+
+
 def test_it_makes_no_other_run():
     config = TrainConfig.from_preset("tiny-hope")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, memory_policy="sqrt"))
@@ -92,5 +105,5 @@ def test_it_makes_no_other_run():
 
 @pytest.mark.parametrize("policy", ["half", 0, -1, 2.5, True])
 def test_a_policy_that_cannot_be_is_refused(policy):
-    with pytest.raises(UserError, match="model.memory_policy .*: give one of none, full, sqrt, log or "):
+    with pytest.raises(UserError, match="model.memory_policy .*: give one of none, full, blocks, sqrt, log or "):
         dataclasses.replace(MODEL, memory_policy=policy)
