@@ -22,7 +22,7 @@ from nested_jax.checks import Interval, check_fields
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested
-from nested_jax.memory.recurrence import Decays, Gates, MemoryState, Written, decays, read, write
+from nested_jax.memory.recurrence import Decays, Gates, MemoryState, decays, read, write
 from nested_jax.memory.stream import Chunk, Snapshots
 from nested_jax.numerics import clip_rows, normal, square, upcast
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
