@@ -164,8 +164,15 @@ def plan(argv: Sequence[str]) -> None:
     from nested_jax.parallel import plan as planning
     from nested_jax.train.progress import announced
 
-    with announced("compiling the training step"):
-        made = planning.plan(flags.run, flags.topology)
+    if not flags.search:
+        with announced("compiling the training step"):
+            made = planning.plan(flags.run, flags.topology)
+    else:
+        from nested_jax.parallel.search import ranking, search
+
+        trials = search(flags.run, flags.topology, tell=lambda one: print(ranking([one]).splitlines()[1], flush=True))
+        print(f"\n{ranking(trials)}\n")
+        made = trials[0].plan
     print(planning.table(made))
 
 

@@ -45,6 +45,9 @@ class Planning(TrainConfig):
 
     topology: Annotated[str, Named("kind and shape of TPUs")] = "v5e:2x2"
     """Kind and shape of the TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:4x4x4."""
+    search: bool = False
+    """Compile the step with other meshes, memory policies, pieces, chunks and batch sizes too, one flag after the other, and
+    rank them. Each takes a minute or more."""
 
     @property
     def run(self) -> TrainConfig:

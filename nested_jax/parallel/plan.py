@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from nested_jax.data import Batch
 from nested_jax.errors import UserError, shown
-from nested_jax.parallel import hlo
+from nested_jax.parallel import hbm, hlo
 from nested_jax.parallel.flops import flops
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
@@ -36,6 +36,8 @@ class Chip(NamedTuple):
     """Bytes."""
     flops: float
     """Operations a second of bfloat16 products."""
+    bandwidth: float
+    """Bytes a second from and to its memory."""
     links: float
     """Bytes a second to other chips, all links together."""
     clock: float
@@ -43,10 +45,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 300e9, 1.05e9),
-    "v5e": Chip(16e9, 197e12, 200e9, 1.5e9),
-    "v5p": Chip(95e9, 459e12, 600e9, 1.75e9),
-    "v6e": Chip(32e9, 918e12, 448e9, 1.75e9),
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 1.05e9),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 448e9, 1.75e9),
 }
 """TPUs, by the names of topologies. Source: cloud.google.com/tpu/docs/system-architecture-tpu-vm."""
 
@@ -67,6 +69,10 @@ class Plan(NamedTuple):
     collectives: list[hlo.Collective]
     cycles: list[tuple[int, int]]
     """(runs, cycles of all runs), as the compiler estimates, of the step outside its loops and of each loop's body."""
+    traffic: int
+    """Bytes that go to and from the chip's memory, see `hbm.traffic`."""
+    kept: list[tuple[int, hbm.Laid, int]]
+    """(turns, array, how many) that loops make, read or keep for the backward pass, the largest first, see `hbm.carried`."""
     excess: str
     """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
 
@@ -76,13 +82,23 @@ class Plan(NamedTuple):
         return CHIPS[self.topology.partition(":")[0]]
 
     @property
+    def fits(self) -> bool:
+        """Whether the chip's memory has room for it."""
+        return not self.excess and self.arguments + self.temporaries <= self.chip.memory
+
+    @property
     def seconds(self) -> dict[str, float]:
-        """Least seconds of a step by what it takes: products at the chip's speed; what is sent, by all links; cycles."""
+        """Least seconds of a step by each of what it takes."""
         devices, sent = math.prod(self.shape), sum(one.sent for one in self.collectives)
         total = sum(cycles for _, cycles in self.cycles)
-        cycles = {} if self.excess else {"cycles, as the compiler estimates them": total / self.chip.clock}
-        products = self.flops / devices / self.chip.flops
-        return {"matrix products at the chip's speed": products, "bytes sent by all links": sent / self.chip.links} | cycles
+        products = {"matrix products at the chip's speed": self.flops / devices / self.chip.flops}
+        if self.excess:
+            return products
+        return products | {
+            "bytes from and to the chip's memory": self.traffic / self.chip.bandwidth,
+            "bytes sent by all links": sent / self.chip.links,
+            "cycles, as the compiler estimates them": total / self.chip.clock,
+        }
 
 
 def plan(config: TrainConfig, topology: str) -> Plan:
@@ -116,12 +132,12 @@ def plan(config: TrainConfig, topology: str) -> Plan:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             made |= {"excess": _excess(str(error)), "temporaries": 0, "host": 0}
-            return Plan(**made, arguments=arguments, collectives=[], cycles=[])
+            return Plan(**made, arguments=arguments, collectives=[], cycles=[], traffic=0, kept=[])
     memory: Any = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text() or "")
     made |= {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes, "excess": ""}
     made |= {"arguments": memory.argument_size_in_bytes, "collectives": hlo.collectives(program, shape)}
-    return Plan(**made, cycles=_cycles(program))
+    return Plan(**made, cycles=_cycles(program), traffic=hbm.traffic(program), kept=hbm.carried(program))
 
 
 def table(plan: Plan) -> str:
@@ -133,10 +149,16 @@ def table(plan: Plan) -> str:
     if plan.excess:
         lines += [f"  does not fit: {plan.excess}, as the compiler says"]
     else:
-        taken = plan.arguments + plan.temporaries
-        verdict = "fits" if taken <= chip.memory else "does not fit"
+        taken, verdict = plan.arguments + plan.temporaries, "fits" if plan.fits else "does not fit"
         lines += [f"  temporaries           {size(plan.temporaries)}, counted; {size(plan.host)} in the host"]
-        lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}"]
+        lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}; the largest arrays of loops:"]
+        for turns, laid, count in plan.kept[:5]:
+            full, more = (
+                count * laid.padded,
+                f", {laid.padded / laid.bytes:.2g} times their numbers" * (laid.padded > laid.bytes),
+            )
+            lines += [f"    {size(full)} in tiles{more}: {count} x {laid.shape} in a loop of {turns:,} turns"]
+        lines += [f"  bytes to and fro      {size(plan.traffic)} of the chip's memory, counted"]
     lines += [f"  matrix products       {plan.flops / devices / 1e12:,.3f} TFLOP, counted"]
     for kind, axes, runs, sent in hlo.by_kind(plan.collectives):
         along = ", ".join(axes) or "no axis"

@@ -9,7 +9,7 @@ import pytest
 
 from nested_jax import UserError, preset
 from nested_jax.cli import main
-from nested_jax.parallel import hlo
+from nested_jax.parallel import hbm, hlo
 from nested_jax.parallel.mesh import MeshShape
 from nested_jax.parallel.plan import CHIPS, Plan, plan, table
 from nested_jax.train.config import TrainConfig
@@ -42,14 +42,17 @@ def test_a_libtpu_of_another_jax_is_refused(monkeypatch):
 def test_a_table_says_what_bounds_a_step():
     """197 TFLOP on two chips take half a second, 300 MB by links 1.5 ms; cycles are added up, an excess is told."""
     gather = hlo.Collective("all-gather", ("fsdp",), "f32[8]", 10, 300_000_000)
-    made = Plan(
-        "v5e:2x2", MeshShape(fsdp=2), 4 * 10**9, 8 * 10**9, 0, 197 * 10**12, [gather], [(10, 10**9), (1, 5 * 10**8)], ""
-    )
-    assert list(made.seconds.values()) == [0.5, 1.5e-3, 1.0]
+    kept, cycles = (12, hbm.arrays("f32[12,8,64]{2,1,0:T(8,128)}")[0], 2), [(10, 10**9), (1, 5 * 10**8)]
+    numbers = dict(arguments=4 * 10**9, temporaries=8 * 10**9, host=0, flops=197 * 10**12, traffic=819 * 10**6)
+    lists = dict(collectives=[gather], cycles=cycles, kept=[kept])
+    made = Plan("v5e:2x2", MeshShape(fsdp=2), **numbers, **lists, excess="")
+    assert list(made.seconds.values()) == [0.5, 1e-3, 1.5e-3, 1.0]
     text = table(made)
     for line in (
         "2 devices of v5e:2x2, mesh fsdp=2; of each device in one step:",
-        "  fits: 12.000 GB of 16.000 GB",
+        "  fits: 12.000 GB of 16.000 GB; the largest arrays of loops:",
+        "    0.000 GB in tiles, 2 times their numbers: 2 x f32[12,8,64] in a loop of 12 turns",
+        "  bytes to and fro      0.819 GB of the chip's memory, counted",
         "  all-gather            0.300 GB along fsdp, 10 runs, counted",
         "  a loop of 10 turns    1,000.00 million cycles, estimated",
         "     500.00  matrix products at the chip's speed",

@@ -1,0 +1,107 @@
+"""Plans of a run under other meshes, memory policies, pieces, chunks and batch sizes, and the best of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from nested_jax.errors import UserError
+from nested_jax.parallel.mesh import parse
+from nested_jax.parallel.plan import Plan, plan
+from nested_jax.train.config import TrainConfig
+
+
+class Trial(NamedTuple):
+    """A run under some flags, and what its step takes."""
+
+    flags: dict[str, Any]
+    """Those that are not the given run's, by name."""
+    tokens: int
+    """Of a step."""
+    plan: Plan
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Whether it does not fit, and the least seconds a token: the least is the best."""
+        return not self.plan.fits, max(self.plan.seconds.values()) / self.tokens
+
+
+def search(
+    config: TrainConfig,
+    topology: str,
+    *,
+    compile: Callable[[TrainConfig, str], Plan] = plan,
+    tell: Callable[[Trial], object] = id,
+) -> list[Trial]:
+    """Changes one flag after the other, the mesh first, and keeps of each the value that ranks best.
+
+    A chunk is tried where the model has one; another chunk is another model. What the mesh or the model refuses is left out.
+
+    Args:
+        config: the run; its mesh, if it has one, is tried first.
+        topology: as of `plan`.
+        compile: what makes a plan.
+        tell: called with each trial when it is made.
+
+    Returns:
+        All trials, the best first.
+
+    Raises:
+        UserError: as of `plan`, where the run as given is refused.
+    """
+
+    given = {"mesh": config.mesh, "accumulate": config.accumulate, "batch_size": config.batch_size}
+    given |= {f"model.{name}": getattr(config.model, name) for name in ("memory_policy", "chunk")}
+
+    def trial(flags: dict[str, Any]) -> Trial:
+        flags = {name: value for name, value in flags.items() if value != given[name]}
+        own = {name: value for name, value in flags.items() if not name.startswith("model.")}
+        model = {name.removeprefix("model."): value for name, value in flags.items() if name.startswith("model.")}
+        run = dataclasses.replace(config, model=dataclasses.replace(config.model, **model), **own)
+        made = Trial(flags, run.batch_size * run.window, compile(run, topology))
+        tell(made)
+        return made
+
+    trials = [trial({})]
+    best = trials[0]
+    for changes in _choices(config, best.plan):
+        for change in changes:
+            try:
+                trials.append(trial(best.flags | change))
+            except UserError:
+                continue
+        best = min([best, *trials], key=lambda one: one.rank)
+    return sorted(trials, key=lambda one: one.rank)
+
+
+def _choices(config: TrainConfig, first: Plan) -> Iterator[list[dict[str, Any]]]:
+    """Changes of flags that are tried beside one another: of the best so far, one list after the other."""
+    devices, rows = math.prod(first.shape), config.batch_size
+    parts = [n for n in (2, 4) if not devices % n]
+    shapes = [f"fsdp={devices}", *(f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data"))]
+    yield [{"mesh": text} for text in shapes if parse(text) != first.shape]
+    own = rows // (first.shape.data * first.shape.fsdp)  # rows of a device
+    given = config.model.memory_policy, config.accumulate  # two ways to need less memory
+    both = itertools.product(dict.fromkeys((given[0], "full", "blocks")), sorted({1, 2, own, given[1]}))
+    both = [(policy, pieces) for policy, pieces in both if (policy, pieces) != given and not own % pieces]
+    yield [{"model.memory_policy": policy, "accumulate": pieces} for policy, pieces in both]
+    if not config.model.attends:
+        yield [{"model.chunk": n} for n in (64, 128, 256) if n != config.model.chunk]
+    yield [{"batch_size": 2 * rows}, {"batch_size": 4 * rows}]
+
+
+def ranking(trials: list[Trial]) -> str:
+    """The trials in lines, the best first."""
+    lines = [f"{'tokens/s':>12}  {'memory, GB':>10}  bound by; flags that are other than given"]
+    for one in trials:
+        seconds, flags = (
+            one.plan.seconds,
+            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in one.flags.items()),
+        )
+        size = f"{(one.plan.arguments + one.plan.temporaries) / 1e9:,.2f}" if not one.plan.excess else "-"
+        speed = f"{one.tokens / max(seconds.values()):,.0f}" if one.plan.fits else "does not fit"
+        lines.append(f"{speed:>12}  {size:>10}  {max(seconds, key=seconds.__getitem__)}; {flags or 'as given'}")
+    return "\n".join(lines)

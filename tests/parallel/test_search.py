@@ -1,0 +1,47 @@
+"""The search for flags under which a step takes least, with plans made up by a rule."""
+
+import dataclasses
+
+import pytest
+
+from nested_jax import UserError, preset
+from nested_jax.parallel.mesh import MeshShape, parse
+from nested_jax.parallel.plan import Plan
+from nested_jax.parallel.search import ranking, search
+from nested_jax.train.config import TrainConfig
+
+MODEL = dataclasses.replace(preset("tiny-gated-delta"), chunk=64)
+CONFIG = TrainConfig.from_preset("tiny-gated-delta", model=MODEL, batch_size=8, window=128, mesh="fsdp=4")
+
+
+def compiled(run, topology):
+    """Fits with two pieces or blocks made again; tensor is slow, blocks made again cost a quarter, larger batches less."""
+    shape = parse(run.mesh)
+    if run.batch_size > 16:
+        raise UserError("too many rows")
+    lacking = run.accumulate == 1 and run.model.memory_policy != "blocks"
+    cost = 10**9 * run.batch_size * (1 + shape.tensor + (run.model.memory_policy == "blocks") / 4 + 64 / run.model.chunk)
+    cycles = [] if lacking else [(1, int(cost) + 10**9)]
+    return Plan(topology, shape, 10**9, 10**9, 0, 10**12, [], cycles, 0, [], "20G of 16G" if lacking else "")
+
+
+def test_one_flag_after_the_other():
+    told = []
+    trials = search(CONFIG, "v5e:2x2", compile=compiled, tell=told.append)
+    assert len(told) == len(trials) and trials[0].rank == min(one.rank for one in trials)
+    assert trials[0].flags == {"accumulate": 2, "model.chunk": 256, "batch_size": 16} and trials[0].tokens == 16 * 128
+    assert not trials[-1].plan.fits and told[0].flags == {}  # as given it does not fit
+    assert {one.plan.shape for one in trials} >= {MeshShape(fsdp=4), MeshShape(fsdp=2, tensor=2), MeshShape(data=2, fsdp=2)}
+
+
+def test_a_ranking_names_the_flags_and_what_does_not_fit():
+    trials = search(CONFIG, "v5e:2x2", compile=compiled)
+    first, *rows = ranking(trials).splitlines()
+    assert "tokens/s" in first and len(rows) == len(trials)
+    assert rows[0].endswith("cycles, as the compiler estimates them; --accumulate 2 --model.chunk 256 --batch-size 16")
+    assert "does not fit" in rows[-1] and rows[-1].split()[3] == "-"
+
+
+def test_a_run_that_is_refused_as_given_is_an_error():
+    with pytest.raises(UserError, match="too many rows"):
+        search(dataclasses.replace(CONFIG, batch_size=32), "v5e:2x2", compile=compiled)
