@@ -48,3 +48,8 @@ def compiled_once(tmp_path_factory):
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that nothing waits for it in the end."""
+    items.sort(key=lambda item: "test_multi_device" not in item.nodeid)

@@ -1,6 +1,7 @@
 """`chunked` against its definition `tokenwise`, values and every gradient."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rare import cases
 
+from nested_jax import remat
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read, tokenwise, write
-from nested_jax.numerics import _unit_lower_inverse, clip_rows, solve_unit_lower
+from nested_jax.numerics import _masked_inverse, _unit_lower_inverse, clip_rows, solve_unit_lower
 
 
 def problem(rng, batch, C, K, V, *, momentum, erase, decay, anchor, slots, exact=False, queries=True, dtype=np.float64):
@@ -156,12 +158,33 @@ def test_the_triangular_system_is_solved_in_full_precision():
     assert whole.count(highest) == len(solve)
 
 
+@pytest.mark.parametrize("inverse_of", [_unit_lower_inverse, _masked_inverse])
 @pytest.mark.parametrize("C", [1, 7, 32, 40])
-def test_inverse_of_the_triangular_system(x64, C):
+def test_inverse_of_the_triangular_system(x64, C, inverse_of):
     """Under several batch axes, where a product of blocks taken by `jnp.diagonal` made XLA's CPU compiler abort."""
     lower = np.tril(np.random.default_rng(0).normal(size=(5, 2, 2, C, C)), -1) / C**0.5
-    inverse = jax.jit(_unit_lower_inverse)(jnp.asarray(lower))
+    inverse = jax.jit(inverse_of)(jnp.asarray(lower))
     np.testing.assert_allclose(inverse, np.linalg.inv(np.eye(C) + lower), rtol=1e-10, atol=1e-12)
+
+
+def test_the_backward_pass_inverts_nothing_again():
+    """Of chunks that are computed again the inverse is kept: as many are made as where everything is."""
+    lower = jnp.tril(jnp.ones((3, 8, 8)), -1) / 8
+
+    def total(x, policy):
+        step = lambda x, lower: (solve_unit_lower(jnp.tanh(x.sum()) * lower, x), None)
+        return remat.scan(step, x, lower, checkpoint=policy)[0].sum()
+
+    def inverses(jaxpr):
+        inner = [p for e in jaxpr.eqns for p in jax.tree.leaves(e.params, is_leaf=lambda p: hasattr(p, "eqns"))]
+        inner = [getattr(p, "jaxpr", p) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")]
+        return sum(e.primitive.name == "platform_index" for e in jaxpr.eqns) + sum(map(inverses, inner))
+
+    made = {
+        policy: inverses(jax.make_jaxpr(jax.grad(partial(total, policy=policy)))(jnp.ones((8, 2))))
+        for policy in ("none", "full", "sqrt")
+    }
+    assert made == {"none": 1, "full": 1, "sqrt": 2}
 
 
 def test_bfloat16_inputs_accumulate_in_float32():

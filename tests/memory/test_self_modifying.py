@@ -36,10 +36,7 @@ def read(layer, weights, x, **keywords):
 @pytest.mark.parametrize(
     ("options", "length"),
     [
-        pytest.param(dict(chunk=1), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=1, momentum=False, rule=Rule(retention="zero")), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=4), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=4, projection_chunk=8), 16, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, projection_chunk=8), 13, marks=pytest.mark.slow),
         (dict(chunk=4, rates="own", rule=HOPE), 13),
         pytest.param(dict(chunk=4, rates="own", rule=HOPE, projection_chunk=8), 16, marks=pytest.mark.slow),
@@ -62,8 +59,6 @@ def read(layer, weights, x, **keywords):
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(read="before")), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=4, projection_chunk=8, rule=Rule(errors="exact")), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=4, rates="own"), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, projection_chunk=8, rates="own", rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
         pytest.param(
             dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),

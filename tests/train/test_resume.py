@@ -255,9 +255,13 @@ def test_a_step_beyond_those_asked_for_is_told(small, finished, quiet):
         quiet(small(steps=3))
 
 
-@pytest.mark.parametrize("mixer", cases(get_args(Mixer), default=["lp"]))
+# Those left out have states like these's.
+MIXERS = [mixer for mixer in get_args(Mixer) if mixer not in ("linear", "delta", "oja", "huber")]
+
+
+@pytest.mark.parametrize("mixer", cases(MIXERS, default=["lp"]))
 def test_every_layer_is_saved_and_resumed(small, quiet, mixer):
-    """With --carry: memories of lp and Huber, and Omega's over a window of 1, have arrays of no size."""
+    """With --carry: memories of lp, and Omega's over a window of 1, have arrays of no size."""
     model = small_model("tiny-hope", mixer=mixer, window=16, omega_window=1, cms=small_model().cms)
     fields = {"carry": True, "model": model, "checkpoint_every": 1, "eval_every": 0, "eval_bytes": 200}
     quiet(small(steps=1, **fields))
