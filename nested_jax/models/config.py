@@ -216,7 +216,7 @@ def preset(name: str) -> ModelConfig:
     in parameters. The last block of the tiny Hopes learns in context, with CMS periods of 256 and 64 tokens.
 
     The memories of hope write exact errors by normalised steps of rates of their own, without momentum, and are read by the
-    features of the last chunk boundary.
+    features of the last chunk boundary. From 140m on its heads and chunks are of 128, as a TPU's tiles are.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
     erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights
@@ -240,6 +240,8 @@ def preset(name: str) -> ModelConfig:
     size, family = name.split("-", 1)
     options = {"hope": _EXACT, "hope-paper": _PAPER}.get(family, {})
     sizes = _SIZES[size]
+    if family == "hope" and size != "tiny":
+        sizes = sizes | {"heads": sizes["width"] // 128, "chunk": 128}  # as many as a TPU's tiles have columns
     hope = family.startswith("hope")
     hidden = _cms_hidden(sizes["width"], sizes["heads"], sizes["memory_hidden"], family, 8 if size == "tiny" else 64)
     cms = CMSConfig(
