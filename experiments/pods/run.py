@@ -112,14 +112,11 @@ def figure(results: dict) -> Figure:
     found = points(settings.SLICES.values(), lambda n: f"{n} devices: hope")
     by_devices.plot([n for n, _ in found], [max(row["milliseconds"].values()) for _, row in found], "o-", label="hope")
     memory.axhline(16, color="gray", linewidth=0.8)
-    for axes, x, y in (
-        (by_length, "tokens", "least ms"),
-        (memory, "tokens", "memory, GB"),
-        (by_devices, "devices", "least ms"),
-    ):
-        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    windows, devices = (settings.WINDOWS[0], settings.WINDOWS[-1]), (4, 256)
+    panels = [(by_length, "tokens", windows, "least ms", (50, 50_000)), (memory, "tokens", windows, "memory, GB", (1, 100))]
+    for axes, x, xs, y, ys in [*panels, (by_devices, "devices", devices, "least ms", (10, 1000))]:
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, xlim=(xs[0] / 1.3, xs[1] * 1.3), ylim=ys)
         axes.legend(frameon=False)
-    by_devices.set(ylim=(10, 1000))
     return fig
 
 
