@@ -1,7 +1,7 @@
 """What a compiled program has in a chip's large memory, HBM: arrays as they lie there in tiles, and bytes to and fro.
 
 A TPU lays arrays in tiles, such as 8 x 128 of float32: 64 columns take the room of 128. What its layout calls memory space 0
-is HBM; the compiler keeps what it can in the small memory beside the processor.
+is HBM; the compiler keeps what it can in VMEM.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from nested_jax.parallel.hlo import Instruction, Program, called_by, runs, size_
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "opt-barrier"}
+_NO_WORK = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')
 _CALLS = {"while", "conditional", "call"}
 
 
@@ -85,9 +86,13 @@ def _moved(program: Program, lines: dict[str, Instruction], line: Instruction) -
         return 0
     in_hbm = lambda shapes: sum(one.padded for one in arrays(shapes) if one.in_hbm)
     results = in_hbm(line.shapes)
-    if opcode.endswith("-start"):  # its tuple holds operands before results
-        written = [one for one in arrays(line.shapes) if one.bytes > 8]
-        return sum(one.padded for one in written[:2] if one.in_hbm)
+    if opcode.endswith("-start"):  # its tuple holds both ends, and of a slice the whole array before it
+        ends = arrays(line.shapes)
+        if opcode == "slice-start":
+            return ends[1].padded * (ends[0].in_hbm + ends[1].in_hbm)
+        return sum(one.padded for one in ends if one.in_hbm)
+    if any(target in line.attributes for target in _NO_WORK):
+        return 0
     parts, whole = _sliced(program, line)
     read = 0
     for i, operand in enumerate(line.operands):

@@ -4,7 +4,7 @@ import pytest
 
 from nested_jax.parallel import hbm, hlo
 
-# In HBM f32[8,64] takes 4096 bytes, in tiles of 8 x 128; S(1) is the small memory.
+# In HBM f32[8,64] takes 4096 bytes, in tiles of 8 x 128; S(1) is VMEM.
 PROGRAM = """%fused (p0: f32[12,8,64], p1: s32[]) -> f32[8,64] {
   %p0 = f32[12,8,64]{2,1,0:T(8,128)} parameter(0)
   %p1 = s32[]{:T(128)} parameter(1)
@@ -42,6 +42,22 @@ ENTRY %main (w: f32[12,8,64]) -> (s32[], f32[12,8,64]) {
 def test_bytes_that_go_to_and_fro():
     """A turn reads a slice of the stack, writes the sum, reads it and writes it into the stack."""
     assert hbm.traffic(hlo.parse(PROGRAM)) == 12 * 4 * 4096
+
+
+STACK, SLICE = "f32[12,8,64]{2,1,0:T(8,128)}", "f32[4,8,64]{2,1,0:T(8,128)S(1)}"
+LINES = {  # of an array of 12 x 4096 bytes in HBM
+    f"(({STACK}), {SLICE}, s32[]) slice-start(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
+    f"({STACK[:-1]}S(1)}}, {STACK}, u32[]) copy-start(%a)": 12 * 4096,
+    f"{STACK} copy(%a)": 2 * 12 * 4096,
+    f"{SLICE} slice(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
+    f'{STACK} custom-call(), custom_call_target="AllocateBuffer"': 0,
+}
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_an_instruction_moves_what_it_touches(line):
+    program = hlo.parse(f"ENTRY %main (a: f32[12,8,64]) -> f32[] {{\n  %a = {STACK} parameter(0)\n  ROOT %x = {line}\n}}\n")
+    assert hbm.traffic(program) == LINES[line]
 
 
 def test_what_loops_carry():
