@@ -85,7 +85,6 @@ def _moved(program: Program, lines: dict[str, Instruction], line: Instruction) -
     if opcode in _FREE or opcode in _CALLS or opcode.endswith("-done"):
         return 0
     in_hbm = lambda shapes: sum(one.padded for one in arrays(shapes) if one.in_hbm)
-    results = in_hbm(line.shapes)
     if opcode.endswith("-start"):  # its tuple holds both ends, and of a slice the whole array before it
         ends = arrays(line.shapes)
         if opcode == "slice-start":
@@ -93,33 +92,39 @@ def _moved(program: Program, lines: dict[str, Instruction], line: Instruction) -
         return sum(one.padded for one in ends if one.in_hbm)
     if any(target in line.attributes for target in _NO_WORK):
         return 0
-    parts, whole = _sliced(program, line)
+    parts, updates = _sliced(program, line)
     read = 0
     for i, operand in enumerate(line.operands):
         source = lines.get(operand)
         if source and source.opcode != "tuple":
             size = in_hbm(source.shapes)
             read += min(size, parts[i]) if i in parts else size
-    return read + (min(results, whole) if whole is not None else results)
+    results = arrays(line.shapes)
+    return read + sum(updates.get(i, one.padded) for i, one in enumerate(results) if one.in_hbm)
 
 
-def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], int | None]:
-    """(bytes of operands that are read in part, bytes written of a result that is written in part) of an instruction."""
+def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], dict[int, int]]:
+    """Bytes of an instruction's operands that are read in part, and of its results that are written in part, by number."""
     if line.opcode in ("dynamic-slice", "slice", "gather"):
-        return {0: _padded(line)}, None
-    if line.opcode == "dynamic-update-slice":
-        return {0: 0}, None
+        return {0: _padded(line)}, {}
+    if line.opcode == "dynamic-update-slice":  # the update is its second operand
+        return {0: 0}, {}
     if line.opcode != "fusion":
-        return {}, None
+        return {}, {}
     lines = program.computations[called_by(line)[0]]
     by_name = {one.name: one for one in lines}
     numbers = {one.name: int(one.operands[0]) for one in lines if one.opcode == "parameter"}
     touched = {i: _touched(program, lines, name) for name, i in numbers.items()}
-    root = lines[-1]
-    while root.opcode == "bitcast":
-        root = by_name[root.operands[0]]
-    update = by_name.get(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
-    return {i: n for i, n in touched.items() if n is not None}, _padded(update) if update else None
+    results, updates = lines[-1], {}
+    for i, name in enumerate(results.operands if results.opcode == "tuple" else [results.name]):
+        made = by_name[name]
+        while made.opcode == "bitcast":
+            made = by_name[made.operands[0]]
+        if made.opcode == "dynamic-update-slice" and made.operands[1] in by_name:
+            updates[i] = _padded(by_name[made.operands[1]])
+        elif made.opcode == "fusion":
+            updates |= {i: n for n in _sliced(program, made)[1].values()} if made.shapes[0] != "(" else {}
+    return {i: n for i, n in touched.items() if n is not None}, updates
 
 
 def _touched(program: Program, lines: list[Instruction], name: str) -> int | None:

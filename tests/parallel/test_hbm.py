@@ -11,12 +11,14 @@ PROGRAM = """%fused (p0: f32[12,8,64], p1: s32[]) -> f32[8,64] {
   %part = f32[1,8,64]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,8,64}
   ROOT %one = f32[8,64]{1,0:T(8,128)} bitcast(%part)
 }
-%put (p0: f32[12,8,64], p1: f32[8,64], p2: s32[]) -> f32[12,8,64] {
+%put (p0: f32[12,8,64], p1: f32[8,64], p2: s32[]) -> (f32[12,8,64], f32[8,64]) {
   %p0 = f32[12,8,64]{2,1,0:T(8,128)} parameter(0)
   %p1 = f32[8,64]{1,0:T(8,128)} parameter(1)
   %p2 = s32[]{:T(128)} parameter(2)
   %one = f32[1,8,64]{2,1,0:T(8,128)} bitcast(%p1)
-  ROOT %all = f32[12,8,64]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %one, %p2, %p2, %p2)
+  %all = f32[12,8,64]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %one, %p2, %p2, %p2)
+  %twice = f32[8,64]{1,0:T(8,128)} add(%p1, %p1)
+  ROOT %both = (f32[12,8,64]{2,1,0:T(8,128)}, f32[8,64]{1,0:T(8,128)}) tuple(%all, %twice)
 }
 %body (s: (s32[], f32[12,8,64])) -> (s32[], f32[12,8,64]) {
   %s = (s32[]{:T(128)S(1)}, f32[12,8,64]{2,1,0:T(8,128)}) parameter(0)
@@ -24,7 +26,8 @@ PROGRAM = """%fused (p0: f32[12,8,64], p1: s32[]) -> f32[8,64] {
   %w = f32[12,8,64]{2,1,0:T(8,128)} get-tuple-element(%s), index=1
   %one = f32[8,64]{1,0:T(8,128)S(1)} fusion(%w, %i), kind=kLoop, calls=%fused
   %two = f32[8,64]{1,0:T(8,128)} add(%one, %one)
-  %all = f32[12,8,64]{2,1,0:T(8,128)} fusion(%w, %two, %i), kind=kLoop, calls=%put
+  %both = (f32[12,8,64]{2,1,0:T(8,128)}, f32[8,64]{1,0:T(8,128)S(1)}) fusion(%w, %two, %i), kind=kLoop, calls=%put
+  %all = f32[12,8,64]{2,1,0:T(8,128)} get-tuple-element(%both), index=0
   ROOT %t = (s32[]{:T(128)S(1)}, f32[12,8,64]{2,1,0:T(8,128)}) tuple(%i, %all)
 }
 %less (s: (s32[], f32[12,8,64])) -> pred[] {
@@ -46,8 +49,8 @@ def test_bytes_that_go_to_and_fro():
 
 STACK, SLICE = "f32[12,8,64]{2,1,0:T(8,128)}", "f32[4,8,64]{2,1,0:T(8,128)S(1)}"
 LINES = {  # of an array of 12 x 4096 bytes in HBM
-    f"(({STACK}), {SLICE}, s32[]) slice-start(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
-    f"({STACK[:-1]}S(1)}}, {STACK}, u32[]) copy-start(%a)": 12 * 4096,
+    f"(({STACK}), {SLICE}, s32[]{{:S(2)}}) slice-start(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
+    f"({STACK[:-1]}S(1)}}, {STACK}, u32[]{{:S(2)}}) copy-start(%a)": 12 * 4096,
     f"{STACK} copy(%a)": 2 * 12 * 4096,
     f"{SLICE} slice(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
     f'{STACK} custom-call(), custom_call_target="AllocateBuffer"': 0,
