@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -214,14 +213,18 @@ def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*b
     )
 
 
+def _eight_rows_inverse(tiles: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """(I + L)^-1 = (I - L)(I + L^2)(I + L^4), as L^8 = 0 of blocks of eight rows; over more rows the series loses digits."""
+    one = jnp.expand_dims(jnp.eye(tiles.shape[-1], dtype=tiles.dtype), tuple(range(tiles.ndim - 2)))
+    squared = _exact(tiles, tiles)
+    return _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
+
+
 def _masked_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """The same as `_unit_lower_inverse` by products of whole matrices, all else zeros: a TPU's blocks are of 128 rows."""
     row = jnp.arange(lower.shape[-1])
     pairs = lambda where: jnp.expand_dims(where(row[:, None], row[None]), tuple(range(lower.ndim - 2)))
-    one = pairs(operator.eq).astype(lower.dtype)
-    tiles = jnp.where(pairs(lambda i, j: i // 8 == j // 8), lower, 0)
-    squared = _exact(tiles, tiles)
-    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
+    inverse = _eight_rows_inverse(jnp.where(pairs(lambda i, j: i // 8 == j // 8), lower, 0))
     block = 8
     while block < lower.shape[-1]:
         below = pairs(lambda i, j, size=block: (i // size != j // size) & (i // (2 * size) == j // (2 * size)))
@@ -233,7 +236,6 @@ def _masked_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C
 def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """(I + lower)^-1, by inverting blocks of 8, 16, 32, ... rows.
 
-    Eight rows L have L^8 = 0, so that (I + L)^-1 = (I - L)(I + L^2)(I + L^4); over more rows that series loses digits.
     Where blocks P and Q on the diagonal are inverted, the block B below them becomes -Q^-1 B P^-1.
     """
     size, block = lower.shape[-1], 8
@@ -246,10 +248,7 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
         cut = [lower[..., i + row : i + row + block, i + column : i + column + block] for i in corners]
         return jnp.stack(cut, axis=-3)
 
-    tiles = blocks(0, 0, block)
-    squared = _exact(tiles, tiles)
-    one = jnp.expand_dims(jnp.eye(block, dtype=lower.dtype), tuple(range(tiles.ndim - 2)))
-    inverse = _exact(_exact(one - tiles, one + squared), one + _exact(squared, squared))
+    inverse = _eight_rows_inverse(blocks(0, 0, block))
     while block < full:
         below = blocks(block, 0, 2 * block)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]

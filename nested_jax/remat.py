@@ -36,9 +36,9 @@ def scan(
     Args:
         length: the number of steps, needed where xs has no arrays.
         checkpoint: "none": all that happens inside the steps. "full": the state before each step, and what bears the name
-            `numerics.KEPT`. A number n: the state
-            before each of at most n segments, and what happens inside one of them. "sqrt": that with about sqrt(T) segments.
-            A tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few steps.
+            `numerics.KEPT`. A number n: the state before each of at most n segments, and what happens inside one of them.
+            "sqrt": that with about sqrt(T) segments. A tuple of numbers: segments in segments, outermost first. "log":
+            quarters in quarters, down to a few steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
         name: of what runs it, in errors.
 

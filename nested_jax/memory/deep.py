@@ -200,15 +200,13 @@ def learn(
     each: tuple[Array, Array | None, Decays] = jax.tree.map(partial(_repeat, memories=M), (retain, theta, decay))
 
     exact: Array | bool = False
-    gates = _gates(keys.hidden, rate.second, each[0], each[1], rule.erase == "layer", usual, rule.damped)
+    gates_of = partial(_gates, keys.hidden, rate.second, each[0], each[1], rule.erase == "layer")
+    gates = gates_of(usual, rule.damped)
     if queries is not None and (rule.errors == "exact" or rule.step != usual):
         main = (jnp.arange(M) == M - 1)[None, None, :, None]  # the memory that is read has a step and errors of its own
         if rule.errors == "exact":
             exact, error = main.astype(error.dtype), jnp.where(main[..., None], keys.inputs[:, :, None] - targets, error)
-        own = _gates(
-            keys.hidden, rate.second, each[0], each[1], rule.erase == "layer", rule.step, rule.damped, exact is not False
-        )
-        gates = jax.tree.map(partial(jnp.where, main), own, gates)
+        gates = jax.tree.map(partial(jnp.where, main), gates_of(rule.step, rule.damped, exact is not False), gates)
     second = write(
         running.second, keys.hidden, error, gates,
         anchor=anchor.second, mask=None if mask is None else mask[None, None, None], decay=each[2],

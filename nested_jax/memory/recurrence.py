@@ -270,16 +270,15 @@ def write(
     if decay.inertia is not None and state.momentum is not None:
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
     right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
-    feeds, erases = exact is not False, gates.erase
-    push = gates.write * exact
-    if feeds and gates.momentum is None:  # then carried is retained
+    erases, push = gates.erase, None if exact is False else gates.write * exact
+    if push is not None and gates.momentum is None:  # then carried is retained
         erases += push
     lower = _shift_rows(decay.retained) * (inputs @ scale(erases, inputs).mT)
-    if feeds and gates.momentum is not None:
+    if push is not None and gates.momentum is not None:
         lower += _shift_rows(decay.carried) * (inputs @ scale(push, inputs).mT)
     held = solve_unit_lower(lower, right)
     erased = scale(gates.erase, held)
-    if feeds:
+    if push is not None:
         written += scale(push, held)
 
     change = scale(decay.carried[..., -1, :], written) + scale(decay.retained[..., -1, :], erased)

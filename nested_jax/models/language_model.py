@@ -244,7 +244,7 @@ def _read(
 
 
 def _scan_blocks(config: ModelConfig, block: Callable, x: Array, blocks: PyTree) -> tuple[Array, PyTree]:
-    """x through blocks, stacked (L, ...), and what each returns beside it; what the backward pass keeps is the config's."""
+    """`lax.scan` of a block over stacked weights (L, ...), each rematerialised where `memory_policy` is "blocks"."""
     return jax.lax.scan(jax.checkpoint(block, prevent_cse=False) if config.memory_policy == "blocks" else block, x, blocks)
 
 

@@ -122,8 +122,8 @@ def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], dict[i
             made = by_name[made.operands[0]]
         if made.opcode == "dynamic-update-slice" and made.operands[1] in by_name:
             updates[i] = _padded(by_name[made.operands[1]])
-        elif made.opcode == "fusion":
-            updates |= {i: n for n in _sliced(program, made)[1].values()} if made.shapes[0] != "(" else {}
+        elif made.opcode == "fusion" and 0 in (inner := _sliced(program, made)[1]) and made.shapes[0] != "(":
+            updates[i] = inner[0]
     return {i: n for i, n in touched.items() if n is not None}, updates
 
 

@@ -153,11 +153,8 @@ def table(plan: Plan) -> str:
         lines += [f"  temporaries           {size(plan.temporaries)}, counted; {size(plan.host)} in the host"]
         lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}; the largest arrays of loops:"]
         for turns, laid, count in plan.kept[:5]:
-            full, more = (
-                count * laid.padded,
-                f", {laid.padded / laid.bytes:.2g} times their numbers" * (laid.padded > laid.bytes),
-            )
-            lines += [f"    {size(full)} in tiles{more}: {count} x {laid.shape} in a loop of {turns:,} turns"]
+            more = f", {laid.padded / laid.bytes:.2g} times their numbers" * (laid.padded > laid.bytes)
+            lines += [f"    {size(count * laid.padded)} in tiles{more}: {count} x {laid.shape} in a loop of {turns:,} turns"]
         lines += [f"  bytes to and fro      {size(plan.traffic)} of the chip's memory, counted"]
     lines += [f"  matrix products       {plan.flops / devices / 1e12:,.3f} TFLOP, counted"]
     for kind, axes, runs, sent in hlo.by_kind(plan.collectives):

@@ -52,7 +52,6 @@ def search(
     Raises:
         UserError: as of `plan`, where the run as given is refused.
     """
-
     given = {"mesh": config.mesh, "accumulate": config.accumulate, "batch_size": config.batch_size}
     given |= {f"model.{name}": getattr(config.model, name) for name in ("memory_policy", "chunk")}
 
@@ -78,7 +77,7 @@ def search(
 
 
 def _choices(config: TrainConfig, first: Plan) -> Iterator[list[dict[str, Any]]]:
-    """Changes of flags that are tried beside one another: of the best so far, one list after the other."""
+    """Candidates of a coordinate search: one list of changes after the other."""
     devices, rows = math.prod(first.shape), config.batch_size
     parts = [n for n in (2, 4) if not devices % n]
     shapes = [f"fsdp={devices}", *(f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data"))]
@@ -97,10 +96,8 @@ def ranking(trials: list[Trial]) -> str:
     """The trials in lines, the best first."""
     lines = [f"{'tokens/s':>12}  {'memory, GB':>10}  bound by; flags that are other than given"]
     for one in trials:
-        seconds, flags = (
-            one.plan.seconds,
-            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in one.flags.items()),
-        )
+        seconds = one.plan.seconds
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in one.flags.items())
         size = f"{(one.plan.arguments + one.plan.temporaries) / 1e9:,.2f}" if not one.plan.excess else "-"
         speed = f"{one.tokens / max(seconds.values()):,.0f}" if one.plan.fits else "does not fit"
         lines.append(f"{speed:>12}  {size:>10}  {max(seconds, key=seconds.__getitem__)}; {flags or 'as given'}")

@@ -28,6 +28,7 @@ CASES = {
     "two of three blocks": dict(periods=(8, 4), blocks=2, layers=3),
     "segments across chunks": dict(periods=(12, 6), mixer="self-modifying"),
     "nested, with momentum": dict(hidden=(4, 4), periods=(8, 4), variant="nested", rule="momentum", mixer="delta", layers=1),
+    "titans": dict(periods=(8, 4), mixer="titans"),
     "huber": dict(periods=(8, 4), mixer="huber", huber_threshold=0.3),
     "shared by the batch": dict(periods=(8, 4), scope="batch", activation="swiglu"),
 }
