@@ -188,10 +188,13 @@ KEPT = "kept"
 """Name of what costs more to compute again than to keep: `remat.scan` keeps it with the states before steps."""
 
 
-def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"]) -> Float[Array, "*batch C V"]:
+def solve_unit_lower(
+    lower: Float[Array, "*#batch C C"], right: Float[Array, "*batch C V"], *, keep: bool = False
+) -> Float[Array, "*batch C V"]:
     """(I + lower)^-1 right for a strictly lower triangular matrix; its derivatives are products with the same inverse.
 
     Gradients are refined once by what they leave over: in float32 the inverse alone gives them ten times the error.
+    With `keep` the inverse bears the name `KEPT`.
 
     >>> print(solve_unit_lower(jnp.array([[0.0, 0.0], [0.5, 0.0]]), jnp.ones((2, 1))))
     [[1. ]
@@ -199,7 +202,7 @@ def solve_unit_lower(lower: Float[Array, "*#batch C C"], right: Float[Array, "*b
     """
     lower_now = jax.lax.stop_gradient(lower)
     inverse = jax.lax.platform_dependent(lower_now, tpu=_masked_inverse, default=_unit_lower_inverse)
-    inverse, above = checkpoint_name(inverse, KEPT), lower_now.mT
+    inverse, above = checkpoint_name(inverse, KEPT) if keep else inverse, lower_now.mT
 
     def transposed(_, right):
         x = _exact(inverse.mT, right)

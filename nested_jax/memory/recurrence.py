@@ -236,6 +236,8 @@ def write(
 
         (I + (A_ o X X^T) diag beta + (c_ o X X^T) diag eta) U = gamma_ o ... + pi_ o ... - (c_ o X X^T) diag(eta) E
 
+    `remat.scan` keeps the system's inverse where it is no larger than the weights, which are kept too.
+
     Args:
         state, inputs, errors, gates, anchor, mask: as of `chunked`.
         exact: the same, for all maps or 1 for those whose errors are, 0 for others.
@@ -276,7 +278,8 @@ def write(
     lower = _shift_rows(decay.retained) * (inputs @ scale(erases, inputs).mT)
     if push is not None and gates.momentum is not None:
         lower += _shift_rows(decay.carried) * (inputs @ scale(push, inputs).mT)
-    held = solve_unit_lower(lower, right)
+    (V, K), C = state.weights.shape[-2:], inputs.shape[-2]
+    held = solve_unit_lower(lower, right, keep=C * C <= V * K)
     erased = scale(gates.erase, held)
     if push is not None:
         written += scale(push, held)
