@@ -398,7 +398,7 @@ DATA = [
             (dict(window=0), "window 0 must be a whole number of at least 1"),
             (dict(batch_size=2.5), "batch_size 2.5 must be a whole number"),
             (dict(alignment="2"), "alignment 2 must be a whole number"),
-            (dict(shard_index=3, shard_count=2), "shard 3 of 2: the index must be"),
+            (dict(rows=[3]), r"rows \[3\] of batch_size 1: give some of 0 to 0"),
         )
     ),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nested_jax.cli.flags import Depiction, Evaluation, Generation, Planning
+from nested_jax.cli.flags import Depiction, Evaluation, Generation, Planning, Program
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag
@@ -28,25 +28,29 @@ def train(argv: Sequence[str]) -> None:
     """Train a language model on text, or on a synthetic task; the same command again resumes."""
     flags = parse(training(argv), "train", argv)
     from nested_jax.train import loop
-    from nested_jax.train.compilation import keep_compiled
 
-    keep_compiled(flags.compilation_cache)
+    _join(flags)
     loop.train(flags.run)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Measure a trained model on held-out text, or on sequences of its task."""
     flags = parse(Evaluation(), "eval", argv)
+    from nested_jax.train import trained
+
+    _join(flags)
+    with trained.opened(flags.run_dir, flags.mesh, lambda config: config.batch_size, _warn) as run:
+        (_evaluate_task if run.tokenizer is None else _evaluate_text)(flags, run)
+
+
+def _evaluate_text(flags: Evaluation, run: Trained) -> None:
     from nested_jax.data import open_documents
-    from nested_jax.train import evaluation, trained
-    from nested_jax.train.compilation import keep_compiled
+    from nested_jax.train import evaluation
     from nested_jax.train.progress import announced
     from nested_jax.train.text import count_ngrams, read_heldout
 
-    keep_compiled(flags.compilation_cache)
-    run = config, params, tokenizer, step = trained.load_run(flags.run_dir, _warn)
-    if tokenizer is None:
-        return _evaluate_task(flags, run)
+    config, params, tokenizer, step = run
+    assert tokenizer is not None
     if flags.eval_sequences is not None:
         raise UserError(f"--eval-sequences: --run-dir {flags.run_dir} is of a run on text: give --eval-bytes")
     limit, ngrams = flags.eval_bytes or config.eval_bytes, None
@@ -90,22 +94,21 @@ def generate(argv: Sequence[str]) -> None:
     flags = parse(Generation(), "generate", argv)
     prompt = _standard_input() if flags.prompt == "-" else flags.prompt
     from nested_jax.train import sample, trained
-    from nested_jax.train.compilation import keep_compiled
     from nested_jax.train.progress import announced
 
-    keep_compiled(flags.compilation_cache)
-    config, params, tokenizer, _ = trained.load_run(flags.run_dir, _warn)
-    if tokenizer is None:
-        raise UserError(f"--run-dir {flags.run_dir} is of --task {config.task} and writes no text: give a run on text")
-    options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-    with announced("compiling the model"):
-        texts = sample.samples(config.model, params, tokenizer, prompt, number=flags.samples, seed=flags.seed, **options)
-    for i, ids in enumerate(texts):
-        print(f"\n--- sample {i + 1} of {flags.samples}, seed {flags.seed + i}" if flags.samples > 1 else "", end="")
-        print("\n" * (flags.samples > 1) + prompt, end="", flush=True)
-        for text in sample.characters(tokenizer, ids):
-            print(text, end="", flush=True)
-        print()
+    _join(flags)
+    with trained.opened(flags.run_dir, flags.mesh, lambda config: 1, _warn) as (config, params, tokenizer, _):
+        if tokenizer is None:
+            raise UserError(f"--run-dir {flags.run_dir} is of --task {config.task} and writes no text: give a run on text")
+        options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        with announced("compiling the model"):
+            texts = sample.samples(config.model, params, tokenizer, prompt, number=flags.samples, seed=flags.seed, **options)
+        for i, ids in enumerate(texts):
+            print(f"\n--- sample {i + 1} of {flags.samples}, seed {flags.seed + i}" if flags.samples > 1 else "", end="")
+            print("\n" * (flags.samples > 1) + prompt, end="", flush=True)
+            for text in sample.characters(tokenizer, ids):
+                print(text, end="", flush=True)
+            print()
 
 
 def depict(argv: Sequence[str]) -> None:
@@ -213,6 +216,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; what was saved before is kept", 2)
     return 0
+
+
+def _join(flags: Program) -> None:
+    """Joins the other processes, of which the first alone prints, and keeps what is compiled."""
+    from nested_jax.parallel import processes
+    from nested_jax.train.compilation import keep_compiled
+
+    processes.start()
+    if not processes.first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    keep_compiled(flags.compilation_cache)
 
 
 def _fail(error: BaseException | str, code: int) -> int:

@@ -61,7 +61,16 @@ def as_run(flags: TrainConfig) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class Evaluation(Program):
+class Reading(Program):
+    """What reads a run folder."""
+
+    mesh: str | None = None
+    """Devices that the model and its rows lie on, as of train: such as fsdp=4,tensor=2. None: of all devices as many as
+    divide the rows; one for generate."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Reading):
     """Measure a trained model on held-out text, with --data next to what counting tokens gives, or on its task."""
 
     run_dir: Folder = TrainConfig.run_dir
@@ -78,7 +87,7 @@ class Evaluation(Program):
 
 
 @dataclass(frozen=True)
-class Generation(Program):
+class Generation(Reading):
     """Write text with a trained model, token by token."""
 
     run_dir: Folder = TrainConfig.run_dir

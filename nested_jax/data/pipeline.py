@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from nested_jax.data.tokenizer import Tokenizer
-from nested_jax.errors import UserError, is_whole
+from nested_jax.errors import UserError, is_whole, shown
 
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
@@ -44,9 +44,8 @@ def train_batches(
     alignment: int,
     seed: int,
     carry: bool = False,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> grain.DatasetIterator:
+    rows: Sequence[int] | None = None,
+) -> TrainBatches:
     """An endless iterator of `Batch`es.
 
     Every row reads a stream of its own, of documents shuffled anew each epoch, so that consecutive batches hold
@@ -61,27 +60,50 @@ def train_batches(
         seed: of the order of the documents.
         carry: whether fast state is carried from window to window: then `reset` is true at each document's first token
             only, else at each window's first slot too.
-        shard_index: this process reads rows `shard_index * B` to `(shard_index + 1) * B` of a batch of all processes.
-        shard_count: number of processes.
+        rows: of a batch, which alone are read, as by one of several processes; None: all.
 
     Returns:
-        A Grain iterator. Its `get_state` and `set_state` give and take its position (a small JSON value).
+        An iterator. Its `get_state` and `set_state` give and take its position (a small JSON value).
 
     Raises:
-        UserError: sizes do not fit together, or there are no documents.
+        UserError: sizes do not fit together, a batch has no such row, or there are no documents.
 
     >>> from nested_jax.data.tokenizer import ByteTokenizer
     >>> batches = train_batches(["abcde"], ByteTokenizer(), window=4, batch_size=1, alignment=2, seed=0)
     >>> next(batches).tokens, next(batches).tokens  # 0 a b c; d e, and the document again
     (array([[ 0, 97, 98, 99]], dtype=int32), array([[100, 101,   0,  97]], dtype=int32))
     """
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard {shard_index} of {shard_count}: the index must be at least 0 and below the count")
     pack = _packing(tokenizer, window, batch_size, alignment, carry)
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain adds the epoch: keep seeds far apart
-    stream = encoded(documents, tokenizer).shuffle(seed=seed).repeat()
-    rows = [pack(stream[shard_index * batch_size + row :: shard_count * batch_size]) for row in range(batch_size)]
-    return iter(grain.experimental.ZipIterDataset(rows).map(_stack))
+    stream, own = encoded(documents, tokenizer).shuffle(seed=seed).repeat(), range(batch_size) if rows is None else rows
+    if len(own) == 0 or not 0 <= min(own) <= max(own) < batch_size:
+        raise UserError(f"rows {shown(list(own))} of batch_size {batch_size}: give some of 0 to {batch_size - 1}")
+    return TrainBatches({row: iter(pack(stream[row::batch_size])) for row in own})
+
+
+class TrainBatches:
+    """An endless iterator of `Batch`es, which `train_batches` makes.
+
+    Its state is that of each row, by its number as a string; it may be given those of other rows too.
+    """
+
+    def __init__(self, rows: dict[int, grain.DatasetIterator]):
+        self._rows = rows
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        return _stack([next(windows) for windows in self._rows.values()])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of each row."""
+        return {str(row): windows.get_state() for row, windows in self._rows.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        for row, windows in self._rows.items():
+            windows.set_state(state[str(row)])
 
 
 class HeldoutBatches:

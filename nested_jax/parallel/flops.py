@@ -24,10 +24,11 @@ def flops(function: Callable, *arguments: Any) -> int:
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
     384
     """
-    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return traced_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of(jaxpr: core.Jaxpr) -> int:
+def traced_flops(jaxpr: core.Jaxpr) -> int:
+    """The same of what a function was traced to."""
     return sum(map(_of_equation, jaxpr.eqns))
 
 
@@ -41,7 +42,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
-    inner = [_of(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [traced_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)

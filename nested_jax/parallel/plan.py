@@ -14,43 +14,18 @@ from importlib.metadata import requires, version
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
-from nested_jax.data import Batch
 from nested_jax.errors import UserError, shown
 from nested_jax.parallel import hbm, hlo
+from nested_jax.parallel.chips import CHIPS, Chip
 from nested_jax.parallel.flops import flops
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
-from nested_jax.train.state import divided, init_train_state, places_of, shapes_of
+from nested_jax.train.state import batch_shapes, divided, init_train_state, places_of, shapes_of
 from nested_jax.train.step import train_step
-
-
-class Chip(NamedTuple):
-    """What its maker says of a chip."""
-
-    memory: float
-    """Bytes."""
-    flops: float
-    """Operations a second of bfloat16 products."""
-    bandwidth: float
-    """Bytes a second from and to its memory."""
-    links: float
-    """Bytes a second to other chips, all links together."""
-    clock: float
-    """Cycles a second, from its operations and those of its matrix units a cycle."""
-
-
-CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 1.05e9),
-    "v5e": Chip(16e9, 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(95e9, 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(32e9, 918e12, 1640e9, 448e9, 1.75e9),
-}
-"""TPUs, by the names of topologies. Source: cloud.google.com/tpu/docs/system-architecture-tpu-vm."""
 
 
 class Plan(NamedTuple):
@@ -118,9 +93,9 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     mesh = make_mesh(choose(config.mesh, len(devices), divided(config)), devices)
     shape = MeshShape(*mesh.devices.shape)
     state = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
-    slots = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.window), dtype)
-    batch = Batch(*map(slots, (jnp.int32, jnp.int32, jnp.float32, jnp.bool_)))  # pyright: ignore[reportArgumentType]
-    places, update = places_of(mesh, state), train_step(config.model, optimizer(config), accumulate=config.accumulate)
+    batch = batch_shapes(config)
+    places = places_of(mesh, state, config.batch_size)
+    update = train_step(config.model, optimizer(config), accumulate=config.accumulate)
     step = jax.jit(update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
     arguments = sum(_bytes(*pair) for pair in zip(jax.tree.leaves(state), jax.tree.leaves(places.state), strict=True))
     made: dict[str, Any] = {"topology": topology, "shape": shape, "flops": flops(update, state, batch)}

@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from nested_jax.errors import UserError
 from nested_jax.files import open_file, read_file, write_file
+from nested_jax.parallel.processes import in_each, of_first
 from nested_jax.train.state import TrainState, size_of
 from nested_jax.typing import PyTree
 
@@ -57,17 +59,17 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None where there is none."""
-        steps = self._steps()
+        steps = of_first(self._steps)
         return steps[-1][0] if steps else None
 
     def last_before(self, step: int) -> int | None:
         """The newest checkpoint before a step; None where there is none."""
-        return max((own for own, _ in self._steps() if own < step), default=None)
+        return max((own for own, _ in of_first(self._steps) if own < step), default=None)
 
     def return_to(self, step: int) -> None:
         """Deletes the checkpoints after a step."""
-        for path in [path for own, path in self._steps() if own > step]:
-            shutil.rmtree(path)
+        later = [self.folder / name for own, name in of_first(self._steps) if own > step]
+        of_first(lambda: [shutil.rmtree(path) for path in later])
 
     def save(self, state: TrainState, progress: dict[str, Any], *, before: int = 0) -> None:
         """Writes a checkpoint and deletes all but the last two and the last one before a step. One of the same step stays.
@@ -85,22 +87,31 @@ class Checkpoints:
         trees = {name: tree for name, tree in map_trees(_stored, state).items() if jax.tree.leaves(tree)}
         items = {"progress": ocp.args.JsonSave(progress)}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        try:
+
+        def prepare() -> bool:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
-            if (step, path) in self._steps():
-                return
+            if [step, path.name] in self._steps():
+                return False
             if shutil.disk_usage(self._run).free < size_of(trees):  # what Orbax's threads would each print a traceback of
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if path.exists():
                 _set_aside(path)
-            self._orbax.save(part, args=ocp.args.Composite(**items))
+            return True
+
+        def finish() -> None:
             _list_files(part, step)
             part.rename(path)
-            kept = self.last_before(before)
-            for own, old in self._steps()[:-_KEPT]:
+            steps = self._steps()
+            kept = max((own for own, _ in steps if own < before), default=None)
+            for own, old in steps[:-_KEPT]:
                 if own != kept:
-                    shutil.rmtree(old, ignore_errors=True)
+                    shutil.rmtree(self.folder / old, ignore_errors=True)
+
+        try:
+            if of_first(prepare):
+                self._orbax.save(part, args=ocp.args.Composite(**items))
+                of_first(finish)
         except Exception as error:  # whatever the storage layers raise
             remedy = "older checkpoints are kept"
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -133,28 +144,28 @@ class Checkpoints:
         """Ends Orbax's threads."""
         self._orbax.close()
 
-    def _steps(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the checkpoints that are not known to be damaged, oldest first."""
+    def _steps(self) -> list[list[Any]]:
+        """[step, name] of the checkpoints that are not known to be damaged, oldest first."""
         try:
             names = [name for name in os.listdir(self.folder) if re.fullmatch("[0-9]{1,10}", name)]
         except FileNotFoundError:
             return []
         paths = [path for name in names if (path := self.folder / name) not in self._damaged]
-        return sorted((_step_of(path, self._run), path) for path in paths)
+        return sorted([_step_of(path, self._run), path.name] for path in paths)
 
     def _read(self, trees: dict[str, PyTree], **others: Any) -> tuple[int, dict[str, Any]]:
         """The step and items of the newest complete checkpoint. Another process that trains may delete any."""
         faults = {}
-        while steps := self._steps():
-            step, path = steps[-1]
+        while steps := of_first(self._steps):
+            step, path = steps[-1][0], self.folder / steps[-1][1]
             try:
-                fault = self._fault(path, trees, others)
-                items = {} if fault else self._items(path, trees, others)
+                fault = of_first(partial(self._fault, path, trees, others))
+                items = {} if fault else in_each(partial(self._items, path, trees, others))
             except (UserError, OSError):
-                if self._steps() == steps:
+                if of_first(self._steps) == steps:
                     raise
                 continue
-            if fault and self._steps() == steps:
+            if fault and of_first(self._steps) == steps:
                 faults[path] = fault
                 self._damaged.append(path)
             elif not fault:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,9 @@ from rich.console import Console
 
 from nested_jax.data import Batch
 from nested_jax.errors import UserError
+from nested_jax.parallel import processes
+from nested_jax.parallel.chips import peak_flops
+from nested_jax.parallel.flops import traced_flops
 from nested_jax.train import folder as folders
 from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
@@ -27,7 +31,16 @@ from nested_jax.train.optimizer import learning_rate, optimizer
 from nested_jax.train.progress import Display, print_line
 from nested_jax.train.record import Record, assert_rows, read_rows
 from nested_jax.train.source import Source, open_source
-from nested_jax.train.state import Places, TrainState, init_train_state, open_mesh, places_of, shapes_of
+from nested_jax.train.state import (
+    Places,
+    TrainState,
+    batch_shapes,
+    divided,
+    init_train_state,
+    open_mesh,
+    places_of,
+    shapes_of,
+)
 from nested_jax.train.step import Metrics, assert_healthy, train_step
 from nested_jax.train.stopping import Diverged, Interrupted, Interruption
 from nested_jax.train.trained import load_run
@@ -54,16 +67,18 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             are kept.
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP after an update, and saved.
     """
-    console, folder = console or Console(), Path(config.run_dir)
+    console, folder = console or Console(quiet=not processes.first()), Path(config.run_dir)
     state, progress, source = None, {}, None
     with contextlib.ExitStack() as stack:
-        if locked := folders.holds_run(folder):
-            stack.enter_context(folders.lock(folder))  # before anything in it is read
+        lock = lambda: stack.enter_context(folders.lock(folder)) or True
+        locked = processes.of_first(lambda: folders.holds_run(folder) and lock())  # before anything in it is read
+        _assert_shared(folder, locked)
         saved = folders.resumable(folder, config)
         shapes = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
-        if mesh := open_mesh(config):
+        if mesh := open_mesh(config.mesh, divided(config)):
             stack.enter_context(jax.set_mesh(mesh))
-        places = places_of(mesh, shapes)
+        places = places_of(mesh, shapes, config.batch_size)
+        open_own = lambda start: processes.in_each(lambda: open_source(config, start, places.rows))
         shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places.state)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, partial(print_line, console))))
         if saved:
@@ -71,25 +86,32 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
                 state, progress = checkpoints.restore(shapes)
             assert_resumable(folder, saved, config, state, progress)
             if saved.data != config.data:
-                source = open_source(config, folder)
+                source = open_own(folder)
                 folders.assert_same_data(folder, source.fingerprint, source.name)
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
         first = _first_weights(config) if state is None and config.init_from else None
-        source = source or open_source(config, folder if saved else Path(config.init_from) if config.init_from else None)
+        source = source or open_own(folder if saved else Path(config.init_from) if config.init_from else None)
+        processes.assert_same(source.name, source.fingerprint)
         if saved:
             folders.assert_same_data(folder, source.fingerprint, source.name)
-        elif config.fresh and (aside := folders.set_aside(folder)):
-            print_line(console, f"the run that was in {folder} is now in {aside}")
-            locked = False
-        if not locked:
-            stack.enter_context(folders.lock(folder))
-            if folders.holds_run(folder):
-                began = f"another process has trained in {folder} since this one started"
-                raise UserError(f"{began}: give the same command again")
-        folders.write_config(folder, dataclasses.replace(config, fresh=False), source.fingerprint)
-        source.save(folder)
+
+        def claim() -> None:
+            """Makes the folder this run's."""
+            aside = folders.set_aside(folder) if config.fresh and not saved else None
+            if aside:
+                print_line(console, f"the run that was in {folder} is now in {aside}")
+            if aside or not locked:
+                lock()
+                if folders.holds_run(folder):
+                    began = f"another process has trained in {folder} since this one started"
+                    raise UserError(f"{began}: give the same command again")
+            folders.write_config(folder, dataclasses.replace(config, fresh=False), source.fingerprint)
+            source.save(folder)
+
+        processes.of_first(claim)
+        _assert_shared(folder, True)
         if saved and config.learning_rate < saved.learning_rate and (step := _last_good(folder, checkpoints)):
             checkpoints.return_to(step)
             state, progress = checkpoints.restore(shapes)
@@ -99,9 +121,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         else:
             source.batches.set_state(progress["data"])
             state = jax.device_put(state, places.state)
-        record = stack.enter_context(contextlib.closing(Record(folder, int(state.step))))
+        own = folder if processes.first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        record = stack.enter_context(contextlib.closing(Record(folder, int(state.step), into=own)))
         record.add_config(dict(flatten(config)))
-        run = _Run(config, console, source, checkpoints, record, state, progress, places)
+        run = _Run(config, own, console, source, checkpoints, record, state, progress, places)
         run.print_start()
         run.compile()
         run.update()
@@ -115,6 +138,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        folder: Path,  # of what this process writes
         console: Console,
         source: Source,
         checkpoints: Checkpoints,
@@ -123,11 +147,12 @@ class _Run:
         progress: dict[str, Any],
         places: Places,
     ):
-        self.config, self.console, self.source, self.places = config, console, source, places
+        self.config, self.folder, self.console, self.source, self.places = config, folder, console, source, places
         self.checkpoints, self.record = checkpoints, record
         self.state, self.step, self.tokens = state, int(state.step), progress.get("tokens", 0)
         self.compiling, self.evaluating = progress.get("compiling", 0.0), progress.get("evaluating", 0.0)
         self.running = Running(**progress.get("running", {"steps": self.step}))
+        self._work: float | None = None  # seconds of an update's matrix products at the devices' greatest speed
         self._start = time.monotonic() - progress.get("seconds", 0.0)
 
     @property
@@ -151,6 +176,7 @@ class _Run:
         shape, kind = self.places.shape, jax.devices()[0].device_kind
         devices = math.prod(shape)
         where = f"{devices} x {kind}, mesh {shape}" if devices > 1 else kind
+        where += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
         say(f"on {where}, JAX {jax.__version__}; {sizes}")
         if idle := jax.device_count() - devices:
             say(f"note: {idle} of {jax.device_count()} devices have no part; give another --batch-size or --mesh")
@@ -172,8 +198,6 @@ class _Run:
             in_shardings=(self.places.state, self.places.batch),
             out_shardings=(self.places.state, None),
         )
-        slots = lambda dtype: np.zeros((config.batch_size, config.window), dtype)
-        batch = Batch(slots(np.int32), slots(np.int32), slots(np.float32), slots(bool))
         words = "compiling the training step and the evaluation"
         if self.console.is_terminal:
             waiting = self.console.status(words)
@@ -181,10 +205,13 @@ class _Run:
             print_line(self.console, words)
             waiting = contextlib.nullcontext()
         with waiting:
-            self._update = update.lower(self.state, batch).compile()
+            traced = update.trace(self.state, batch_shapes(config))
+            self._update = traced.lower().compile()
             self.source.compile(self.state.params)
             if config.show_surprise:
                 self.source.layer_surprise(self.state.params)
+        if peak := peak_flops(jax.devices()[0].device_kind):
+            self._work = traced_flops(traced.jaxpr.jaxpr) / (peak * math.prod(self.places.shape))
         self.compiling += time.monotonic() - start
 
     def update(self) -> None:
@@ -195,39 +222,42 @@ class _Run:
             Diverged: as `train`.
         """
         config, rate = self.config, learning_rate(self.config)
-        display = Display(self.console, self.step, config.steps, evaluations=self._evaluations_after, unit=self.source.unit)
-        with display:
+        shown = {"evaluations": self._evaluations_after, "unit": self.source.unit, "work": self._work}
+        with Display(self.console, self.step, config.steps, **shown) as display:
             self._evaluate(display, lambda: False)  # before the first update, or where a signal has stopped it
             with Interruption(display.print_line) as interruption:
-                stopped = lambda: interruption.signal is not None
-                while self.step < config.steps and interruption.signal is None:
+                stopped = lambda: bool(processes.total([interruption.signal or 0]).any())
+                while self.step < config.steps and not stopped():
                     batch = next(self.source.batches)
-                    self.state, metrics = self._update(self.state, batch)
+                    self.state, metrics = self._update(self.state, self._placed(batch))
                     self.step += 1
                     self._assert_healthy(metrics)
-                    targets = int(batch.weights.sum())
+                    targets, text_bytes = self._read(batch)
                     self.tokens += targets
-                    row = {"loss": float(metrics.loss)} | self.source.numbers(batch, float(metrics.bits), self.tokens)
-                    speed = display.update(self.step, targets, **row)
+                    row = {"loss": float(metrics.loss)}
+                    row |= self.source.numbers(float(metrics.bits) * targets, text_bytes, self.tokens)
+                    row |= device_memory()
+                    speeds = display.update(self.step, targets, **row)
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         row |= {
                             "gradient_norm": float(metrics.gradient_norm),
                             "update_norm": float(metrics.update_norm),
                             "learning_rate": float(jnp.asarray(rate(self.step - 1))),
                         }
-                        row |= {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": speed}
+                        row |= {"tokens": self.tokens, "seconds": self.seconds, **speeds}
                         self.record.add(self.step, **row)
                     self._evaluate(display, stopped)
                     if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                         self._save()
-                if interruption.signal is not None:
+                if stopped():
                     self._save()
                     where = f"stopped at step {self.step} of {config.steps}, saved in {config.run_dir}"
-                    raise Interrupted(f"{where}; resume with: {command(config)}", interruption.signal)
+                    signals = processes.merged({str(jax.process_index()): interruption.signal})
+                    raise Interrupted(f"{where}; resume with: {command(config)}", next(filter(None, signals.values())))
 
     def report(self) -> None:
         """Writes loss.png and report.md and prints where they are."""
-        config, folder, seconds = self.config, Path(self.config.run_dir), self.seconds
+        config, folder, seconds = self.config, self.folder, self.seconds
         row = self.record.heldout(self.step) or {}
         outcome = self.source.report(folder, self.state.params, self.record.rows, self.tokens)
         if outcome.sample is not None:
@@ -238,6 +268,18 @@ class _Run:
         report.write(folder, config, outcome, costs)
         print_line(self.console, self.source.summary(row))
         print_line(self.console, f"{folder / report.REPORT} has the rest; {self.source.farewell(folder)}")
+
+    def _placed(self, batch: Batch) -> Batch:
+        """A batch on the devices of all processes."""
+        return processes.put(batch, self.places.rows, self.places.batch, self.config.batch_size)
+
+    def _read(self, batch: Batch) -> tuple[int, float]:
+        """Targets of an update, and bytes of text that they stand for, in all processes together."""
+        rows, counted = self.places.rows, self.places.counted
+        if len(counted) < len(rows):
+            batch = batch._replace(weights=batch.weights * np.isin(rows, counted)[:, None])
+        targets, text_bytes = processes.total([batch.weights.sum(), self.source.text_bytes(batch)])
+        return int(targets), float(text_bytes)
 
     def _evaluations_after(self, step: int) -> int:
         """How many evaluations come after a step."""
@@ -264,7 +306,8 @@ class _Run:
     def _save(self) -> None:
         times = {"seconds": self.seconds, "compiling": self.compiling, "evaluating": self.evaluating}
         progress = {"tokens": self.tokens, **times, "running": self.running._asdict()}
-        progress |= {"data": self.source.batches.get_state(), "rows": self.record.count(self.step)}
+        data = processes.merged(self.source.batches.get_state())
+        progress |= {"data": data, "rows": self.record.count(self.step)}
         self.checkpoints.save(self.state, progress, before=self.running.best)
 
     def _assert_healthy(self, metrics: Metrics) -> None:
@@ -285,6 +328,24 @@ class _Run:
             kept = f"the checkpoint of step {good}, before that, is kept; go on from it at a lower rate with: {again}"
             none = f"no good step was saved; start over at a lower rate with: {again} --fresh"
             raise type(error)(f"{error}; {none if good is None else kept}") from None
+
+
+def device_memory() -> dict[str, float]:
+    """{"memory": the most GB in use so far of any device of this process}; nothing where devices do not tell."""
+    told = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return {"memory": max(told) / 1e9} if told else {}
+
+
+def _assert_shared(folder: Path, holds_run: bool) -> None:
+    """Raises UserError where a process does not see the run that the first one has found, or has begun, in the folder."""
+
+    def check() -> None:
+        if folders.holds_run(folder) != holds_run:
+            fault = f"--run-dir {folder} is not the same folder in process {jax.process_index()}"
+            raise UserError(f"{fault}: give one that all processes share")
+
+    if jax.process_count() > 1:
+        processes.in_each(check)
 
 
 def _last_good(folder: Path, checkpoints: Checkpoints) -> int | None:

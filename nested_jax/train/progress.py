@@ -31,7 +31,13 @@ def announced(what: str, seconds: float = 1.0) -> Iterator[None]:
         timer.cancel()
 
 
-_FORMATS = {"epoch": "epoch {:.2f}", "loss": "loss {:.3f}", "bits_per_byte": "{:.3f} bits/byte"}
+_FORMATS = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.3f}",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "utilization": "{:.1%} MFU",
+    "memory": "{:.2f} GB",
+}
 
 
 class Display:
@@ -44,6 +50,7 @@ class Display:
         evaluations: of a step, the number of evaluations after it.
         seconds: between two lines, where the console is no terminal.
         unit: what targets are.
+        work: seconds that the devices would take for an update's matrix products at their greatest speed; None: not known.
     """
 
     def __init__(
@@ -55,9 +62,10 @@ class Display:
         evaluations: Callable[[int], int] = lambda step: 0,
         seconds: float = 10,
         unit: str = "tokens",
+        work: float | None = None,
     ):
         self._console, self._first, self._steps, self._seconds = console, step, steps, seconds
-        self._evaluations, self._evaluation, self._unit = evaluations, math.inf, unit
+        self._evaluations, self._evaluation, self._unit, self._work = evaluations, math.inf, unit, work
         self._shown = self._before = time.monotonic()
         self._tokens = self._busy = 0.0  # of the last updates, and the seconds that they took
         words = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[numbers]}")
@@ -91,16 +99,18 @@ class Display:
         self._evaluation = min(self._evaluation, passed)
         self._before += passed
 
-    def update(self, step: int, tokens: int, **numbers: float) -> float:
+    def update(self, step: int, tokens: int, **numbers: float) -> dict[str, float]:
         """Shows an update.
 
         Args:
             step: updates made.
             tokens: targets of this one.
-            **numbers: to show: of text `epoch`, the times that it was read, `loss`, nats per target, and `bits_per_byte`.
+            **numbers: to show: of text `epoch`, the times that it was read, `loss`, nats per target, `bits_per_byte`, and
+                `memory`, the most GB of a device.
 
         Returns:
-            Tokens per second, averaged over the last updates.
+            "tokens_per_second", averaged over the last updates, and where the devices' speed is known "utilization": the
+            share of it that the update's matrix products are (MFU).
         """
         now = time.monotonic()
         self._tokens, self._busy = 0.8 * self._tokens + 0.2 * tokens, 0.8 * self._busy + 0.2 * (now - self._before)
@@ -108,13 +118,15 @@ class Display:
         left = (self._steps - step) * tokens / max(speed, 1e-9)
         if further := self._evaluations(step):
             left += further * (self._evaluation if self._evaluation < math.inf else 0)
+        speeds = {"tokens_per_second": speed} | ({"utilization": self._work * speed / tokens} if self._work else {})
+        numbers |= speeds
         shown = [form.format(numbers[name]) for name, form in _FORMATS.items() if name in numbers]
         words = "  ".join([*shown, f"{speed:,.0f} {self._unit}/s", f"{_clock(left)} left"])
         self._bar.update(self._task, completed=step, numbers=words)
         if not self._console.is_terminal and (now - self._shown > self._seconds or step in (self._first + 1, self._steps)):
             self._shown = now
             print_line(self._console, f"step {step}/{self._steps}  {words}")
-        return speed
+        return speeds
 
 
 def _clock(seconds: float) -> str:

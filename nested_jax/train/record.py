@@ -25,6 +25,7 @@ class Record:
     Args:
         folder: the run folder.
         step: updates made; later rows are dropped.
+        into: where both are written; None: the run folder.
 
     >>> import contextlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder, contextlib.closing(Record(Path(folder), 0)) as record:
@@ -36,13 +37,14 @@ class Record:
     rows: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
 
-    def __init__(self, folder: Path, step: int):
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, step: int, *, into: Path | None = None):
         self.rows = [row for row in read_rows(folder) if row["step"] <= step]
-        write_file(self._path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._file = self._path.open("a")
-        (folder / "tensorboard").mkdir(exist_ok=True)
-        self._board = EventsWriter(str(folder / "tensorboard" / "events"))
+        into = into or folder
+        path = into / "metrics.jsonl"
+        write_file(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._file = path.open("a")
+        (into / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(into / "tensorboard" / "events"))
         start = _event.SessionLog(status=_event.SessionLog.START)  # TensorBoard drops earlier events from this step on
         self._write(step + 1, session_log=start)
 

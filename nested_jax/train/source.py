@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +13,14 @@ from nested_jax.typing import PyTree
 
 
 class Batches(Protocol):
-    """Batches without end, of `batch_size` rows and `window` slots, whose position can be saved."""
+    """Batches without end, of the rows that this process reads and `window` slots, whose position can be saved."""
 
     def __next__(self) -> Batch:
         """The next batch."""
         ...
 
     def get_state(self) -> Any:
-        """The position, a small JSON value."""
+        """The position: a small JSON dict, which those of other processes can be added to."""
         ...
 
     def set_state(self, state: Any) -> None:
@@ -59,12 +59,16 @@ class Source(Protocol):
         """Words for the start of a run; the first one goes on from the number of tokens of an update."""
         ...
 
-    def numbers(self, batch: Batch, bits: float, targets: int) -> dict[str, float]:
+    def text_bytes(self, batch: Batch) -> float:
+        """Bytes of text that a batch's targets stand for; 0 where they are none."""
+        ...
+
+    def numbers(self, bits: float, text_bytes: float, targets: int) -> dict[str, float]:
         """Numbers of an update, besides its loss.
 
         Args:
-            batch: the update's.
-            bits: its loss, in bits per target.
+            bits: its summed loss.
+            text_bytes: that its targets stand for.
             targets: seen in training so far.
         """
         ...
@@ -101,12 +105,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: TrainConfig, folder: Path | None) -> Source:
+def open_source(config: TrainConfig, folder: Path | None, rows: Sequence[int] | None = None) -> Source:
     """Opens what a config learns from.
 
     Args:
         config: of the run.
         folder: the folder of a run to resume or to start from, which may have a tokenizer; None for a new run.
+        rows: of a batch, which this process reads; None: all.
 
     Returns:
         The task of the config, else its text.
@@ -117,7 +122,7 @@ def open_source(config: TrainConfig, folder: Path | None) -> Source:
     if config.task is not None:
         from nested_jax.train.task import TaskSource
 
-        return TaskSource(config)
+        return TaskSource(config, rows)
     from nested_jax.train.text import open_text
 
-    return open_text(config, folder)
+    return open_text(config, folder, rows)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from nested_jax.data import Batch
 from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import init_state, init_weights
-from nested_jax.parallel import rules
+from nested_jax.parallel import processes, rules
 from nested_jax.parallel.mesh import Divided, MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -51,15 +53,27 @@ def init_train_state(config: TrainConfig, params: PyTree | None = None) -> Train
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer(config).init(weights), fast)
 
 
+def batch_shapes(config: TrainConfig) -> Any:
+    """The `Batch` of an update, of shapes and types alone."""
+    slots = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.window), dtype)
+    return Batch(*map(slots, (np.int32, np.int32, np.float32, np.bool_)))  # pyright: ignore[reportArgumentType]
+
+
 class Places(NamedTuple):
-    """Where a run's arrays lie: the mesh, a sharding for each leaf of its state, and one for the arrays of a batch."""
+    """Where a run's arrays lie."""
 
     shape: MeshShape
     state: TrainState
+    """A sharding for each leaf."""
     batch: Sharding
+    """Of the arrays of a batch."""
+    rows: Sequence[int]
+    """Rows of a batch that this process reads."""
+    counted: Sequence[int]
+    """Those of them that no process before it reads."""
 
 
-def places_of(mesh: Mesh | None, state: TrainState) -> Places:
+def places_of(mesh: Mesh | None, state: TrainState, batch_size: int) -> Places:
     """Where a state, or its shapes, and batches lie: on a mesh by the rules of `parallel.rules`; without one on one device.
 
     Raises:
@@ -67,28 +81,41 @@ def places_of(mesh: Mesh | None, state: TrainState) -> Places:
     """
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        return Places(MeshShape(), jax.tree.map(lambda _: device, state), device)
-    return Places(MeshShape(*mesh.devices.shape), rules.state_shardings(mesh, state), rules.row_sharding(mesh))
+        places = MeshShape(), jax.tree.map(lambda _: device, state), device
+    else:
+        places = MeshShape(*mesh.devices.shape), rules.state_shardings(mesh, state), rules.row_sharding(mesh)
+    return Places(*places, *processes.rows_of(places[-1], batch_size))
 
 
-def open_mesh(config: TrainConfig) -> Mesh | None:
+def open_mesh(mesh: str | None, divided: Divided) -> Mesh | None:
     """The mesh that a run is laid on; None for one device.
 
+    Args:
+        mesh: of a flag; None: as `parallel.mesh.choose`.
+        divided: what it divides.
+
     Raises:
-        UserError: `config.mesh` is not of the devices that there are, or does not divide the model or a batch's parts.
+        UserError: the mesh is not of the devices that there are, or does not divide that, or leaves out devices where there
+            are several processes.
     """
     devices = jax.device_count()
-    if devices == 1 and config.mesh is None:
+    if devices == 1 and mesh is None:
         return None
-    shape = choose(config.mesh, devices, divided(config))
+    shape = choose(mesh, devices, divided)
+    if math.prod(shape) < devices and jax.process_count() > 1:
+        fault = f"--mesh {shape} has {math.prod(shape)} of the {devices} devices of {jax.process_count()} processes"
+        raise UserError(f"{fault}: give a mesh of all of them, or a --batch-size that they divide")
     return make_mesh(shape) if math.prod(shape) > 1 else None
 
 
 def divided(config: TrainConfig) -> Divided:
     """What the axes of a run's mesh divide."""
-    model = config.model
-    tensor = (model.heads, *model.cms.hidden, model.vocabulary)
-    return Divided(config.batch_size // config.accumulate, model.width, tensor, config.window)
+    return divided_by_reader(config.model, config.batch_size // config.accumulate)._replace(tokens=config.window)
+
+
+def divided_by_reader(model: ModelConfig, rows: int) -> Divided:
+    """What the axes of a mesh divide on which rows of any length are read."""
+    return Divided(rows, model.width, (model.heads, *model.cms.hidden, model.vocabulary), 1)
 
 
 def size_of(tree: PyTree) -> int:
@@ -97,7 +124,7 @@ def size_of(tree: PyTree) -> int:
 
 
 def shapes_of(what: str, make: Callable[[], PyTree]) -> PyTree:
-    """The shapes of what a function makes. Raises UserError where the machine has no room for them; none is allocated.
+    """The shapes of what a function makes. Raises UserError where the machines have no room for them; none is allocated.
 
     >>> shapes_of("a model", lambda: jnp.zeros((10**9, 10**9)))
     Traceback (most recent call last):
@@ -109,7 +136,7 @@ def shapes_of(what: str, make: Callable[[], PyTree]) -> PyTree:
         raise
     except (OverflowError, TypeError, ValueError) as error:  # what JAX says of sizes that it cannot count
         raise UserError(f"{what} has sizes that no model has: give a smaller one") from error
-    assert_fits(what, size_of(shapes))
+    assert_fits(what, size_of(shapes) // jax.process_count())
     return shapes
 
 

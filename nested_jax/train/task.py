@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nested_jax.typing import PyTree
 
 
 class TaskBatches:
-    """Batch i is drawn from `np.random.default_rng((seed, i))`, so that i is the whole position.
+    """Batch i is drawn from `np.random.default_rng((seed, i))`, so that i is the whole position; of it some rows are taken.
 
     >>> config = TrainConfig(task="parity", window=8)
     >>> first, again = TaskBatches(config), TaskBatches(config)
@@ -29,14 +29,16 @@ class TaskBatches:
     True
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, rows: Sequence[int] | None = None):
         self._config, self._task, self._next = config, task(config.task or ""), 0
+        self._rows = slice(None) if rows is None or len(rows) == config.batch_size else list(rows)
 
     def __next__(self) -> Batch:
         config = self._config
         rng = np.random.default_rng((config.seed, self._next))
         self._next += 1
-        return self._task.sample(rng, config.batch_size, config.shortest, config.window)
+        whole = self._task.sample(rng, config.batch_size, config.shortest, config.window)
+        return Batch(*(array[self._rows] for array in whole))
 
     def get_state(self) -> dict[str, int]:
         """The number of the next batch."""
@@ -55,12 +57,12 @@ class TaskSource:
 
     unit = "labels"
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, rows: Sequence[int] | None = None):
         self._config, self.name = config, f"the data of --task {config.task}"
         assert_fits(f"--batch-size {config.batch_size} of {config.window}", SLOT_BYTES * config.batch_size * config.window)
         try:
             self._scores = TaskScores(config)
-            self.batches = TaskBatches(config)
+            self.batches = TaskBatches(config, rows)
             first = next(TaskBatches(config))
         except UserError as error:
             raise UserError(f"--shortest {config.shortest} and --window {config.window}: {error}") from None
@@ -77,7 +79,11 @@ class TaskSource:
             f"{config.task}: {config.eval_sequences:,} sequences held out of each of the lengths {lengths}",
         ]
 
-    def numbers(self, batch: Batch, bits: float, targets: int) -> dict[str, float]:
+    def text_bytes(self, batch: Batch) -> float:
+        """None."""
+        return 0.0
+
+    def numbers(self, bits: float, text_bytes: float, targets: int) -> dict[str, float]:
         """None."""
         return {}
 

@@ -14,6 +14,7 @@ from nested_jax.data import Batch
 from nested_jax.data.tasks import score, task
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
+from nested_jax.parallel import processes
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
 from nested_jax.train.state import assert_fits
@@ -77,7 +78,7 @@ class TaskScores:
                 if stop():
                     return None
                 loss, labels = self._read(params, piece)
-                nats, predicted = nats + float(loss), [*predicted, np.asarray(labels)]
+                nats, predicted = nats + float(loss), [*predicted, processes.whole(labels)]
             if n == 1:
                 row["heldout_loss"] = nats / float(whole.weights.sum())
             right = score(np.concatenate(predicted)[: self._number], whole)

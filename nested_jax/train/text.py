@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
-
 from nested_jax.data import (
     Batch,
     ByteTokenizer,
@@ -21,6 +19,7 @@ from nested_jax.data import (
     train_batches,
 )
 from nested_jax.data.ngrams import LIMIT
+from nested_jax.data.pipeline import TrainBatches
 from nested_jax.data.text import Summary
 from nested_jax.errors import UserError
 from nested_jax.files import read_file, write_file
@@ -41,7 +40,7 @@ class Text(NamedTuple):
 
     config: TrainConfig
     tokenizer: Tokenizer
-    batches: grain.DatasetIterator
+    batches: TrainBatches
     """Of `Batch`es, without end."""
     heldout: HeldOut
     heldout_documents: list[bytes]
@@ -72,11 +71,13 @@ class Text(NamedTuple):
         held_out = f"{self.heldout.text_bytes:,} bytes held out, {text_report.counting(self.ngrams)}"
         return [f"{self.epoch:,.0f} an epoch", f"{self.config.data}: {self.contents}", f"{self.config.data}: {held_out}"]
 
-    def numbers(self, batch: Batch, bits: float, targets: int) -> dict[str, float]:
+    def text_bytes(self, batch: Batch) -> float:
+        """Bytes of text that a batch's targets stand for."""
+        return float((self.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
+
+    def numbers(self, bits: float, text_bytes: float, targets: int) -> dict[str, float]:
         """Bits per byte of an update's text, and the times that the text was read."""
-        text_bytes = float((self.tokenizer.byte_lengths[batch.targets] * batch.weights).sum())
-        bits_per_byte = bits * int(batch.weights.sum()) / max(text_bytes, 1)
-        return {"bits_per_byte": bits_per_byte, "epoch": targets / self.epoch}
+        return {"bits_per_byte": bits / max(text_bytes, 1), "epoch": targets / self.epoch}
 
     def compile(self, params: PyTree) -> None:
         """Compiles what `evaluate` runs."""
@@ -129,12 +130,13 @@ class Text(NamedTuple):
             (folder / HELDOUT).unlink(missing_ok=True)
 
 
-def open_text(config: TrainConfig, folder: Path | None) -> Text:
+def open_text(config: TrainConfig, folder: Path | None, rows: Sequence[int] | None = None) -> Text:
     """Opens the text of a config.
 
     Args:
         config: of the run.
         folder: the folder of a run to resume, which has the tokenizer; None for a new run.
+        rows: of a training batch, which this process reads; None: all.
 
     Returns:
         The text.
@@ -155,6 +157,7 @@ def open_text(config: TrainConfig, folder: Path | None) -> Text:
         alignment=config.model.alignment,
         seed=config.seed,
         carry=config.carry,
+        rows=rows,
     )
     ngrams = count_ngrams(config, tokenizer, documents, first)
     digest = fingerprint(documents, heldout_documents)

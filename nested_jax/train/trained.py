@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from nested_jax.data import load_tokenizer
 from nested_jax.errors import UserError
 from nested_jax.models.language_model import init_state
 from nested_jax.models.module import LanguageModel
+from nested_jax.parallel import rules
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
 from nested_jax.train.sample import Tokenizer
-from nested_jax.train.state import init_params, shapes_of
+from nested_jax.train.state import divided_by_reader, init_params, open_mesh, shapes_of
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree
 
@@ -41,12 +42,17 @@ class Trained(NamedTuple):
         return nnx.merge(nnx.split(shell, nnx.Param)[0], nnx.State(self.params))
 
 
-def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.warn) -> Trained:
+def load_run(
+    run_dir: str | os.PathLike,
+    say: Callable[[str], None] = warnings.warn,
+    lay: Callable[[TrainConfig], Mesh | None] = lambda config: None,
+) -> Trained:
     """Reads a run folder, see `nested_jax.load`. It may be anyone's: nothing outside it is read, no size taken on trust.
 
     Args:
         run_dir: the folder.
         say: is called with one line where a checkpoint is damaged and the one before it is read.
+        lay: of a run's config, the mesh that its weights lie on; None: one device.
 
     Raises:
         UserError: the folder holds no run, or no checkpoint that can be read, or a larger model than fits in memory.
@@ -61,8 +67,10 @@ def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.w
         if checkpoints.latest() is None:
             raise UserError(f"--run-dir {folder} holds no checkpoint yet: let nested-jax train go on")
         shapes, _ = shapes_of(f"the model of --run-dir {folder}", lambda: _weights_and_state(config))
-        here = SingleDeviceSharding(jax.devices()[0])  # wherever it was trained
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        mesh = lay(config)
+        here = SingleDeviceSharding(jax.local_devices()[0])  # wherever it was trained
+        places = rules.weight_shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: here, shapes)
+        shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
         step, params = checkpoints.restore_parameters(shapes)
     if config.task is not None:
         return Trained(config, params, None, step)
@@ -71,6 +79,31 @@ def load_run(run_dir: str | os.PathLike, say: Callable[[str], None] = warnings.w
         sizes = f"{tokenizer.vocabulary} tokens and its model {config.model.vocabulary}"
         raise UserError(f"--run-dir {folder}: {TOKENIZER} has {sizes}; put the file back as it was")
     return Trained(config, params, tokenizer, step)
+
+
+@contextlib.contextmanager
+def opened(
+    run_dir: str, mesh: str | None, rows: Callable[[TrainConfig], int], say: Callable[[str], None]
+) -> Iterator[Trained]:
+    """A context with a run read back, on devices that read rows together: their mesh is JAX's current one.
+
+    Args:
+        run_dir: the folder.
+        mesh: of a flag, see `train.state.open_mesh`.
+        rows: of a run's config, how many are read at a time.
+        say: as of `load_run`.
+
+    Raises:
+        UserError: as `load_run` and `open_mesh`.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lay(config: TrainConfig) -> Mesh | None:
+            if chosen := open_mesh(mesh, divided_by_reader(config.model, rows(config))):
+                stack.enter_context(jax.set_mesh(chosen))
+            return chosen
+
+        yield load_run(run_dir, say, lay)
 
 
 def _weights_and_state(config: TrainConfig) -> tuple[PyTree, PyTree]:

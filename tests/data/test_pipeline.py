@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import grain
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches, train_batches
-from nested_jax.data.pipeline import PackedWindows
+from nested_jax.data.pipeline import Batch, PackedWindows
 from nested_jax.errors import UserError
 
 BYTES = ByteTokenizer()
@@ -147,16 +148,22 @@ def test_every_epoch_holds_every_document_once_in_an_order_of_its_own():
     assert row[:23] != row[23:46] != other, "nor is it another seed's"
 
 
-@pytest.mark.parametrize(("shards", "batch"), [(1, 5), (2, 2), (3, 1)])
-def test_shards_are_disjoint_and_together_complete(shards, batch):
-    options = {"window": 64, "batch_size": batch, "alignment": 64, "seed": 1, "shard_count": shards}
-    rows = [row for i in range(shards) for row in started(train_batches(TEXTS, BYTES, shard_index=i, **options), 50)]
-    stream = list(itertools.chain.from_iterable(zip(*rows, strict=True)))
-    assert len(rows) == shards * batch
-    for epoch in range(2):
-        assert set(stream[23 * epoch :][:23]) == {text[:3].encode() for text in TEXTS}
-    single = train_batches(TEXTS, BYTES, **{**options, "batch_size": shards * batch, "shard_count": 1})
-    assert started(single, 50) == rows  # the shards are the rows of one batch
+def test_processes_read_rows_of_one_batch_and_any_others_go_on():
+    options = {"window": 64, "batch_size": 6, "alignment": 64, "seed": 1}
+    whole, states = train_batches(TEXTS, BYTES, **options), {}
+    before, after = list(itertools.islice(whole, 50)), list(itertools.islice(whole, 5))
+    stream = itertools.chain.from_iterable(zip(*started(iter(before), 50), strict=True))
+    for epoch in (list(itertools.islice(stream, 23)) for _ in range(2)):
+        assert set(epoch) == {text[:3].encode() for text in TEXTS}
+    for rows in ([0, 1], [2, 3, 4], [5]):
+        batches = train_batches(TEXTS, BYTES, **options, rows=rows)
+        same(itertools.islice(batches, 50), [Batch(*(array[rows] for array in batch)) for batch in before])
+        states |= batches.get_state()
+    for rows in ([4, 0], [1, 2, 3, 5], None):
+        batches = train_batches(TEXTS, BYTES, **options, rows=rows)
+        batches.set_state(json.loads(json.dumps(states)))
+        some = slice(None) if rows is None else rows
+        same(itertools.islice(batches, 5), [Batch(*(array[some] for array in batch)) for batch in after])
 
 
 @settings(quick, max_examples=25)
@@ -225,9 +232,10 @@ def test_sizes_that_do_not_fit_are_named_in_one_line(wrong, line):
         heldout_batches(**options)
 
 
-def test_a_wrong_shard_and_a_wrong_limit_are_named_in_one_line():
+@pytest.mark.parametrize("rows", [[], [1], [-1], [0, 7]])
+def test_wrong_rows_and_a_wrong_limit_are_named_in_one_line(rows):
     options = {"window": 8, "batch_size": 1, "alignment": 4}
-    with pytest.raises(UserError, match="^shard 2 of 2: the index must be at least 0 and below the count$"):
-        train_batches(TEXTS, BYTES, seed=0, shard_index=2, shard_count=2, **options)
+    with pytest.raises(UserError, match=rf"^rows {re.escape(str(rows))} of batch_size 1: give some of 0 to 0$"):
+        train_batches(TEXTS, BYTES, seed=0, rows=rows, **options)
     with pytest.raises(UserError, match="^limit_tokens 0 must be a whole number of at least 1$"):
         heldout_batches(TEXTS, BYTES, limit_tokens=0, **options)

@@ -88,7 +88,7 @@ def test_weights_are_gathered_a_block_at_a_time(family):
     config = TrainConfig.from_preset(f"tiny-{family}", model=model, batch_size=B, window=T)
     mesh, update = make_mesh(MESHES["2x2x2"]), train_step(model, optimizer(config))
     state = jax.eval_shape(lambda: init_train_state(config))
-    places = places_of(mesh, state)
+    places = places_of(mesh, state, B)
     with jax.set_mesh(mesh):
         step = jax.jit(update, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
         program = hlo.parse(step.lower(state, batch()).compile().as_text())
@@ -108,7 +108,7 @@ def test_an_update_keeps_everything_in_parts(rule):
     expected, metrics = jax.jit(update)(alone, given)
     mesh = make_mesh(MESHES["2x2x2"])
     with jax.set_mesh(mesh):
-        places = places_of(mesh, alone)
+        places = places_of(mesh, alone, B)
         state = jax.jit(lambda: init_train_state(config), out_shardings=places.state)()
         assert_in_parts(state)
         step = jax.jit(
@@ -141,7 +141,7 @@ def test_carried_state_lies_in_parts(family):
     update = train_step(model, optimizer(config), accumulate=2)
     expected = jax.jit(lambda: init_train_state(config))()
     mesh = make_mesh(MESHES["2x2x2"])
-    places = places_of(mesh, expected)
+    places = places_of(mesh, expected, B)
     with jax.set_mesh(mesh):
         state = jax.device_put(expected, places.state)
         step = jax.jit(update, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))

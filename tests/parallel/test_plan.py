@@ -10,8 +10,9 @@ import pytest
 from nested_jax import UserError, preset
 from nested_jax.cli import main
 from nested_jax.parallel import hbm, hlo
+from nested_jax.parallel.chips import CHIPS
 from nested_jax.parallel.mesh import MeshShape
-from nested_jax.parallel.plan import CHIPS, Plan, plan, table
+from nested_jax.parallel.plan import Plan, plan, table
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.state import init_train_state, size_of
 
