@@ -6,6 +6,7 @@ checkpoint has such a list, and one that was changed or cut short later is not r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,7 +14,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from nested_jax.errors import UserError
 from nested_jax.files import open_file, read_file, write_file
-from nested_jax.parallel.processes import in_each, of_first
+from nested_jax.parallel.processes import first, in_each, of_first
 from nested_jax.train.state import TrainState, size_of
 from nested_jax.typing import PyTree
 
@@ -55,33 +57,39 @@ class Checkpoints:
         self._run, self._say = folder.absolute(), say
         self._damaged: list[Path] = []
         handlers = {name: ocp.StandardCheckpointHandler() for name in _TREES} | {"progress": ocp.JsonCheckpointHandler()}
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))  # pyright: ignore[reportArgumentType]
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))  # pyright: ignore[reportArgumentType]
+        self._thread, self._writing = ThreadPoolExecutor(1), None
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None where there is none."""
+        self.wait()
         steps = of_first(self._steps)
         return steps[-1][0] if steps else None
 
     def last_before(self, step: int) -> int | None:
         """The newest checkpoint before a step; None where there is none."""
+        self.wait()
         return max((own for own, _ in of_first(self._steps) if own < step), default=None)
 
     def return_to(self, step: int) -> None:
         """Deletes the checkpoints after a step."""
+        self.wait()
         later = [self.folder / name for own, name in of_first(self._steps) if own > step]
         of_first(lambda: [shutil.rmtree(path) for path in later])
 
-    def save(self, state: TrainState, progress: dict[str, Any], *, before: int = 0) -> None:
+    def save(self, state: TrainState, progress: dict[str, Any], *, before: int = 0, wait: bool = True) -> None:
         """Writes a checkpoint and deletes all but the last two and the last one before a step. One of the same step stays.
 
         Args:
             state: its step is the checkpoint's name. Its leaves may have any shape, and may be NumPy's.
             progress: a JSON value that is saved with it.
             before: that step.
+            wait: until the files are there; else they are written while the caller goes on, which may donate the state.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it, or the one before, cannot be written.
         """
+        self.wait()
         step = int(state.step)
         path, part = self.folder / str(step), self.folder / f"{step}{_PART}"
         trees = {name: tree for name, tree in map_trees(_stored, state).items() if jax.tree.leaves(tree)}
@@ -108,16 +116,37 @@ class Checkpoints:
                 if own != kept:
                     shutil.rmtree(self.folder / old, ignore_errors=True)
 
-        try:
-            if of_first(prepare):
-                self._orbax.save(part, args=ocp.args.Composite(**items))
-                of_first(finish)
-        except Exception as error:  # whatever the storage layers raise
-            remedy = "older checkpoints are kept"
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                remedy = f"make room and give the same command again; {remedy}"
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
+        @contextlib.contextmanager
+        def told() -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:  # whatever the storage layers raise
+                remedy = "older checkpoints are kept"
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                    remedy = f"make room and give the same command again; {remedy}"
+                if first():
+                    shutil.rmtree(part, ignore_errors=True)
+                raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
+
+        def write() -> None:
+            with told():
+                self._orbax.wait_until_finished()
+                if first():
+                    finish()
+
+        with told():
+            if not of_first(prepare):
+                return
+            self._orbax.save(part, args=ocp.args.Composite(**items))  # copies the state
+        self._writing = self._thread.submit(write)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the files of the last `save`. Raises UserError as that."""
+        if self._writing is not None:
+            written, self._writing = self._writing, None
+            in_each(written.result)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint that is whole.
@@ -141,8 +170,12 @@ class Checkpoints:
         return step, items["parameters"]
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
-        self._orbax.close()
+        """Waits for the files of the last `save`, and ends all threads. Raises UserError as `save`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
     def _steps(self) -> list[list[Any]]:
         """[step, name] of the checkpoints that are not known to be damaged, oldest first."""
@@ -155,6 +188,7 @@ class Checkpoints:
 
     def _read(self, trees: dict[str, PyTree], **others: Any) -> tuple[int, dict[str, Any]]:
         """The step and items of the newest complete checkpoint. Another process that trains may delete any."""
+        self.wait()
         faults = {}
         while steps := of_first(self._steps):
             step, path = steps[-1][0], self.folder / steps[-1][1]

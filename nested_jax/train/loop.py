@@ -308,7 +308,7 @@ class _Run:
         progress = {"tokens": self.tokens, **times, "running": self.running._asdict()}
         data = processes.merged(self.source.batches.get_state())
         progress |= {"data": data, "rows": self.record.count(self.step)}
-        self.checkpoints.save(self.state, progress, before=self.running.best)
+        self.checkpoints.save(self.state, progress, before=self.running.best, wait=False)
 
     def _assert_healthy(self, metrics: Metrics) -> None:
         """Raises Diverged where a number is not finite or the loss has risen too far, and notes the last good step."""

@@ -1,5 +1,6 @@
 """What checkpoints hold, and what is said of those that cannot be read."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -195,11 +196,44 @@ def test_what_stopped_a_save_is_told_as_what_it_is(saved, monkeypatch, error, li
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
-    with pytest.raises(UserError, match=f"checkpoints/4 cannot be written: {line}") as caught:
-        Checkpoints(saved).save(state(4), {})
-    assert "\n" not in str(caught.value)
-    assert Checkpoints(saved).restore(shapes(0))[0].step == 3
+    for step in ("save", "wait_until_finished"):  # while the state is copied, and while its files are written
+        with monkeypatch.context() as patched:
+            patched.setattr(ocp.AsyncCheckpointer, step, fail)
+            with pytest.raises(UserError, match=f"checkpoints/4 cannot be written: {line}") as caught:
+                Checkpoints(saved).save(state(4), {})
+        assert "\n" not in str(caught.value)
+        assert Checkpoints(saved).restore(shapes(0))[0].step == 3
+
+
+def test_a_save_that_is_not_waited_for_has_the_state_as_it_was(tmp_path):
+    """The state is donated at once; the next save, or a reader, waits."""
+    update = jax.jit(lambda s: s._replace(step=s.step + 1, params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0)
+    large = lambda n: {"a": jnp.full(2**20, float(n))}
+    now = TrainState(jnp.int32(0), large(0), (), None)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step in range(4):
+            checkpoints.save(now, {"step": step}, wait=False)
+            now = update(update(now))
+            if step == 1:
+                assert checkpoints.latest() == 2
+        restored, progress = checkpoints.restore(now)
+    assert (restored.step, progress) == (6, {"step": 3})
+    assert (restored.params["a"] == 6).all()
+
+
+def test_a_save_that_failed_while_training_went_on_is_told_at_the_next_or_the_end(saved, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_list_files", fail)
+    checkpoints = Checkpoints(saved)
+    checkpoints.save(state(4), {}, wait=False)
+    with pytest.raises(UserError, match="checkpoints/4 cannot be written: No space left on device"):
+        checkpoints.save(state(5), {}, wait=False)
+    checkpoints.save(state(5), {}, wait=False)
+    with pytest.raises(UserError, match="checkpoints/5 cannot be written: No space left on device"):
+        checkpoints.close()
+    assert Checkpoints(saved).latest() == 3
 
 
 def test_what_a_stopped_save_has_left_is_no_checkpoint_and_is_removed(saved):
