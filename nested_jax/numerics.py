@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from nested_jax.typing import Array, Float, Int, PyTree
 
@@ -53,6 +53,13 @@ BATCH, TOKENS, HEADS = ("fsdp", "data"), "sequence", "tensor"
 """Axes of a mesh along which rows, tokens, and heads, hidden units and the vocabulary are split, see `parallel.rules`."""
 
 
+def mesh_of_four() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`; None where it has not all four axes, or inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh if all(kinds.get(name) == AxisType.Auto for name in (*BATCH, TOKENS, HEADS)) else None
+
+
 def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """x, laid on the mesh of `jax.set_mesh`; as it is where there is none of all four axes, or inside `jax.shard_map`.
 
@@ -60,11 +67,7 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         x: an array.
         axes: of the mesh, for each of its axes from the first on. An axis that they do not divide is not split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kinds.get(name) != AxisType.Auto for name in (*BATCH, TOKENS, HEADS)):
+    if (mesh := mesh_of_four()) is None:
         return x
     size = lambda names: math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
     fits = lambda n, names: names is not None and n % size(names) == 0

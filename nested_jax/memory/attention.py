@@ -21,6 +21,7 @@ from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
 from nested_jax.memory.projections import init_qkv, qkv
+from nested_jax.memory.splash import fits, splash
 from nested_jax.memory.stream import bounded, check_call, check_sizes, check_tokens
 from nested_jax.numerics import normal, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
@@ -50,8 +51,9 @@ class Attention:
     Args:
         width, heads: D and H, K = D / H.
         window: tokens that a query sees, itself included; None for all that the state's bound leaves.
-        implementation: of `jax.nn.dot_product_attention`. A fused kernel ("cudnn") has no second derivative and no
-            forward mode: a model that differentiates through inner gradients needs "xla".
+        implementation: of `jax.nn.dot_product_attention`; None: its choice, on TPUs splash attention for what starts a
+            stream. A fused kernel (splash, "cudnn") has no second derivative and no forward mode: a model that
+            differentiates through inner gradients needs "xla".
 
     Source: NL Eq. 62-63.
 
@@ -151,7 +153,11 @@ class Attention:
             in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -1 - state.newest, 1).astype(x.dtype), new], 1)
             keys, values, where = in_order(state.keys, k), in_order(state.values, v), jnp.concatenate([age - size, step])
         causal = fresh and reset is None and min(size, 2 * BLOCK) >= T
-        y = self._attend(q, keys.astype(x.dtype), values.astype(x.dtype), at, where, size, causal)
+        keys, values = keys.astype(x.dtype), values.astype(x.dtype)
+        if fresh and self.implementation is None and fits(q):
+            y = splash(q, keys, values, step[None] - at, size if size < T else None)
+        else:
+            y = self._attend(q, keys, values, at, where, size, causal)
         return after, y.reshape(B, T, D) @ weights["out"].astype(x.dtype)
 
     def _attend(self, q, keys, values, at, where, size, causal):

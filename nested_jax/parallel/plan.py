@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     """(turns, array, how many) that loops make, read or keep for the backward pass, the largest first, see `hbm.carried`."""
     excess: str
     """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
+    kernels: int = 0
+    """Runs of Pallas kernels, whose cycles nothing estimates."""
 
     @property
     def chip(self) -> Chip:
@@ -112,7 +114,9 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     program = hlo.parse(compiled.as_text() or "")
     made |= {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes, "excess": ""}
     made |= {"arguments": memory.argument_size_in_bytes, "collectives": hlo.collectives(program, shape)}
-    return Plan(**made, cycles=_cycles(program), traffic=hbm.traffic(program), kept=hbm.carried(program))
+    return Plan(
+        **made, cycles=_cycles(program), kernels=_kernels(program), traffic=hbm.traffic(program), kept=hbm.carried(program)
+    )
 
 
 def table(plan: Plan) -> str:
@@ -139,6 +143,8 @@ def table(plan: Plan) -> str:
         lines += [
             f"  {'the step' if runs == 1 else f'a loop of {runs:,} turns':<21} {cycles / 1e6:,.2f} million cycles, estimated"
         ]
+    if plan.kernels:
+        lines += [f"  Pallas kernels        {plan.kernels:,} runs, whose cycles are in no estimate"]
     lines += ["least milliseconds of a step by"]
     lines += [f"  {1e3 * value:>9,.2f}  {name}" for name, value in seconds.items()]
     if not plan.excess:
@@ -189,6 +195,12 @@ def _excess(error: str) -> str:
     if match := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error):
         return f"in all {match[1]}, memory of {match[2]}"
     return error.splitlines()[0][:200]
+
+
+def _kernels(program: hlo.Program) -> int:
+    """How often Pallas kernels run."""
+    ours = lambda line: line.opcode == "custom-call" and '"tpu_custom_call"' in line.attributes
+    return sum(times * sum(map(ours, program.computations[name])) for name, times in hlo.runs(program).items())
 
 
 def _cycles(program: hlo.Program) -> list[tuple[int, int]]:

@@ -61,6 +61,9 @@ def test_a_table_says_what_bounds_a_step():
     ):
         assert line in text.splitlines()
     assert "  does not fit: 20.000 GB of 16.000 GB" in table(made._replace(temporaries=16 * 10**9))
+    assert "Pallas" not in text
+    kernels = table(made._replace(kernels=36)).splitlines()
+    assert "  Pallas kernels        36 runs, whose cycles are in no estimate" in kernels
     lacking = table(made._replace(excess="27.32G of 15.75G", cycles=[]))
     assert "  does not fit: 27.32G of 15.75G, as the compiler says" in lacking and "at most" not in lacking
 
@@ -73,6 +76,9 @@ def test_a_small_step_is_compiled_for_tpus(topology):
     made = plan(CONFIG, topology)
     state = jax.eval_shape(lambda: init_train_state(CONFIG))
     assert 1 / 4 < made.arguments / size_of(state) < 1 / 2 and not made.excess
+    assert made.kernels == 3 * SMALL.layers, (
+        "attention, and its derivatives by queries and by keys and values, of each block"
+    )
     assert 0 < made.temporaries < made.chip.memory / 100 and made.chip == CHIPS[topology[:3]]
     matrices = sum(np.prod(w.shape) for w in jax.tree.leaves(state.params) if w.ndim > 1 and min(w.shape[-2:]) > 100)
     forward = 2 * 4 * 128 * (matrices - 256 * 128) + 3 * 4 * 4 * 128**2 * 128  # the embedding is looked up
