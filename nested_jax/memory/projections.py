@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import check_key
 from nested_jax.memory.stream import CONVOLUTION
-from nested_jax.numerics import BATCH, HEADS, l2norm, lay, normal, upcast
+from nested_jax.numerics import BATCH, HEADS, TOKENS, l2norm, lay, normal, upcast
 from nested_jax.typing import Array, Float, PyTree
 
 
@@ -36,21 +36,19 @@ def init_qkv(key: Array, width: int) -> dict[str, Array]:
     return {"query": q, "key": k, "value": v}
 
 
-def qkv(weights: PyTree, x: Float[Array, "B T D"], heads: int) -> tuple[Float[Array, "B T H K"], ...]:
-    """Queries, keys and values of tokens, of x's type."""
-    q, k, v = (split_heads(x @ weights[name].astype(x.dtype), heads) for name in ("query", "key", "value"))
+def qkv(
+    weights: PyTree, x: Float[Array, "B T D"], heads: int, tokens: str | None = None
+) -> tuple[Float[Array, "B T H K"], ...]:
+    """Queries, keys and values of tokens, of x's type, laid along the mesh's axis of heads, and of tokens if it is given."""
+    split = lambda y: lay(y.reshape(*x.shape[:2], heads, -1), BATCH, tokens, HEADS)
+    q, k, v = (split(x @ weights[name].astype(x.dtype)) for name in ("query", "key", "value"))
     return q, k, v
-
-
-def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H K"]:
-    """Tokens by heads, laid along the mesh's axis of heads."""
-    return lay(x.reshape(*x.shape[:2], heads, -1), BATCH, None, HEADS)
 
 
 def project_in(weights: PyTree, x: Float[Array, "B T D"], heads: int) -> tuple[Array, ...]:
     """(q, k, v, *gates) of convolved tokens: (B, T, H, K) with q and k of unit norm, then (B, T, H) in (0, 1)."""
     B, T, _ = x.shape
-    q, k, v = (upcast(y) for y in qkv(weights, x, heads))
+    q, k, v = (upcast(y) for y in qkv(weights, x, heads, TOKENS))
     gates = jax.nn.sigmoid(upcast(x @ weights["gates"].astype(x.dtype)) + weights["gates_bias"][None, None])
     gates = gates.reshape(B, T, -1, heads)
     return l2norm(q), l2norm(k), v, *(gates[:, :, i] for i in range(gates.shape[2]))

@@ -25,6 +25,7 @@ from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
+from nested_jax.memory.passing import devices, read_passing
 from nested_jax.numerics import rms_norm, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
@@ -116,7 +117,7 @@ class MemoryLayer(abc.ABC):
         recent, x = convolve(weights["taps"], state.recent, x, reset)
         tokens = self.project(weights, x)
         memory, y = read_stream(
-            level, state.memory, tokens, position,
+            self.level, weights, state.memory, tokens, position,
             reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots,
         )  # fmt: skip
         return LayerState(memory, recent), project_out(weights, y, x.dtype)
@@ -207,7 +208,8 @@ def check_documents(name: str, grid: int, position: Position, reset: Array | np.
 
 
 def read_stream(
-    level: Level,
+    of_rows: Callable[[PyTree, int], Level],
+    weights: PyTree,
     state: PyTree,
     tokens: PyTree,
     position: Position,
@@ -220,7 +222,8 @@ def read_stream(
     """Lets a memory's level read T more tokens, wherever the last piece ended.
 
     Args:
-        level: reads `Chunk`s, counts its own tokens, and emits (B, H, C, V) a chunk.
+        of_rows: (weights, B) -> the level of B rows: reads `Chunk`s, counts its own tokens, emits (B, H, C, V) a chunk.
+        weights: its weights.
         state: of the level.
         tokens: pytree of (B, T, H, ...).
         position: tokens read before this piece.
@@ -232,24 +235,36 @@ def read_stream(
     Returns:
         (state, outputs).
     """
-    length, C, period = jax.tree.leaves(tokens)[0].shape[1], level.tokens, level.period * level.tokens
+    rows, length = jax.tree.leaves(tokens)[0].shape[:2]
+    level = of_rows(weights, rows)
+    C, period = level.tokens, level.period * level.tokens
     known = not isinstance(position, jax.Array)
     if not (aligned or length == 1 or (known and position % period == 0)):
         return _read_off_grid(level, state, tokens, position, reset, checkpoint)
 
-    def chunks(begin, end, size):
-        part = jax.tree.map(lambda x: _to_chunks(x[:, begin:end], size), tokens)
-        return Chunk(part, None, None if reset is None else reset[:, begin:end:size].T)
+    def chunks(stream, size):
+        tokens, reset = stream
+        part = jax.tree.map(lambda x: _to_chunks(x, size), tokens)
+        return Chunk(part, None, None if reset is None else reset[:, ::size].T)
+
+    def read_periods(weights, state, stream):
+        rows, length = jax.tree.leaves(stream)[0].shape[:2]
+        restarting = _restarting(of_rows(weights, rows), stream[1], snapshots.drop)
+        keep = fit_checkpoint(checkpoint, length // period)
+        state, y = run(restarting, state, chunks(stream, C), checkpoint=keep)
+        return state, _from_chunks(y)
 
     whole, full, outputs = length - length % period, length - length % C, []
+    part = lambda begin, end: jax.tree.map(lambda x: x[:, begin:end], (tokens, reset))
     if whole:
-        restarting, keep = _restarting(level, reset, snapshots.drop), fit_checkpoint(checkpoint, whole // period)
-        state, y = run(restarting, snapshots.drop(state), chunks(0, whole, C), checkpoint=keep)
+        given = weights, snapshots.drop(state), part(0, whole)
+        state, y = read_passing(read_periods, *given) if devices(whole // period) > 1 else read_periods(*given)
         state = snapshots.take(state)
-        outputs.append(_from_chunks(y))
+        outputs.append(y)
     for begin, end in ((whole, full), (full, length)):  # whole chunks of a longer period, then what remains of a chunk
         if begin < end:
-            state, y = _restarting(level, reset).step(state, chunks(begin, end, min(C, end - begin)), ())
+            rest = chunks(part(begin, end), min(C, end - begin))
+            state, y = _restarting(level, reset).step(state, rest, ())
             outputs.append(_from_chunks(y))
     return state, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 

@@ -126,11 +126,13 @@ def called_by(line: Instruction) -> list[str]:
 def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
     """What devices send one another, the most first; an instruction that stands in several computations counts once.
 
+    One instruction has one channel; those of `jax.shard_map` may all have the same, and so the same call and shape too.
+
     Args:
         program: compiled for a mesh.
         mesh: its shape.
     """
-    found: dict[str, Collective] = {}
+    found: dict[tuple[str | None, ...], Collective] = {}
     for name, times in runs(program).items():
         for line in program.computations[name]:
             kind = line.opcode.removesuffix("-start")
@@ -138,8 +140,8 @@ def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
                 groups = _groups(line) or [tuple(range(math.prod(mesh)))]  # {}: all devices
                 size = len(groups[0]) if kind != "collective-permute" else 2
                 ours = Collective(kind, _axes(groups, mesh), _result(line), times, times * _sent(kind, line, size))
-                channel = re.search(r"channel_id=(\d+)", line.attributes)
-                key = channel[1] if channel else line.name
+                channel, call = (re.search(of, line.attributes) for of in (r"channel_id=(\d+)", r'op_name="([^"]*)"'))
+                key = (channel[1], kind, ours.shape, call and call[1]) if channel else (line.name,)
                 found[key] = max(found.get(key, ours), ours, key=lambda one: one.sent)
     return sorted(found.values(), key=lambda one: -one.sent)
 
