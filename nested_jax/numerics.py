@@ -60,6 +60,13 @@ def mesh_of_four() -> AbstractMesh | None:
     return mesh if all(kinds.get(name) == AxisType.Auto for name in (*BATCH, TOKENS, HEADS)) else None
 
 
+def devices_along(axis: str, pieces: int) -> int:
+    """Devices along an axis of the mesh of `jax.set_mesh` that share so many pieces; 1 where they do not divide them."""
+    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
+        return 1
+    return mesh.shape[axis] if pieces % mesh.shape[axis] == 0 else 1
+
+
 def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """x, laid on the mesh of `jax.set_mesh`; as it is where there is none of all four axes, or inside `jax.shard_map`.
 
@@ -67,7 +74,7 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         x: an array.
         axes: of the mesh, for each of its axes from the first on. An axis that they do not divide is not split.
     """
-    if (mesh := mesh_of_four()) is None:
+    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
         return x
     size = lambda names: math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
     fits = lambda n, names: names is not None and n % size(names) == 0

@@ -18,29 +18,26 @@ from nested_jax.numerics import BATCH, TOKENS, mesh_of_four, vary
 from nested_jax.typing import PyTree
 
 
-def devices(periods: int) -> int:
-    """Devices along the mesh's sequence that share a stream of so many periods; 1 where they do not divide them."""
-    mesh = mesh_of_four()
-    n = 1 if mesh is None else mesh.shape[TOKENS]
-    return n if periods % n == 0 else 1
-
-
 def read_passing(
-    read: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], weights: PyTree, state: PyTree, stream: PyTree
+    of_rows: Callable[[PyTree, int], Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]],
+    weights: PyTree,
+    state: PyTree,
+    stream: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """`read(weights, state, stream)`, where the stream lies along the mesh's sequence.
+    """`of_rows(weights, B)(state, stream)`, where the stream lies along the mesh's sequence.
 
     Args:
-        read: of any rows, from a state at a part's first token: its state after it and outputs, leaves (B, T, ...).
-        weights: what it reads with; it uses no other arrays.
+        of_rows: what reads so many rows, from a state at a part's first token: the state after it and outputs, leaves
+            (B, T, ...). It uses no other arrays.
+        weights: what it reads with.
         state: leaves (B, ...), or () of all rows.
-        stream: leaves (B, T, ...); every device's part is one that `read` may start from.
+        stream: leaves (B, T, ...); every device's part is one that a reader may start from.
 
     Returns:
         (state, outputs) of all.
     """
     mesh, rows = mesh_of_four(), jax.tree.leaves(stream)[0].shape[0]
-    assert mesh is not None, "`devices` has found one"
+    assert mesh is not None, "`numerics.devices_along` has found one"
     n, split = mesh.shape[TOKENS], math.prod(mesh.shape[name] for name in BATCH)
     groups = math.gcd(rows // split, n) if rows % split == 0 else 1  # each has rows of all devices along the batch
 
@@ -54,12 +51,14 @@ def read_passing(
         device = jax.lax.axis_index(TOKENS)
         weights, states = vary((weights, states), device)  # so gradients are summed once, after the rounds
 
+        read = of_rows(weights, rows // groups)
+
         def turn(arrived, t):
             group = jnp.clip(t - device, 0, groups - 1)
             of_group = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, group, keepdims=False), tree)
             begins = (device == 0) | (t < device) | (t - device >= groups)  # but for the first, what is read is left out
             start = jax.tree.map(lambda a, b: jnp.where(begins, a, b), of_group(states), arrived)
-            after, outputs = read(weights, start, of_group(stream))
+            after, outputs = read(start, of_group(stream))
             send = lambda x: jax.lax.ppermute(x, TOKENS, [(i, i + 1) for i in range(n - 1)])
             return jax.tree.map(send, after), (after, outputs)
 

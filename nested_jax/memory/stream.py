@@ -25,8 +25,8 @@ from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
-from nested_jax.memory.passing import devices, read_passing
-from nested_jax.numerics import rms_norm, vary
+from nested_jax.memory.passing import read_passing
+from nested_jax.numerics import TOKENS, devices_along, rms_norm, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -117,8 +117,8 @@ class MemoryLayer(abc.ABC):
         recent, x = convolve(weights["taps"], state.recent, x, reset)
         tokens = self.project(weights, x)
         memory, y = read_stream(
-            self.level, weights, state.memory, tokens, position,
-            reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots,
+            level, state.memory, tokens, position,
+            reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots, remade=(self.level, weights),
         )  # fmt: skip
         return LayerState(memory, recent), project_out(weights, y, x.dtype)
 
@@ -208,8 +208,7 @@ def check_documents(name: str, grid: int, position: Position, reset: Array | np.
 
 
 def read_stream(
-    of_rows: Callable[[PyTree, int], Level],
-    weights: PyTree,
+    level: Level,
     state: PyTree,
     tokens: PyTree,
     position: Position,
@@ -218,26 +217,25 @@ def read_stream(
     aligned: bool = False,
     checkpoint: Checkpoint = "full",
     snapshots: Snapshots = NO_SNAPSHOTS,
+    remade: tuple[Callable[[PyTree, int], Level], PyTree] | None = None,
 ) -> tuple[PyTree, Float[Array, "B T H V"]]:
     """Lets a memory's level read T more tokens, wherever the last piece ended.
 
     Args:
-        of_rows: (weights, B) -> the level of B rows: reads `Chunk`s, counts its own tokens, emits (B, H, C, V) a chunk.
-        weights: its weights.
+        level: reads `Chunk`s, counts its own tokens, and emits (B, H, C, V) a chunk.
         state: of the level.
         tokens: pytree of (B, T, H, ...).
         position: tokens read before this piece.
         reset: starts of documents, on the grid: such a row restarts from the level's start.
         aligned: the piece starts on the grid, though its position does not say so while tracing.
         checkpoint: what the backward pass keeps, in periods of the level, see `nested_jax.remat.scan`.
+        remade: (weights, B) -> the level of B rows, and the weights: where devices share the stream. None: they do not.
         snapshots: of the level's state; the scan over whole periods carries none, so that its backward pass keeps none.
 
     Returns:
         (state, outputs).
     """
-    rows, length = jax.tree.leaves(tokens)[0].shape[:2]
-    level = of_rows(weights, rows)
-    C, period = level.tokens, level.period * level.tokens
+    length, C, period = jax.tree.leaves(tokens)[0].shape[1], level.tokens, level.period * level.tokens
     known = not isinstance(position, jax.Array)
     if not (aligned or length == 1 or (known and position % period == 0)):
         return _read_off_grid(level, state, tokens, position, reset, checkpoint)
@@ -247,18 +245,22 @@ def read_stream(
         part = jax.tree.map(lambda x: _to_chunks(x, size), tokens)
         return Chunk(part, None, None if reset is None else reset[:, ::size].T)
 
-    def read_periods(weights, state, stream):
-        rows, length = jax.tree.leaves(stream)[0].shape[:2]
-        restarting = _restarting(of_rows(weights, rows), stream[1], snapshots.drop)
-        keep = fit_checkpoint(checkpoint, length // period)
+    def read_periods(level, state, stream):
+        restarting = _restarting(level, stream[1], snapshots.drop)
+        keep = fit_checkpoint(checkpoint, jax.tree.leaves(stream)[0].shape[1] // period)
         state, y = run(restarting, state, chunks(stream, C), checkpoint=keep)
         return state, _from_chunks(y)
 
     whole, full, outputs = length - length % period, length - length % C, []
     part = lambda begin, end: jax.tree.map(lambda x: x[:, begin:end], (tokens, reset))
     if whole:
-        given = weights, snapshots.drop(state), part(0, whole)
-        state, y = read_passing(read_periods, *given) if devices(whole // period) > 1 else read_periods(*given)
+        state, stream = snapshots.drop(state), part(0, whole)
+        if remade is not None and devices_along(TOKENS, whole // period) > 1:
+            make, weights = remade
+            of_rows = lambda weights, rows: partial(read_periods, make(weights, rows))
+            state, y = read_passing(of_rows, weights, state, stream)
+        else:
+            state, y = read_periods(level, state, stream)
         state = snapshots.take(state)
         outputs.append(y)
     for begin, end in ((whole, full), (full, length)):  # whole chunks of a longer period, then what remains of a chunk

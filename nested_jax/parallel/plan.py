@@ -130,7 +130,7 @@ def table(plan: Plan) -> str:
     else:
         taken, verdict = plan.arguments + plan.temporaries, "fits" if plan.fits else "does not fit"
         lines += [f"  temporaries           {size(plan.temporaries)}, counted; {size(plan.host)} in the host"]
-        lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}; the largest arrays of loops:"]
+        lines += [f"  {verdict}: {size(taken)} of {size(chip.memory)}" + "; the largest arrays of loops:" * bool(plan.kept)]
         for turns, laid, count in plan.kept[:5]:
             more = f", {laid.padded / laid.bytes:.2g} times their numbers" * (laid.padded > laid.bytes)
             lines += [f"    {size(count * laid.padded)} in tiles{more}: {count} x {laid.shape} in a loop of {turns:,} turns"]
