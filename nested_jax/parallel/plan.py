@@ -160,9 +160,9 @@ def _devices(topology: str) -> Sequence[Any]:
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
         raise UserError(f"--topology {shown(topology)}: give one of {', '.join(CHIPS)} and a shape, such as v5e:4x4")
     # No machine of Google's is asked for its chips, and another process may use libtpu too.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for name, value in (alone | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
