@@ -117,7 +117,7 @@ class Checkpoints:
                     shutil.rmtree(self.folder / old, ignore_errors=True)
 
         @contextlib.contextmanager
-        def told() -> Iterator[None]:
+        def as_user_error() -> Iterator[None]:
             try:
                 yield
             except Exception as error:  # whatever the storage layers raise
@@ -129,12 +129,12 @@ class Checkpoints:
                 raise UserError(f"checkpoint {path} cannot be written: {_reason(error)}; {remedy}") from error
 
         def write() -> None:
-            with told():
+            with as_user_error():
                 self._orbax.wait_until_finished()
                 if first():
                     finish()
 
-        with told():
+        with as_user_error():
             if not of_first(prepare):
                 return
             self._orbax.save(part, args=ocp.args.Composite(**items))  # copies the state

@@ -331,13 +331,13 @@ class _Run:
 
 
 def device_memory() -> dict[str, float]:
-    """{"memory": the most GB in use so far of any device of this process}; nothing where devices do not tell."""
-    told = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
-    return {"memory": max(told) / 1e9} if told else {}
+    """{"memory": the most GB in use so far of any device of this process}; empty where devices have no `memory_stats`."""
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return {"memory": max(peaks) / 1e9} if peaks else {}
 
 
 def _assert_shared(folder: Path, holds_run: bool) -> None:
-    """Raises UserError where a process does not see the run that the first one has found, or has begun, in the folder."""
+    """Raises UserError where `folders.holds_run` is not the same in all processes."""
 
     def check() -> None:
         if folders.holds_run(folder) != holds_run:

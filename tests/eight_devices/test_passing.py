@@ -14,8 +14,8 @@ from nested_jax.parallel.mesh import MeshShape, make_mesh
 B, T, LAYER = 8, 512, LinearMemory(64, 4, "gated-delta", chunk=8)
 
 
-def loss(weights, x, reset=None, position=0):
-    state, y = LAYER(weights, LAYER.init_state(weights, B), x, position, reset=reset)
+def loss(weights, x, reset=None):
+    state, y = LAYER(weights, LAYER.init_state(weights, B), x, 0, reset=reset)
     return jnp.square(y).sum() + sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(state.memory.weights)), state
 
 
