@@ -93,7 +93,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
                 return state
         first = _first_weights(config) if state is None and config.init_from else None
         source = source or open_own(folder if saved else Path(config.init_from) if config.init_from else None)
-        processes.assert_same(source.name, source.fingerprint)
+        processes.assert_same(source.name, [source.fingerprint, *source.lines()])  # these depend on the tokenizer too
         if saved:
             folders.assert_same_data(folder, source.fingerprint, source.name)
 
