@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -18,6 +19,8 @@ from nested_jax.errors import UserError, is_whole
 from nested_jax.numerics import KEPT, vary
 from nested_jax.typing import Array, PyTree
 
+LOOP = "loop"
+"""Name of the states before steps, and of what they emit, in a scan that keeps those states alone ("full")."""
 Checkpoint = Literal["none", "full", "sqrt", "log"] | Count | tuple[Count, ...]
 
 
@@ -36,9 +39,10 @@ def scan(
     Args:
         length: the number of steps, needed where xs has no arrays.
         checkpoint: "none": all that happens inside the steps. "full": the state before each step, and what bears the name
-            `numerics.KEPT`. A number n: the state before each of at most n segments, and what happens inside one of them.
-            "sqrt": that with about sqrt(T) segments. A tuple of numbers: segments in segments, outermost first. "log":
-            quarters in quarters, down to a few steps.
+            `numerics.KEPT`; a `jax.checkpoint` around the scan that keeps `LOOP` too runs it no second time. A number n: the
+            state before each of at most n segments, and what happens inside one of them. "sqrt": that with about sqrt(T)
+            segments. A tuple of numbers: segments in segments, outermost first. "log": quarters in quarters, down to a few
+            steps.
         offload: keep the states before segments in the host's memory, where the backend has one ("pinned_host").
         name: of what runs it, in errors.
 
@@ -52,10 +56,11 @@ def scan(
     counts = segments_of(checkpoint, length, offload)
     if checkpoint == "full":
         kept = jax.checkpoint_policies.save_only_these_names(KEPT)
-        step = jax.checkpoint(step, prevent_cse=False, policy=kept)
+        again, step = jax.checkpoint(step, prevent_cse=False, policy=kept), lambda state, x: again(_of_loop(state), x)
     try:
         if not counts:
-            return jax.lax.scan(step, state, xs, length)
+            state, emitted = jax.lax.scan(step, state, xs, length)
+            return state, _of_loop(emitted)
         size = -(-length // counts[0])
         if len(counts) == 1 and length % size == 0:
             return _scan_even(step, size, offload, state, xs, length)
@@ -70,6 +75,10 @@ def scan(
             _assert_steady(name, step, state, xs)
             raise
     return scan(step, varied, xs, length, checkpoint=checkpoint, offload=offload, name=name)
+
+
+def _of_loop(tree: PyTree) -> PyTree:
+    return jax.tree.map(partial(checkpoint_name, name=LOOP), tree)
 
 
 def _scan_even(step, size, offload, state, xs, length):

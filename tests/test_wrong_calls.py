@@ -167,7 +167,7 @@ CONFIGS = [
             (dict(window=None), "a whole"), (dict(lp_power=float("inf")), "a finite number of at least 1"),
             (dict(lp_power="3"), "a finite number"), (dict(huber_threshold=-1), "a finite number above 0"),
             (dict(cms={}), "a CMSConfig"), (dict(cms=CMSConfig), "a CMSConfig"),
-            (dict(memory_policy="half"), "one of none, full, blocks, sqrt, log"), (dict(memory_policy=0), "one of none"),
+            (dict(memory_policy="half"), "one of none, full, loops, blocks, sqrt, log"), (dict(memory_policy=0), "one of none"),
             (dict(dtype="float16"), "one of float32, bfloat16"), (dict(dtype=jnp.float32), "one of float32"),
             (dict(tie_embeddings=None), "True or False"), (dict(width=np.ones((2, 2))), "a whole number"),
         )

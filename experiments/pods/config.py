@@ -40,7 +40,11 @@ class Job:
 
 def _one_chip() -> dict[str, Job]:
     jobs = {"heads of 64, chunk 64": Job("140m-hope", model={"heads": 12, "chunk": 64}), "hope": Job("140m-hope")}
-    jobs |= {"hope, blocks": Job("140m-hope", policy="blocks"), "transformer": Job("140m-transformer")}
+    jobs |= {
+        "hope, loops": Job("140m-hope", policy="loops"),
+        "hope, blocks": Job("140m-hope", policy="blocks"),
+        "transformer": Job("140m-transformer"),
+    }
     jobs["hope, 8 rows in 8 pieces"] = Job("140m-hope", rows=8, pieces=8)
     jobs["hope, 8 rows"] = Job("140m-hope", rows=8)
     jobs["hope, 8 rows, blocks"] = Job("140m-hope", rows=8, policy="blocks")

@@ -109,10 +109,11 @@ class ModelConfig:
     """Norm of an error from which on the Huber memory's objective is linear."""
     cms: CMSConfig = field(default_factory=CMSConfig)
     """The feed-forward side of every block."""
-    memory_policy: Literal["none", "full", "blocks", "sqrt", "log"] | Count = "full"
+    memory_policy: Literal["none", "full", "loops", "blocks", "sqrt", "log"] | Count = "full"
     """What the backward pass keeps, the rest it computes again: none, everything; full, all of a block but for its chunks
-    and segments of the CMS, of which it keeps the fast state before each; blocks, what every block reads, and of the block
-    that it computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
+    and segments of the CMS, of which it keeps the fast state before each; loops, what every block reads, and of its loops
+    those states and what they emit, so that none is run again; blocks, what every block reads, and of the block that it
+    computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
     Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
@@ -139,7 +140,7 @@ class ModelConfig:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """What `memory_policy` has loops over chunks and segments keep."""
-        return "full" if self.memory_policy == "blocks" else self.memory_policy
+        return "full" if self.memory_policy in ("loops", "blocks") else self.memory_policy
 
     @cached_property
     def rule(self) -> Rule:

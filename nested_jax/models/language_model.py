@@ -28,7 +28,8 @@ from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import bounded, check_documents, check_rows, check_size
 from nested_jax.models.block import init_block, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
-from nested_jax.numerics import BATCH, HEADS, TOKENS, lay, nats, normal, rms_norm, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, KEPT, TOKENS, lay, nats, normal, rms_norm, upcast, vary
+from nested_jax.remat import LOOP
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 Rules = Sequence[optax.GradientTransformation]
@@ -244,8 +245,11 @@ def _read(
 
 
 def _scan_blocks(config: ModelConfig, block: Callable, x: Array, blocks: PyTree) -> tuple[Array, PyTree]:
-    """`lax.scan` of a block over stacked weights (L, ...), each rematerialised where `memory_policy` is "blocks"."""
-    return jax.lax.scan(jax.checkpoint(block, prevent_cse=False) if config.memory_policy == "blocks" else block, x, blocks)
+    """`lax.scan` of a block over stacked weights (L, ...), rematerialised where `memory_policy` is "loops" or "blocks"."""
+    if config.memory_policy in ("loops", "blocks"):
+        kept = (KEPT, LOOP) if config.memory_policy == "loops" else ()
+        block = jax.checkpoint(block, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    return jax.lax.scan(block, x, blocks)
 
 
 def mix(

@@ -45,7 +45,7 @@ def test_gradients_do_not_depend_on_the_policy(x64):
     value = lambda policy: (made := differentiated(dataclasses.replace(MODEL, memory_policy=policy), text(40)))[0](made[1])
     expected = value("none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
-    for policy in ("sqrt", "full", "blocks", "log", 2, 100):
+    for policy in ("sqrt", "full", "loops", "blocks", "log", 2, 100):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), value(policy), expected)
 
 
@@ -97,6 +97,21 @@ def test_blocks_keep_what_they_read(mixer):
     jax.tree.map(close, *(compiled(weights) for compiled, weights in (whole, blocks)))
 
 
+def test_loops_are_not_run_again():
+    """Turns of the loops over 16 chunks: one forward, one backward, and one more where blocks keep nothing of them."""
+    config = dataclasses.replace(MODEL, layers=8, width=16, cms=CMSConfig(hidden=(64,)))
+    made = {
+        each: differentiated(dataclasses.replace(config, memory_policy=each), text(64))
+        for each in ("full", "loops", "blocks")
+    }
+    turns = {each: compiled.as_text().count('"known_trip_count":{"n":"16"}') for each, (compiled, _) in made.items()}
+    assert turns == {"full": 2, "loops": 2, "blocks": 3}
+    used = {each: compiled.memory_analysis().temp_size_in_bytes for each, (compiled, _) in made.items()}
+    assert used["blocks"] < used["loops"] < used["full"], used
+    values = [compiled(weights) for compiled, weights in made.values()]
+    jax.tree.map(lambda *each: np.testing.assert_allclose(each[1], each[0], rtol=1e-4, atol=1e-6), *values)
+
+
 def test_it_makes_no_other_run():
     config = TrainConfig.from_preset("tiny-hope")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, memory_policy="sqrt"))
@@ -105,5 +120,5 @@ def test_it_makes_no_other_run():
 
 @pytest.mark.parametrize("policy", ["half", 0, -1, 2.5, True])
 def test_a_policy_that_cannot_be_is_refused(policy):
-    with pytest.raises(UserError, match="model.memory_policy .*: give one of none, full, blocks, sqrt, log or "):
+    with pytest.raises(UserError, match="model.memory_policy .*: give one of none, full, loops, blocks, sqrt, log or "):
         dataclasses.replace(MODEL, memory_policy=policy)
