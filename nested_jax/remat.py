@@ -54,13 +54,11 @@ def scan(
     """
     length = stream_length(xs, length)
     counts = segments_of(checkpoint, length, offload)
-    if checkpoint == "full":
-        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
-        again, step = jax.checkpoint(step, prevent_cse=False, policy=kept), lambda state, x: again(_of_loop(state), x)
     try:
+        if checkpoint == "full":
+            return _scan_full(step, state, xs, length)
         if not counts:
-            state, emitted = jax.lax.scan(step, state, xs, length)
-            return state, _of_loop(emitted)
+            return jax.lax.scan(step, state, xs, length)
         size = -(-length // counts[0])
         if len(counts) == 1 and length % size == 0:
             return _scan_even(step, size, offload, state, xs, length)
@@ -77,8 +75,12 @@ def scan(
     return scan(step, varied, xs, length, checkpoint=checkpoint, offload=offload, name=name)
 
 
-def _of_loop(tree: PyTree) -> PyTree:
-    return jax.tree.map(partial(checkpoint_name, name=LOOP), tree)
+def _scan_full(step, state, xs, length):
+    """Keeps the state before each step; it and what steps emit bear the name `LOOP`."""
+    again = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    named = partial(jax.tree.map, partial(checkpoint_name, name=LOOP))
+    state, emitted = jax.lax.scan(lambda state, x: again(named(state), x), state, xs, length)
+    return state, named(emitted)
 
 
 def _scan_even(step, size, offload, state, xs, length):

@@ -112,8 +112,8 @@ class ModelConfig:
     memory_policy: Literal["none", "full", "loops", "blocks", "sqrt", "log"] | Count = "full"
     """What the backward pass keeps, the rest it computes again: none, everything; full, all of a block but for its chunks
     and segments of the CMS, of which it keeps the fast state before each; loops, what every block reads, and of its loops
-    those states and what they emit, so that none is run again; blocks, what every block reads, and of the block that it
-    computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
+    those states and what they emit, so that a block made again runs none; blocks, what every block reads, and of the block
+    that it computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
     Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
