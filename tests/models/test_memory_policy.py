@@ -13,6 +13,7 @@ from rare import cases
 from nested_jax import LanguageModel, ModelConfig
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError
+from nested_jax.models import language_model
 from nested_jax.models.block import sequence_layer
 from nested_jax.train.config import TrainConfig, difference
 
@@ -110,6 +111,16 @@ def test_loops_are_not_run_again():
     assert used["blocks"] < used["loops"] < used["full"], used
     values = [compiled(weights) for compiled, weights in made.values()]
     jax.tree.map(lambda *each: np.testing.assert_allclose(each[1], each[0], rtol=1e-4, atol=1e-6), *values)
+
+
+def test_loops_keep_inverses(monkeypatch):
+    """An inverse of 8 x 8 takes four products; with none kept, those of two rows and two heads are made once more."""
+    config = dataclasses.replace(MODEL, width=16, chunk=8, cms=CMSConfig(hidden=(64,)), memory_policy="loops")
+    products = lambda: differentiated(config, text(32))[0].cost_analysis()["flops"]
+    kept = products()
+    monkeypatch.setattr(language_model, "KEPT", "nothing")
+    jax.clear_caches()
+    assert products() - kept >= 2 * 2 * 4 * 2 * 8**3
 
 
 def test_it_makes_no_other_run():
