@@ -1,6 +1,7 @@
 """`chunked` against its definition `tokenwise`, values and every gradient."""
 
 import itertools
+from collections import Counter
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rare import cases
 
-from nested_jax import remat
+from nested_jax import numerics, remat
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read, tokenwise, write
 from nested_jax.numerics import _masked_inverse, _unit_lower_inverse, clip_rows, solve_unit_lower
 
@@ -143,19 +144,23 @@ def products(jaxpr):
 
 
 def test_the_triangular_system_is_solved_in_full_precision():
-    """On a TPU only the jaxpr shows it here: its inverse, the inverse's use, and the derivatives of both."""
+    """On a TPU only the jaxpr shows it here: the inverse's use, its derivatives, and all but a TPU's own inverse, whose
+    products are refined (`test_a_tpu_inverse_has_the_digits_of_full_precision`)."""
     lower, right = jnp.ones((2, 40, 40)), jnp.ones((2, 40, 3))
     solved = lambda *arguments: jax.vjp(solve_unit_lower, *arguments)[1](right)
-    highest = (jax.lax.Precision.HIGHEST,) * 2
+    highest, high = (jax.lax.Precision.HIGHEST,) * 2, (jax.lax.Precision.HIGH,) * 2
+    refined = Counter(products(jax.make_jaxpr(_masked_inverse)(lower)))
+    assert refined == {high: 4 + 2 * 3 + 2, highest: 2}
     for form in (solve_unit_lower, solved):
-        assert set(products(jax.make_jaxpr(form)(lower, right))) == {highest}
+        assert Counter(products(jax.make_jaxpr(form)(lower, right)))[high] == refined[high]
+        assert set(products(jax.make_jaxpr(form)(lower, right))) == {highest, high}
     arrays, keywords, _ = problem(
         np.random.default_rng(0), (2,), 40, 4, 3, momentum=True, erase=True, decay=True, anchor=True, slots=False
     )
     solve, whole = (
-        list(products(jax.make_jaxpr(f)(*a))) for f, a in ((solve_unit_lower, (lower, right)), (chunked, arrays))
+        Counter(products(jax.make_jaxpr(f)(*a))) for f, a in ((solve_unit_lower, (lower, right)), (chunked, arrays))
     )
-    assert whole.count(highest) == len(solve)
+    assert all(whole[precision] == solve[precision] for precision in (high, highest))
 
 
 @pytest.mark.parametrize("inverse_of", [_unit_lower_inverse, _masked_inverse])
@@ -165,6 +170,28 @@ def test_inverse_of_the_triangular_system(x64, C, inverse_of):
     lower = np.tril(np.random.default_rng(0).normal(size=(5, 2, 2, C, C)), -1) / C**0.5
     inverse = jax.jit(inverse_of)(jnp.asarray(lower))
     np.testing.assert_allclose(inverse, np.linalg.inv(np.eye(C) + lower), rtol=1e-10, atol=1e-12)
+
+
+def three_passes(a, b):
+    """A product as a TPU makes it at `Precision.HIGH`: of bfloat16 parts, without the smallest."""
+    top = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    (a, rest), (b, other) = ((top(x), top(x - top(x))) for x in (a, b))
+    return a @ other + rest @ b + a @ b
+
+
+@pytest.mark.parametrize("most", [1.0, 1.5, 2 - 2**-11])
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.3])
+def test_a_tpu_inverse_has_the_digits_of_full_precision(monkeypatch, most, noise):
+    """Of nearly the same keys, each erased wholly or turned: the systems whose inverses lose most digits."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(8, 1, 64)) + noise * rng.normal(size=(8, 128, 64))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    lower = np.tril(most * keys @ keys.transpose(0, 2, 1), -1).astype(np.float32)
+    true = np.linalg.inv(np.eye(128) + lower.astype(float))
+    error = lambda inverse: np.abs(np.asarray(inverse(jnp.asarray(lower)), float) - true).max()
+    in_full = error(_unit_lower_inverse)
+    monkeypatch.setattr(numerics, "_three_passes", three_passes)
+    assert error(_masked_inverse) <= max(in_full, 1e-6)
 
 
 @pytest.mark.parametrize(("V", "again"), [(8, 0), (4, 1)])
