@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from nested_jax.errors import UserError
-from nested_jax.parallel.mesh import parse
+from nested_jax.parallel.mesh import MeshShape, parse
 from nested_jax.parallel.plan import Plan, plan
 from nested_jax.train.config import TrainConfig
 
@@ -66,8 +66,8 @@ def search(
 
     trials = [trial({})]
     best = trials[0]
-    for changes in _choices(config, best.plan):
-        for change in changes:
+    for choices in (_meshes, _memory, _chunks, _batches):
+        for change in choices(config, best.plan.shape):
             try:
                 trials.append(trial(best.flags | change))
             except UserError:
@@ -76,20 +76,27 @@ def search(
     return sorted(trials, key=lambda one: one.rank)
 
 
-def _choices(config: TrainConfig, first: Plan) -> Iterator[list[dict[str, Any]]]:
-    """Candidates of a coordinate search: one list of changes after the other."""
-    devices, rows = math.prod(first.shape), config.batch_size
+def _meshes(config: TrainConfig, given: MeshShape) -> list[dict[str, Any]]:
+    devices = math.prod(given)
     parts = [n for n in (2, 4) if not devices % n]
     shapes = [f"fsdp={devices}", *(f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data"))]
-    yield [{"mesh": text} for text in shapes if parse(text) != first.shape]
-    own = rows // (first.shape.data * first.shape.fsdp)  # rows of a device
-    given = config.model.memory_policy, config.accumulate  # two ways to need less memory
-    both = itertools.product(dict.fromkeys((given[0], "full", "blocks")), sorted({1, 2, own, given[1]}))
-    both = [(policy, pieces) for policy, pieces in both if (policy, pieces) != given and not own % pieces]
-    yield [{"model.memory_policy": policy, "accumulate": pieces} for policy, pieces in both]
-    if not config.model.attends:
-        yield [{"model.chunk": n} for n in (64, 128, 256) if n != config.model.chunk]
-    yield [{"batch_size": 2 * rows}, {"batch_size": 4 * rows}]
+    return [{"mesh": text} for text in shapes if parse(text) != given]
+
+
+def _memory(config: TrainConfig, best: MeshShape) -> list[dict[str, Any]]:
+    """Ways to need less memory: what is kept for the backward pass, and pieces of a device's rows."""
+    rows, given = config.batch_size // (best.data * best.fsdp), (config.model.memory_policy, config.accumulate)
+    both = itertools.product(dict.fromkeys((given[0], "full", "loops", "blocks")), sorted({1, 2, rows, given[1]}))
+    both = [(policy, pieces) for policy, pieces in both if (policy, pieces) != given and not rows % pieces]
+    return [{"model.memory_policy": policy, "accumulate": pieces} for policy, pieces in both]
+
+
+def _chunks(config: TrainConfig, best: MeshShape) -> list[dict[str, Any]]:
+    return [] if config.model.attends else [{"model.chunk": n} for n in (64, 128, 256) if n != config.model.chunk]
+
+
+def _batches(config: TrainConfig, best: MeshShape) -> list[dict[str, Any]]:
+    return [{"batch_size": n * config.batch_size} for n in (2, 4)]
 
 
 def ranking(trials: list[Trial]) -> str:

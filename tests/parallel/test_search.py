@@ -34,6 +34,13 @@ def test_one_flag_after_the_other():
     assert {one.plan.shape for one in trials} >= {MeshShape(fsdp=4), MeshShape(fsdp=2, tensor=2), MeshShape(data=2, fsdp=2)}
 
 
+def test_pieces_are_of_the_rows_of_the_best_mesh_so_far():
+    trials = search(dataclasses.replace(CONFIG, mesh="fsdp=2,tensor=2", accumulate=2), "v5e:2x2", compile=compiled)
+    pieces = {one.flags.get("accumulate", 2) for one in trials if one.plan.shape == MeshShape(fsdp=4)}
+    assert pieces == {1, 2}  # of 8 rows on fsdp=4; a device of the given mesh has 4
+    assert {one.flags.get("model.memory_policy") for one in trials} == {None, "loops", "blocks"}
+
+
 def test_a_ranking_names_the_flags_and_what_does_not_fit():
     trials = search(CONFIG, "v5e:2x2", compile=compiled)
     first, *rows = ranking(trials).splitlines()
