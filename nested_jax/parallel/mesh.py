@@ -75,13 +75,15 @@ def parse(text: str) -> MeshShape:
     return MeshShape(**{match[1]: int(match[2]) for match in found if match})
 
 
-def choose(text: str | None, devices: int, divided: Divided) -> MeshShape:
-    """The shape that a flag gives, or without one as many devices as divide the rows, along fsdp if they divide the width.
+def choose(text: str | None, devices: int, divided: Divided, *, slices: int = 1) -> MeshShape:
+    """The shape that a flag gives, or without one as many devices as divide the rows: data across the slices, and in them
+    fsdp if it divides the width.
 
     Args:
         text: the flag's value, or None.
         devices: how many there are.
         divided: what the mesh has to divide.
+        slices: that the devices are of.
 
     Returns:
         The shape, of these devices or fewer.
@@ -98,7 +100,8 @@ def choose(text: str | None, devices: int, divided: Divided) -> MeshShape:
     """
     if text is None:
         rows = [MeshShape(n // fsdp, fsdp) for n in range(1, devices + 1) for fsdp in range(1, n + 1) if not n % fsdp]
-        return max(filter(divided.by, rows), key=lambda one: (math.prod(one), one.fsdp))
+        whole = lambda one: math.prod(one) <= devices // slices or not one.data % slices
+        return max(filter(whole, filter(divided.by, rows)), key=lambda one: (math.prod(one), one.fsdp))
     shape = parse(text)
     if math.prod(shape) <= devices and divided.by(shape):
         return shape
@@ -133,8 +136,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     devices, count = list(jax.devices() if devices is None else devices), math.prod(shape)
     if count > len(devices):
         raise UserError(f"mesh {shape} is {count} devices, there are {len(devices)}: give a smaller one")
-    slices = len({getattr(device, "slice_index", 0) for device in devices[:count]})
-    kinds = (AxisType.Auto,) * len(shape)
+    slices, kinds = slices_of(devices[:count]), (AxisType.Auto,) * len(shape)
     if slices == 1:
         return jax.make_mesh(shape, MeshShape._fields, kinds, devices=devices[:count])
     if shape.data % slices:
@@ -142,6 +144,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     inner, outer = shape._replace(data=shape.data // slices), MeshShape(data=slices)
     laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count])
     return Mesh(np.asarray(laid), MeshShape._fields, axis_types=kinds)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """How many slices of a pod devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _shapes(devices: int) -> list[MeshShape]:

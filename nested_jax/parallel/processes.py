@@ -162,16 +162,19 @@ def _whole(name: str, value: str | None) -> int | None:
 def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": call()}
+    except OSError as error:
+        return {"system": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
     except Exception as error:  # whatever it is, the others must not wait for this process
-        return {
-            "error": str(error) or type(error).__name__,
-            "type": "" if isinstance(error, UserError) else f"{type(error)}",
-        }
+        kind = "" if isinstance(error, UserError) else f"{type(error)}"
+        return {"error": str(error) or type(error).__name__, "type": kind}
 
 
 def _settled(outcomes: list[dict[str, Any]]) -> list[Any]:
-    """Values of outcomes. Raises UserError where one is an error."""
+    """Values of outcomes. Where one is an error, raises it: an OSError as one, with its number, any other as UserError."""
     for index, outcome in enumerate(outcomes):
+        if "system" in outcome:
+            number, text, path = outcome["system"]
+            raise OSError(number, f"{text} in process {index}", path)
         if "error" in outcome:
             kind = f"process {index}: {outcome['type']}: " if outcome["type"] else ""
             raise UserError(f"{kind}{outcome['error']}")

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from nested_jax.parallel.processes import first
+
 
 def print_line(console: Console, line: str) -> None:
     """Prints one line, without wrapping, highlighting or markup."""
@@ -21,10 +23,11 @@ def print_line(console: Console, line: str) -> None:
 
 @contextlib.contextmanager
 def announced(what: str, seconds: float = 1.0) -> Iterator[None]:
-    """A context that says on the standard error what it does, if that takes more than so many seconds."""
+    """A context that says on the standard error what the first process does, if that takes more than so many seconds."""
     timer = threading.Timer(seconds, lambda: print(what, file=sys.stderr, flush=True))
     timer.daemon = True
-    timer.start()
+    if first():
+        timer.start()
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import init_state, init_weights
 from nested_jax.parallel import processes, rules
-from nested_jax.parallel.mesh import Divided, MeshShape, choose, make_mesh
+from nested_jax.parallel.mesh import Divided, MeshShape, choose, make_mesh, slices_of
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 from nested_jax.typing import Array, Int, PyTree
@@ -101,7 +101,7 @@ def open_mesh(mesh: str | None, divided: Divided) -> Mesh | None:
     devices = jax.device_count()
     if devices == 1 and mesh is None:
         return None
-    shape = choose(mesh, devices, divided)
+    shape = choose(mesh, devices, divided, slices=slices_of(jax.devices()))
     if math.prod(shape) < devices and jax.process_count() > 1:
         fault = f"--mesh {shape} has {math.prod(shape)} of the {devices} devices of {jax.process_count()} processes"
         raise UserError(f"{fault}: give a mesh of all of them, or a --batch-size that they divide")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -79,6 +80,10 @@ def test_values_that_differ_and_errors_of_one_process_are_errors_of_all(monkeypa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes, "_gathered", lambda value: [value, {"error": "no such file", "type": ""}])
     with pytest.raises(UserError, match="^no such file$"):
+        processes.in_each(lambda: 1)
+    full = processes._outcome(Path("no/such/folder").read_text)
+    monkeypatch.setattr(processes, "_gathered", lambda value: [value, full])
+    with pytest.raises(FileNotFoundError, match="No such file or directory in process 1: 'no/such/folder'"):
         processes.in_each(lambda: 1)
     monkeypatch.setattr(processes, "_gathered", lambda value: [value, "b"])
     with pytest.raises(UserError, match="^the text is a in process 0 and b in another: give all the same$"):
