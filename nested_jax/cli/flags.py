@@ -20,8 +20,17 @@ class Program:
     folder; none: nowhere."""
 
 
+class OfRun(TrainConfig):
+    """The flags of a run, and a command's own."""
+
+    @property
+    def run(self) -> TrainConfig:
+        """The fields of a run alone."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+
+
 @dataclass(frozen=True)
-class Training(TrainConfig, Program):
+class Training(OfRun, Program):
     """Train a language model on text, or with --task on a synthetic task. The same command again resumes a stopped run, and
     so does --run-dir alone.
 
@@ -31,14 +40,9 @@ class Training(TrainConfig, Program):
     config: Annotated[str, Named("the path of a JSON file")] | None = None
     """JSON file of flags' values, such as a run's config.json; other flags change them."""
 
-    @property
-    def run(self) -> TrainConfig:
-        """What concerns the run."""
-        return as_run(self)
-
 
 @dataclass(frozen=True)
-class Planning(TrainConfig):
+class Planning(OfRun):
     """Compile the training step for TPUs, with none at hand, and say what it takes of memory, of links and of time. Needs
     libtpu: pip install "nested-jax[tpu]".
     """
@@ -48,16 +52,6 @@ class Planning(TrainConfig):
     search: bool = False
     """Compile the step with other meshes, memory policies, pieces, chunks and batch sizes too, one flag after the other, and
     rank them. Each takes a minute or more."""
-
-    @property
-    def run(self) -> TrainConfig:
-        """What concerns the run."""
-        return as_run(self)
-
-
-def as_run(flags: TrainConfig) -> TrainConfig:
-    """The fields of a run alone."""
-    return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
 @dataclass(frozen=True)
