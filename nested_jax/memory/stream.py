@@ -340,18 +340,24 @@ def convolve(
     Returns:
         (the last W - 1 inputs, outputs).
     """
-    length, width = x.shape[1], taps.shape[0]
-    padded = jnp.concatenate([recent.astype(x.dtype), x], axis=1)
-    if reset is not None:
-        document = jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (width - 1, 0)))
+    length, before = x.shape[1], taps.shape[0] - 1
+    document = None if reset is None else jnp.cumsum(reset, axis=1)
+
+    def moved(x, low, high):
+        """x with so many zeros put at its ends, or tokens taken. None is longer than the call: where a mesh splits it, the
+        devices send their edges alone."""
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)])
+
     total = jnp.zeros_like(x)
-    for tap in range(width):
-        shifted = padded[:, tap : tap + length]
-        if reset is not None and tap < width - 1:
-            same = document[:, tap : tap + length] == document[:, width - 1 :]
-            shifted = jnp.where(same[..., None], shifted, 0)
-        total += taps[tap].astype(x.dtype)[None, None] * shifted
-    recent = padded[:, length:].astype(recent.dtype)
-    if reset is not None:
-        recent = jnp.where((document[:, length:] == document[:, -1:])[..., None], recent, 0)
-    return recent, total
+    for tap in range(before + 1):
+        by = before - tap
+        earlier = moved(recent.astype(x.dtype), -tap, length - by) + moved(x, by, -by)
+        if document is not None and by:
+            earlier = jnp.where((moved(document, by, -by) == document)[..., None], earlier, 0)
+        total += taps[tap].astype(x.dtype)[None, None] * earlier
+    last = lambda old, new: jnp.concatenate([old[:, length:], new[:, max(0, length - before) :]], axis=1)
+    after = last(recent, x.astype(recent.dtype))
+    if document is not None:
+        own = last(jnp.zeros(recent.shape[:2], document.dtype), document) == document[:, -1:]
+        after = jnp.where(own[..., None], after, 0)
+    return after, total

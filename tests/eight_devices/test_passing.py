@@ -61,3 +61,4 @@ def test_a_device_has_its_part_of_the_stream(weights):
     sent = [one for one in hlo.collectives(program, MeshShape(data=2, sequence=4)) if "sequence" in one.axes]
     often = [one for one in sent if one.runs > 1]
     assert {(one.kind, one.shape, one.runs) for one in often} == {("collective-permute", "f32[1,4,16,16]", 7)}
+    assert "all-to-all" not in {one.kind for one in sent}  # of the short convolution neighbours need three tokens
