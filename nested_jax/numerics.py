@@ -69,6 +69,13 @@ def devices_along(axis: str, pieces: int) -> int:
     return mesh.shape[axis] if pieces % mesh.shape[axis] == 0 else 1
 
 
+def split(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> bool:
+    """Whether there is a mesh of `jax.set_mesh`, of all four axes, of which those given divide the axes of a shape."""
+    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
+        return False
+    return all(n % _devices(mesh, names) == 0 for n, names in zip(shape, axes, strict=False))
+
+
 def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """x, laid on the mesh of `jax.set_mesh`; as it is where there is none of all four axes, or inside `jax.shard_map`.
 
@@ -78,10 +85,12 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """
     if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
         return x
-    size = lambda names: math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
-    fits = lambda n, names: names is not None and n % size(names) == 0
-    spec = [names if fits(n, names) else None for n, names in zip(x.shape, axes, strict=False)]
+    spec = [names if n % _devices(mesh, names) == 0 else None for n, names in zip(x.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def _devices(mesh: AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,10 +21,11 @@ from nested_jax.checks import Count, check_fields, check_key
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
+from nested_jax.memory.passing import read_spread
 from nested_jax.memory.projections import init_qkv, qkv
 from nested_jax.memory.splash import fits, splash
 from nested_jax.memory.stream import bounded, check_call, check_sizes, check_tokens
-from nested_jax.numerics import normal, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, lay, normal, split, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
@@ -132,12 +134,13 @@ class Attention:
         state = vary(state, x, weights, reset, rank=1)
         size = state.keys.shape[1]
 
-        q, k, v = qkv(weights, x, self.heads)
+        q, k, v = qkv(weights, x, self.heads, TOKENS)
         step = jnp.arange(T, dtype=jnp.int32)
         at = jnp.asarray(bounded(state.document, TURN))[:, None] + step[None]  # tokens of the document before each token
         if reset is not None:
             start = jax.lax.cummax(jnp.where(reset, step[None], -1), axis=1)
             at = jnp.where(start < 0, at, step[None] - start)
+        at = lay(at, BATCH, TOKENS)
         q, k = rotate(q, at), rotate(k, at)
 
         last = min(T, size)  # what the ring keeps of the new tokens
@@ -165,10 +168,10 @@ class Attention:
 
         The keys are of tokens `where` of the call, negative before it, the last T of them the queries' own.
         """
-        B, T, *_ = q.shape
+        T = q.shape[1]
         step = jnp.arange(T, dtype=jnp.int32)
 
-        def read(seen, q, step, at):
+        def read(seen, keys, values, q, step, at):
             mask = None
             if not causal:
                 age = step[:, None] - where[seen][None]
@@ -178,22 +181,42 @@ class Attention:
             )
 
         if T <= 2 * BLOCK:
-            return read(slice(None), q, step, at)
-        # An eighth of the queries shares a range of keys; of these queries, a block at a time has its scores in memory.
+            return read(slice(None), keys, values, q, step, at)
+        # An eighth of the queries shares a range of keys.
         group, before = max(1, T // (8 * BLOCK)) * BLOCK, keys.shape[1] - T
-        outputs = []
-        for start in range(0, T, group):
-            end = min(start + group, T)
-            seen = slice(max(0, before + start + 1 - size), before + end)
-            some = jax.checkpoint(lambda block, seen=seen: read(seen, *block))
-            whole = start + (end - start) // BLOCK * BLOCK
-            if whole > start:
-                blocks = lambda x, cut=slice(start, whole): x[:, cut].reshape(B, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-                y = jax.lax.map(some, (blocks(q), step[start:whole].reshape(-1, BLOCK), blocks(at)))
-                outputs.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:]))
-            if end > whole:
-                outputs.append(some((q[:, whole:end], step[whole:end], at[:, whole:end])))
+        starts = range(0, T, group)
+        seen = [slice(max(0, before + i + 1 - size), before + min(i + group, T)) for i in starts]
+        share = devices_along(TOKENS, math.gcd(group, T // group)) if T % group == 0 and not before else 1
+        if share > 1 and split(q.shape, BATCH, TOKENS, HEADS):
+            return read_spread(partial(_in_groups, [partial(read, some) for some in seen]), len(seen), q, keys, values, at)
+        cut = [slice(i, min(i + group, T)) for i in starts]
+        outputs = [
+            _in_blocks(partial(read, some), keys, values, q[:, own], step[own], at[:, own])
+            for some, own in zip(seen, cut, strict=True)
+        ]
         return jnp.concatenate(outputs, axis=1)
+
+
+def _in_groups(reads, _, q, at, keys, values, __):
+    """What each of `reads` makes of a group of queries, of which this device has its part, see `read_spread`."""
+    part = q.shape[2]
+    step = jax.lax.axis_index(TOKENS) * part + jnp.arange(part, dtype=jnp.int32)
+    each = jax.lax.axis_size(TOKENS) * part
+    outputs = [_in_blocks(read, keys, values, q[:, i], i * each + step, at[:, i]) for i, read in enumerate(reads)]
+    return jnp.stack(outputs, axis=1)
+
+
+def _in_blocks(read, keys, values, q, step, at):
+    """`read(keys, values, q, step, at)`, a block of queries at a time: only its scores are in memory."""
+    some, (B, T) = jax.checkpoint(lambda block: read(keys, values, *block)), q.shape[:2]
+    whole, outputs = T // BLOCK * BLOCK, []
+    if whole:
+        blocks = lambda x: x[:, :whole].reshape(B, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+        y = jax.lax.map(some, (blocks(q), step[:whole].reshape(-1, BLOCK), blocks(at)))
+        outputs.append(jnp.moveaxis(y, 0, 1).reshape(B, -1, *q.shape[2:]))
+    if whole < T:
+        outputs.append(some((q[:, whole:], step[whole:], at[:, whole:])))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def reserve(state: AttentionState, tokens: int) -> AttentionState:

@@ -1,8 +1,12 @@
-"""A memory's stream that lies on several devices: the state passes from each to the next, a group of rows after the other.
+"""Streams whose tokens lie on several devices: what passes between those.
 
-Along the mesh's axis `sequence` device s has the s-th part of the tokens. In round t it reads those of group t - s, from the
-state that the device before it has sent, so that all n devices are busy from round n - 1 on. None has more of the stream,
-or of what the backward pass keeps, than its part.
+A memory's state passes from each device to the next, a group of rows after the other. Along the mesh's axis `sequence`
+device s has the s-th part of the tokens. In round t it reads those of group t - s, from the state that the device before it
+has sent, so that all n devices are busy from round n - 1 on. None has more of the stream, or of what is kept for the
+backward pass, than its part.
+
+Keys and values of attention go to all devices, and each reads a part of the queries from all over the sequence, so that none
+has more keys to read than the others.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nested_jax.numerics import BATCH, TOKENS, mesh_of_four, vary
-from nested_jax.typing import PyTree
+from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_of_four, vary
+from nested_jax.typing import Array, Float, Int, PyTree
 
 
 def read_passing(
@@ -71,3 +75,47 @@ def read_passing(
     passed = jax.shard_map(local, in_specs=(P(), P(), along), out_specs=(P(TOKENS), along), axis_names={TOKENS})
     states, outputs = passed(weights, *jax.tree.map(grouped, (state, stream)))
     return jax.tree.map(lambda x: whole(x[-1]), states), jax.tree.map(whole, outputs)
+
+
+def read_spread(
+    read: Callable[..., Float[Array, "B G P H K"]],
+    groups: int,
+    q: Float[Array, "B T H K"],
+    keys: Float[Array, "B T H K"],
+    values: Float[Array, "B T H K"],
+    document: Int[Array, "B T"],
+    kernel: PyTree = (),
+    places: PyTree = (),
+    *,
+    check: bool = True,
+) -> Float[Array, "B T H K"]:
+    """Reads of queries that lie along the mesh's sequence, on n devices: of each of so many groups of T / G tokens every
+    device reads P = T / G / n queries.
+
+    Args:
+        read: (kernel, q (B, G, P, H, K), their documents (B, G, P), keys, values and documents of all T tokens) -> reads.
+        groups: G, a multiple of n.
+        q, keys, values, document: of all tokens; rows and heads are those that the mesh's other axes divide.
+        kernel: what else it reads with, and
+        places: the axes of the mesh that each leaf of it lies along.
+        check: whether JAX checks what is the same on all devices, which no Pallas kernel says.
+
+    Returns:
+        What the queries read.
+    """
+
+    def local(kernel, q, keys, values, document):
+        n, (B, T) = jax.lax.axis_size(TOKENS), document.shape
+        whole = [jax.lax.all_gather(x, TOKENS, axis=1, tiled=True) for x in (keys, values, document)]
+
+        def spread(x):
+            x = x.reshape(B, groups // n, n, T // groups, *x.shape[2:])
+            return jax.lax.all_to_all(x, TOKENS, 2, 1, tiled=True).squeeze(2)
+
+        y = read(kernel, spread(q), spread(document), *whole)
+        y = jax.lax.all_to_all(y[:, :, None], TOKENS, 1, 2, tiled=True)
+        return y.reshape(B, T, *y.shape[-2:])
+
+    rows, heads = P(BATCH, TOKENS), P(BATCH, TOKENS, HEADS)
+    specs = (places, heads, heads, heads, rows)
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=check)(kernel, q, keys, values, document)

@@ -5,25 +5,26 @@ It has a first derivative and no second one, nor a forward mode.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_of_four
+from nested_jax.memory.passing import read_spread
+from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_of_four, split
 from nested_jax.typing import Array, Float, Int
 
 _BLOCKS = (512, 256, 128)  # queries and keys at a time: the largest that divides T
 
 
 def fits(q: Float[Array, "B T H K"]) -> bool:
-    """Whether the kernel can read these queries: on a TPU, tokens in whole tiles, and on a mesh that splits no sequence."""
-    (B, T, H, _), mesh = q.shape, mesh_of_four()
-    if not on_tpu() or T % _BLOCKS[-1]:
+    """Whether the kernel can read these queries: on a TPU, and in whole tiles of tokens, on each device of a mesh too."""
+    mesh = mesh_of_four()
+    if not on_tpu() or q.shape[1] % (_BLOCKS[-1] * (1 if mesh is None else mesh.shape[TOKENS] ** 2)):
         return False
-    if mesh is None:
-        return jax.sharding.get_abstract_mesh().empty
-    rows = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
-    return mesh.shape[TOKENS] == 1 and B % rows == 0 and H % mesh.shape[HEADS] == 0
+    return jax.sharding.get_abstract_mesh().empty if mesh is None else split(q.shape, BATCH, TOKENS, HEADS)
 
 
 def on_tpu() -> bool:
@@ -55,23 +56,35 @@ def splash(
     Returns:
         What the queries read.
     """
+    (_, T, H, K), mesh = q.shape, mesh_of_four()
+    n, heads = (1, 1) if mesh is None else (mesh.shape[TOKENS], mesh.shape[HEADS])
+    kernel = _kernel(T, H // heads, n, window, interpret)
+    q = (q.astype(jnp.float32) * K**-0.5).astype(q.dtype)
+    if mesh is None:
+        return _read(kernel, q[:, None], document[:, None], k, v, document)[:, 0]
+    places = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TOKENS)))
+    return read_spread(_read, n, q, k, v, document, kernel, places, check=False)  # a kernel is not split by itself
+
+
+def _kernel(T: int, heads: int, n: int, window: int | None, interpret: bool) -> Any:
+    """The kernel of n devices, of which each has its part of every one of n groups of queries, see `read_spread`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
-    T, K = q.shape[1], q.shape[-1]
-    block = next(size for size in _BLOCKS if T % size == 0)
+    part = T // n**2
+    block = next(size for size in _BLOCKS if part % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = pallas.BlockSizes(**dict.fromkeys(names, block))
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0) if window else pallas.CausalMask((T, T))
+    mask.q_sequence = mask.q_sequence.reshape(n, n, part).swapaxes(0, 1).ravel()
+    every = pallas.MultiHeadMask([mask] * heads)
+    return pallas.make_splash_mha(every, block_sizes=sizes, head_shards=1, q_seq_shards=n, interpret=interpret)
 
-    def read(q, k, v, document):
-        heads = pallas.MultiHeadMask([mask] * q.shape[2])
-        kernel = pallas.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        of_row = lambda q, k, v, d: kernel(q, k, v, pallas.SegmentIds(d, d))
-        first = lambda x: x.swapaxes(1, 2)
-        return first(jax.vmap(of_row)(first(q), first(k), first(v), document))
 
-    q = (q.astype(jnp.float32) * K**-0.5).astype(q.dtype)
-    if mesh_of_four() is not None:  # a kernel is not split by itself
-        places = P(BATCH, None, HEADS)
-        read = jax.shard_map(read, in_specs=(places, places, places, P(BATCH)), out_specs=places, check_vma=False)
-    return read(q, k, v, document)
+def _read(kernel, q, document, keys, values, documents):
+    """Reads of queries (B, G, P, H, K)."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+    first = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:]).swapaxes(1, 2)
+    of_row = lambda q, k, v, d, documents: kernel(q, k, v, pallas.SegmentIds(d, documents))
+    y = jax.vmap(of_row)(first(q), first(keys), first(values), document.reshape(len(q), -1), documents)
+    return y.swapaxes(1, 2).reshape(q.shape)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_jax.memory import attention, splash
+from nested_jax.memory.attention import Attention
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.parallel import hlo
 from nested_jax.parallel.mesh import MeshShape, make_mesh
@@ -62,3 +64,44 @@ def test_a_device_has_its_part_of_the_stream(weights):
     often = [one for one in sent if one.runs > 1]
     assert {(one.kind, one.shape, one.runs) for one in often} == {("collective-permute", "f32[1,4,16,16]", 7)}
     assert "all-to-all" not in {one.kind for one in sent}  # of the short convolution neighbours need three tokens
+
+
+@pytest.mark.parametrize(
+    "shape, window, kernel",
+    [
+        (MeshShape(sequence=8), None, False),
+        (MeshShape(data=2, tensor=2, sequence=2), 300, False),
+        (MeshShape(fsdp=2, sequence=4), 100, False),
+        (MeshShape(data=2, tensor=2, sequence=2), None, True),
+        (MeshShape(fsdp=4, sequence=2), 300, True),
+    ],
+    ids=str,
+)
+def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, window, kernel):
+    """Of attention, in documents that start anywhere, and of a TPU's kernel: values and gradients, and keys, values and
+    queries alone are sent."""
+    B, T = 4, 512 if kernel else 1024
+    layer = Attention(64, 4, window)
+    rng, weights = np.random.default_rng(0), layer.init_weights(jax.random.key(0))
+    x = jnp.asarray(rng.normal(size=(B, T, 64)), jnp.float32)
+    reset = jnp.asarray(rng.random((B, T)) < 0.005)
+
+    def loss(weights, x, reset):
+        y = layer(weights, layer.init_state(weights, B, T), x, 0, reset=reset)[1]
+        return jnp.square(y).mean(), y
+
+    compute = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    expected, mesh = jax.jit(compute)(weights, x, reset), make_mesh(shape)
+    if kernel:
+        monkeypatch.setattr(attention, "splash", partial(splash.splash, interpret=True))
+        monkeypatch.setattr(splash, "on_tpu", lambda: True)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P(("fsdp", "data"), "sequence"))
+        compute = jax.value_and_grad(loss, (0, 1), has_aux=True)  # traced anew
+        program = jax.jit(compute, in_shardings=(None, rows, rows)).lower(weights, x, reset).compile()
+        got = program(weights, x, reset)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), got, expected)
+    sent = [one for one in hlo.collectives(hlo.parse(program.as_text()), shape) if "f32" in one.shape]
+    moved = [one for one in sent if one.kind != "all-reduce"]
+    assert {one.kind for one in moved} == {"all-gather", "reduce-scatter", "all-to-all"}
+    assert {one.axes for one in moved} == {("sequence",)} and len(moved) <= 8

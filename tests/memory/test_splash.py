@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 
 from nested_jax.memory import attention, splash
 from nested_jax.memory.attention import Attention
+from nested_jax.parallel.mesh import MeshShape
 
 
 @pytest.fixture
@@ -58,14 +57,21 @@ def test_what_the_kernel_cannot_read_is_read_without_it(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("axes", "split"),
-    [((2, 2, 2, 1), True), ((1, 1, 1, 1), True), ((1, 1, 1, 2), False), ((2, 4, 1, 1), False), ((1, 1, 4, 1), False)],
+    ("axes", "tokens", "fits"),
+    [
+        ((2, 2, 2, 1), 128, True),
+        ((1, 1, 1, 1), 128, True),
+        ((1, 1, 1, 2), 512, True),
+        ((1, 1, 1, 2), 256, False),  # each device has a tile of either half of the queries
+        ((2, 4, 1, 1), 512, False),
+        ((1, 1, 4, 1), 512, False),
+    ],
 )
-def test_on_a_mesh_rows_and_heads_are_split_and_sequences_are_not(monkeypatch, axes, split):
-    mesh = SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor", "sequence"), axes, strict=True)))
+def test_on_a_mesh_rows_heads_and_tokens_are_split_where_it_divides_them(monkeypatch, axes, tokens, fits):
     monkeypatch.setattr(splash, "on_tpu", lambda: True)
-    monkeypatch.setattr(splash, "mesh_of_four", lambda: mesh)
-    assert splash.fits(jnp.zeros((4, 128, 2, 8))) == split
+    mesh = jax.sharding.AbstractMesh(axes, MeshShape._fields, (jax.sharding.AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert splash.fits(jax.ShapeDtypeStruct((4, tokens, 2, 8), jnp.float32)) == fits
 
 
 def test_a_processor_is_no_tpu():
