@@ -250,14 +250,12 @@ def _masked_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C
     Its products take three bfloat16 passes for the six of full precision. What they leave over is taken in full precision
     and given back, twice: fewer passes, and more right digits than those of full precision have.
     """
-    row = jnp.arange(lower.shape[-1])
+    lower, row = jax.lax.optimization_barrier(lower), jnp.arange(lower.shape[-1])  # made once, not for each mask
     pairs = lambda where: jnp.expand_dims(where(row[:, None], row[None]), tuple(range(lower.ndim - 2)))
-    inverse = _eight_rows_inverse(jnp.where(pairs(lambda i, j: i // 8 == j // 8), lower, 0), _three_passes)
-    block = 8
-    while block < lower.shape[-1]:
-        below = pairs(lambda i, j, size=block: (i // size != j // size) & (i // (2 * size) == j // (2 * size)))
+    inverse = _eight_rows_inverse(jnp.where(pairs(lambda i, j: i >> 3 == j >> 3), lower, 0), _three_passes)
+    for bits in range(3, max(3, (lower.shape[-1] - 1).bit_length())):  # of blocks of 8, 16, 32, ... rows
+        below = pairs(lambda i, j, b=bits: (i >> b != j >> b) & (i >> b + 1 == j >> b + 1))
         inverse -= _three_passes(_three_passes(inverse, jnp.where(below, lower, 0)), inverse)
-        block *= 2
     for _ in range(2):
         left = pairs(lambda i, j: i == j).astype(lower.dtype) - inverse - _exact(lower, inverse)
         inverse += _three_passes(inverse, left)

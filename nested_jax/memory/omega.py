@@ -157,12 +157,12 @@ class OmegaMemory(MemoryLayer):
         rank = jnp.cumsum(full)  # of every token in the order of time, those of the window at 0, -1, ...
         age = rank[:, None] - jnp.concatenate([jnp.arange(2 - self.window, 1), rank])[None]
         band = ((age >= 0) & (age < self.window)).astype(k.dtype)
-        retained, _, retention, *_ = decays(retain, mask=full[None, None])
-        weigh = jnp.matmul(retained * rate[..., None, :], jnp.expand_dims(band, (0, 1)))
+        decay = decays(retain, mask=full[None, None])
+        weigh = jnp.matmul(decay.retained * rate[..., None, :], jnp.expand_dims(band, (0, 1)))
         q = self.lift(q)
-        y = scale(retention, q @ jnp.swapaxes(state.weights, -1, -2))
+        y = scale(decay.retention, q @ jnp.swapaxes(state.weights, -1, -2))
         y -= (weigh * (q @ jnp.swapaxes(seen.keys, -1, -2))) @ pushes
-        weights = retention[..., -1, None, None] * state.weights
+        weights = decay.retention[..., -1, None, None] * state.weights
         weights -= jnp.swapaxes(scale(weigh[..., -1, :], pushes), -1, -2) @ seen.keys
 
         count = rank[-1]

@@ -157,6 +157,8 @@ class Decays(NamedTuple):
 
     retained: Float[Array, "*batch C C"]  # A[t, s]: retention from after token s to after token t
     carried: Float[Array, "*batch C C"]  # c = A diag(m) Theta: the same for writes, through momentum
+    retained_before: Float[Array, "*batch C C"]  # A_, to before token t: a row later
+    carried_before: Float[Array, "*batch C C"]  # c_
     retention: Float[Array, "*batch C"]  # gamma: retention from the chunk's start
     inertia: Float[Array, "*batch C"] | None  # pi: weight of the starting momentum in the weights
     last: Float[Array, "*batch C"] | None  # Theta's last row: weight of each write in the momentum after the chunk
@@ -186,12 +188,16 @@ def decays(
     retained = _decay(retain)
     retention = retained[..., 0] * retain[..., :1]
     if momentum is None:
-        return Decays(retained, retained * keep[..., None, :], retention, None, None, None)
+        carried = retained * keep[..., None, :]
+        return Decays(retained, carried, _shift_rows(retained), _shift_rows(carried), retention, None, None, None)
     momentum_decay = _decay(momentum)
     from_start = momentum_decay[..., 0] * momentum[..., :1]
+    carried = (retained * keep[..., None, :]) @ momentum_decay
     return Decays(
         retained=retained,
-        carried=(retained * keep[..., None, :]) @ momentum_decay,
+        carried=carried,
+        retained_before=_shift_rows(retained),
+        carried_before=_shift_rows(carried),
         retention=retention,
         inertia=(retained @ (keep * from_start)[..., None])[..., 0],
         last=momentum_decay[..., -1, :],
@@ -271,13 +277,13 @@ def write(
         right += scale(1 - kept, inputs @ anchor.mT)
     if decay.inertia is not None and state.momentum is not None:
         right += scale(_shift(decay.inertia, 0.0), inputs @ state.momentum.mT)
-    right -= (_shift_rows(decay.carried) * (inputs @ inputs.mT)) @ written
+    right -= (decay.carried_before * (inputs @ inputs.mT)) @ written
     erases, push = gates.erase, None if exact is False else gates.write * exact
     if push is not None and gates.momentum is None:  # then carried is retained
         erases += push
-    lower = _shift_rows(decay.retained) * (inputs @ scale(erases, inputs).mT)
+    lower = decay.retained_before * (inputs @ scale(erases, inputs).mT)
     if push is not None and gates.momentum is not None:
-        lower += _shift_rows(decay.carried) * (inputs @ scale(push, inputs).mT)
+        lower += decay.carried_before * (inputs @ scale(push, inputs).mT)
     (V, K), C = state.weights.shape[-2:], inputs.shape[-2]
     held = solve_unit_lower(lower, right, keep=C * C <= V * K)
     erased = scale(gates.erase, held)
@@ -317,9 +323,9 @@ def read(chunk: Written, queries: Float[Array, "*#batch C K"], *, before: bool =
     >>> read(chunk, key).tolist(), read(chunk, key, before=True).tolist()
     ([[0.0, 3.0]], [[0.0, 0.0]])
     """
-    retained, carried, retention, inertia, *_ = chunk.decays
+    retained, carried, retained_before, carried_before, retention, inertia, *_ = chunk.decays
     if before:
-        retained, carried, retention = _shift_rows(retained), _shift_rows(carried), _shift(retention, 1.0)
+        retained, carried, retention = retained_before, carried_before, _shift(retention, 1.0)
         inertia = None if inertia is None else _shift(inertia, 0.0)
     queries = queries.astype(retention.dtype)
     overlap = queries @ chunk.inputs.mT
@@ -406,9 +412,16 @@ def _batch(state, inputs, errors, gates, queries, anchor):
 
 def _shift(x: Float[Array, "*batch C"], first: float) -> Float[Array, "*batch C"]:
     """One token later, `first` at the start."""
-    return jnp.concatenate([jnp.full_like(x[..., :1], first), x[..., :-1]], axis=-1)
+    return _moved(x, x.ndim - 1, first)
 
 
 def _shift_rows(x: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """One row down, zeros in the first."""
-    return jnp.concatenate([jnp.zeros_like(x[..., :1, :]), x[..., :-1, :]], axis=-2)
+    return _moved(x, x.ndim - 2, 0.0)
+
+
+def _moved(x: Array, axis: int, first: float) -> Array:
+    """By one place along an axis: no array of another length is made, nor in a derivative."""
+    ends = [(0, 0, 0)] * x.ndim
+    ends[axis] = (1, -1, 0)
+    return jax.lax.pad(x, jnp.asarray(first, x.dtype), ends)

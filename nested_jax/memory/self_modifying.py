@@ -30,7 +30,6 @@ from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested, nest
 from nested_jax.memory.deep import (
     SNAPSHOTS,
-    Activations,
     Deep,
     LevelState,
     Rule,
@@ -266,10 +265,7 @@ class SelfModifyingTitans(MemoryLayer):
     ) -> tuple[Deep, Float[Array, "B H C K"] | None]:
         """Some memories over one chunk, towards targets that they generate themselves; reads of the main one."""
         keys, values, queries, strengths = generated
-        C = keys.shape[2]
-        both = forward(snapshot, jnp.concatenate([keys, values], axis=2))
-        targets = self.normalise(both.output[:, :, :, C:])
-        at_keys = Activations(keys, both.before[:, :, :C], both.hidden[:, :, :, :C], both.second[:, :, :, :C])
+        at_keys, targets = forward(snapshot, keys), self.normalise(forward(snapshot, values).output)
         if isinstance(strengths.rate, Deep):
             strengths = strengths._replace(rate=Deep(strengths.rate.first, strengths.rate.second[..., which].mT))
         read = None if which == _PROJECTING else queries
