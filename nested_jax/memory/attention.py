@@ -151,7 +151,7 @@ class Attention:
         if T == 1:
             keys, values, where = after.keys, after.values, -((slots[-1] - age) % size)
         elif fresh:
-            keys, values, where = k, v, step
+            keys, values, where = k, v, np.arange(T, dtype=np.int32)  # no array of JAX: `read_spread` has it in another mesh
         else:  # the ring in the order of time, then the new tokens
             in_order = lambda cache, new: jnp.concatenate([jnp.roll(cache, -1 - state.newest, 1).astype(x.dtype), new], 1)
             keys, values, where = in_order(state.keys, k), in_order(state.values, v), jnp.concatenate([age - size, step])
