@@ -17,6 +17,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "opt-barrier"}
 _NO_WORK = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')
 _CALLS = {"while", "conditional", "call"}
+_UNDER_WAY = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+"""What a fusion may have a part of, that goes on meanwhile, and hand on whole: its bytes are among those that are sent."""
 
 
 class Laid(NamedTuple):
@@ -120,7 +122,9 @@ def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], dict[i
         made = by_name[name]
         while made.opcode == "bitcast":
             made = by_name[made.operands[0]]
-        if made.opcode == "dynamic-update-slice" and made.operands[1] in by_name:
+        if made.opcode == "parameter" or made.opcode in _UNDER_WAY:
+            updates[i] = 0
+        elif made.opcode == "dynamic-update-slice" and made.operands[1] in by_name:
             updates[i] = _padded(by_name[made.operands[1]])
         elif made.opcode == "fusion" and 0 in (inner := _sliced(program, made)[1]) and made.shapes[0] != "(":
             updates[i] = inner[0]
@@ -133,6 +137,8 @@ def _touched(program: Program, lines: list[Instruction], name: str) -> int | Non
     for user in (user for user in lines if name in user.operands):
         if user.opcode == "bitcast":
             part = _touched(program, lines, user.name)
+        elif user.opcode == "tuple" or user.opcode in _UNDER_WAY:
+            part = 0
         else:
             part = _sliced(program, user)[0].get(user.operands.index(name))
         if part is None:

@@ -47,6 +47,26 @@ def test_bytes_that_go_to_and_fro():
     assert hbm.traffic(hlo.parse(PROGRAM)) == 12 * 4 * 4096
 
 
+HANDING_ON = """%fused (p0: f32[12,8,64], p1: f32[8,64], p2: f32[8,64]) -> (f32[8,64], f32[12,8,64], f32[32,64]) {
+  %p0 = f32[12,8,64]{2,1,0:T(8,128)} parameter(0)
+  %p1 = f32[8,64]{1,0:T(8,128)} parameter(1)
+  %p2 = f32[8,64]{1,0:T(8,128)} parameter(2)
+  %twice = f32[8,64]{1,0:T(8,128)} add(%p1, %p1)
+  %all = f32[32,64]{1,0:T(8,128)} all-gather(%p2), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %t = (f32[8,64]{1,0:T(8,128)}, f32[12,8,64]{2,1,0:T(8,128)}, f32[32,64]{1,0:T(8,128)}) tuple(%twice, %p0, %all)
+}
+ENTRY %main (w: f32[12,8,64], x: f32[8,64]) -> (f32[8,64], f32[12,8,64], f32[32,64]) {
+  %w = f32[12,8,64]{2,1,0:T(8,128)} parameter(0)
+  %x = f32[8,64]{1,0:T(8,128)} parameter(1)
+  ROOT %y = (f32[8,64]{1,0:T(8,128)}, f32[12,8,64]{2,1,0:T(8,128)}, f32[32,64]{1,0}) fusion(%w, %x, %x), calls=%fused
+}
+"""
+
+
+def test_a_fusion_that_hands_a_gathering_on_moves_its_own_arrays_alone():
+    assert hbm.traffic(hlo.parse(HANDING_ON)) == 2 * 4096
+
+
 STACK, SLICE = "f32[12,8,64]{2,1,0:T(8,128)}", "f32[4,8,64]{2,1,0:T(8,128)S(1)}"
 LINES = {  # of an array of 12 x 4096 bytes in HBM
     f"(({STACK}), {SLICE}, s32[]{{:S(2)}}) slice-start(%a), slice={{[0:4], [0:8], [0:64]}}": 4 * 4096,
