@@ -350,8 +350,8 @@ def convolve(
 
     total = jnp.zeros_like(x)
     for tap in range(before + 1):
-        by = before - tap
-        earlier = moved(recent.astype(x.dtype), -tap, length - by) + moved(x, by, -by)
+        by = min(before - tap, length)  # XLA's partitioner pads wrongly by more than there is
+        earlier = moved(recent.astype(x.dtype), -tap, length - before + tap) + moved(x, by, -by)
         if document is not None and by:
             earlier = jnp.where((moved(document, by, -by) == document)[..., None], earlier, 0)
         total += taps[tap].astype(x.dtype)[None, None] * earlier

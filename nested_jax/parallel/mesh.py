@@ -100,7 +100,7 @@ def choose(text: str | None, devices: int, divided: Divided, *, slices: int = 1)
     """
     if text is None:
         rows = [MeshShape(n // fsdp, fsdp) for n in range(1, devices + 1) for fsdp in range(1, n + 1) if not n % fsdp]
-        whole = lambda one: math.prod(one) <= devices // slices or not one.data % slices
+        whole = lambda one: math.prod(one) <= devices // slices or (math.prod(one) == devices and not one.data % slices)
         return max(filter(whole, filter(divided.by, rows)), key=lambda one: (math.prod(one), one.fsdp))
     shape = parse(text)
     if math.prod(shape) <= devices and divided.by(shape):

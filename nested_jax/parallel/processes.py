@@ -162,9 +162,9 @@ def _whole(name: str, value: str | None) -> int | None:
 def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": call()}
-    except OSError as error:
-        return {"system": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
     except Exception as error:  # whatever it is, the others must not wait for this process
+        if isinstance(error, OSError) and isinstance(error.errno, int) and not isinstance(error, BrokenPipeError):
+            return {"system": [error.errno, str(error.strerror), os.fsdecode(error.filename) if error.filename else None]}
         kind = "" if isinstance(error, UserError) else f"{type(error)}"
         return {"error": str(error) or type(error).__name__, "type": kind}
 

@@ -10,6 +10,7 @@ import pytest
 from nested_jax.memory import attention, splash
 from nested_jax.memory.attention import Attention
 from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.stream import convolve
 from nested_jax.parallel import hlo
 from nested_jax.parallel.mesh import MeshShape, make_mesh
 
@@ -107,3 +108,16 @@ def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, window, ker
     moved = [one for one in sent if one.kind != "all-reduce"]
     assert {one.kind for one in moved} == {"all-gather", "reduce-scatter", "all-to-all"}
     assert {one.axes for one in moved} == {("sequence",)} and len(moved) <= 8
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 6])
+def test_fewer_tokens_than_taps_on_a_device(tokens):
+    """Of the short convolution, whose first tokens read what the call before left."""
+    rng = np.random.default_rng(0)
+    given = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 8), (2, 3, 8), (2, tokens, 8))]
+    expected = convolve(*given)
+    mesh = make_mesh(MeshShape(sequence=2))
+    with jax.set_mesh(mesh):
+        places = (None, None, jax.NamedSharding(mesh, jax.P(None, "sequence")))
+        got = jax.jit(convolve, in_shardings=places)(*given)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)

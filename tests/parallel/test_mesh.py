@@ -60,6 +60,7 @@ def test_data_goes_across_slices():
     assert sorted(map(tuple, slices)) == [(0,), (0,), (1,), (1,)]
     assert choose(None, 8, SIZES, slices=2) == MeshShape(data=2, fsdp=4)
     assert choose(None, 8, SIZES._replace(rows=3), slices=2) == MeshShape(data=3)  # of one slice
+    assert choose(None, 8, SIZES._replace(rows=6, width=1), slices=2) == MeshShape(data=3)  # not of three in each
     with pytest.raises(UserError, match="mesh fsdp=4,tensor=2 on 2 slices: give a multiple of 2 as data"):
         make_mesh(MeshShape(fsdp=4, tensor=2), chips)
     with pytest.raises(UserError, match="mesh data=16 is 16 devices, there are 8: give a smaller one"):
