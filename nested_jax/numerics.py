@@ -64,16 +64,15 @@ def mesh_of_four() -> AbstractMesh | None:
 
 def devices_along(axis: str, pieces: int) -> int:
     """Devices along an axis of the mesh of `jax.set_mesh` that share so many pieces; 1 where they do not divide them."""
-    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
+    if (mesh := mesh_of_four()) is None:
         return 1
     return mesh.shape[axis] if pieces % mesh.shape[axis] == 0 else 1
 
 
-def split(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> bool:
+def mesh_divides(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> bool:
     """Whether there is a mesh of `jax.set_mesh`, of all four axes, of which those given divide the axes of a shape."""
-    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
-        return False
-    return all(n % _devices(mesh, names) == 0 for n, names in zip(shape, axes, strict=False))
+    mesh = mesh_of_four()
+    return mesh is not None and all(n % _devices(mesh, names) == 0 for n, names in zip(shape, axes, strict=False))
 
 
 def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
@@ -83,7 +82,7 @@ def lay(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         x: an array.
         axes: of the mesh, for each of its axes from the first on. An axis that they do not divide is not split.
     """
-    if jax.sharding.get_abstract_mesh().empty or (mesh := mesh_of_four()) is None:
+    if (mesh := mesh_of_four()) is None:
         return x
     spec = [names if n % _devices(mesh, names) == 0 else None for n, names in zip(x.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
@@ -205,6 +204,20 @@ def safe_norm(x: Array, axis: int | tuple[int, ...] | None) -> Array:
     return safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
 
 
+def shifted(x: Array, axis: int, low: int, high: int, fill: float = 0.0) -> Array:
+    """x with so many places put at the ends of an axis, or taken from them if the number is negative.
+
+    By -high = low places no array of another length is made, in a derivative neither; where a mesh splits the axis, devices
+    send each other their edges alone.
+
+    >>> print(shifted(jnp.arange(4.0), 0, 1, -1, fill=9.0))
+    [9. 0. 1. 2.]
+    """
+    ends = [(0, 0, 0)] * x.ndim
+    ends[axis] = (low, high, 0)
+    return jax.lax.pad(x, jnp.asarray(fill, x.dtype), ends)
+
+
 KEPT = "kept"
 """Name of what costs more to compute again than to keep: `remat.scan` keeps it with the states before steps."""
 
@@ -248,7 +261,7 @@ def _masked_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C
     """The same as `_unit_lower_inverse` by products of whole matrices, all else zeros: a TPU's blocks are of 128 rows.
 
     Its products take three bfloat16 passes for the six of full precision. What they leave over is taken in full precision
-    and given back, twice: fewer passes, and more right digits than those of full precision have.
+    and given back, twice: fewer passes, and no fewer right digits where those of full precision lose some.
     """
     lower, row = jax.lax.optimization_barrier(lower), jnp.arange(lower.shape[-1])  # made once, not for each mask
     pairs = lambda where: jnp.expand_dims(where(row[:, None], row[None]), tuple(range(lower.ndim - 2)))

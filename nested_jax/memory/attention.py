@@ -25,7 +25,7 @@ from nested_jax.memory.passing import read_spread
 from nested_jax.memory.projections import init_qkv, qkv
 from nested_jax.memory.splash import fits, splash
 from nested_jax.memory.stream import bounded, check_call, check_sizes, check_tokens
-from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, lay, normal, split, upcast, vary
+from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, lay, mesh_divides, normal, upcast, vary
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
@@ -134,13 +134,18 @@ class Attention:
         state = vary(state, x, weights, reset, rank=1)
         size = state.keys.shape[1]
 
-        q, k, v = qkv(weights, x, self.heads, TOKENS)
+        shape = (B, T, self.heads, D // self.heads)
+        kernel = fresh and self.implementation is None and fits(shape)
+        groups = _groups(shape) if fresh and not kernel else 0
+        tokens = TOKENS if kernel or groups else None
+
+        q, k, v = qkv(weights, x, self.heads, tokens)
         step = jnp.arange(T, dtype=jnp.int32)
         at = jnp.asarray(bounded(state.document, TURN))[:, None] + step[None]  # tokens of the document before each token
         if reset is not None:
             start = jax.lax.cummax(jnp.where(reset, step[None], -1), axis=1)
             at = jnp.where(start < 0, at, step[None] - start)
-        at = lay(at, BATCH, TOKENS)
+        at = lay(at, BATCH, tokens)
         q, k = rotate(q, at), rotate(k, at)
 
         last = min(T, size)  # what the ring keeps of the new tokens
@@ -157,16 +162,17 @@ class Attention:
             keys, values, where = in_order(state.keys, k), in_order(state.values, v), jnp.concatenate([age - size, step])
         causal = fresh and reset is None and min(size, 2 * BLOCK) >= T
         keys, values = keys.astype(x.dtype), values.astype(x.dtype)
-        if fresh and self.implementation is None and fits(q):
+        if kernel:
             y = splash(q, keys, values, step[None] - at, size if size < T else None)
         else:
-            y = self._attend(q, keys, values, at, where, size, causal)
+            y = self._attend(q, keys, values, at, where, size, causal, groups)
         return after, y.reshape(B, T, D) @ weights["out"].astype(x.dtype)
 
-    def _attend(self, q, keys, values, at, where, size, causal):
+    def _attend(self, q, keys, values, at, where, size, causal, groups):
         """Reads of queries (B, T, H, K), tokens 0 to T - 1 of the call and `at` (B, T) of their documents.
 
         The keys are of tokens `where` of the call, negative before it, the last T of them the queries' own.
+        groups: see `_groups`.
         """
         T = q.shape[1]
         step = jnp.arange(T, dtype=jnp.int32)
@@ -183,18 +189,24 @@ class Attention:
         if T <= 2 * BLOCK:
             return read(slice(None), keys, values, q, step, at)
         # An eighth of the queries shares a range of keys.
-        group, before = max(1, T // (8 * BLOCK)) * BLOCK, keys.shape[1] - T
+        group, before = T // groups if groups else max(1, T // (8 * BLOCK)) * BLOCK, keys.shape[1] - T
         starts = range(0, T, group)
         seen = [slice(max(0, before + i + 1 - size), before + min(i + group, T)) for i in starts]
-        share = devices_along(TOKENS, math.gcd(group, T // group)) if T % group == 0 and not before else 1
-        if share > 1 and split(q.shape, BATCH, TOKENS, HEADS):
-            return read_spread(partial(_in_groups, [partial(read, some) for some in seen]), len(seen), q, keys, values, at)
+        if groups:
+            return read_spread(partial(_in_groups, [partial(read, some) for some in seen]), groups, q, keys, values, at)
         cut = [slice(i, min(i + group, T)) for i in starts]
         outputs = [
             _in_blocks(partial(read, some), keys, values, q[:, own], step[own], at[:, own])
             for some, own in zip(seen, cut, strict=True)
         ]
         return jnp.concatenate(outputs, axis=1)
+
+
+def _groups(shape: tuple[int, ...]) -> int:
+    """Groups of queries (B, T, H, K), of which every device along the mesh's sequence reads its part; 0: none are split."""
+    T, n = shape[1], devices_along(TOKENS, shape[1])
+    groups = n * max(1, 8 // n)
+    return groups if n > 1 and T > 2 * BLOCK and T % (groups * n) == 0 and mesh_divides(shape, BATCH, TOKENS, HEADS) else 0
 
 
 def _in_groups(reads, _, q, at, keys, values, __):

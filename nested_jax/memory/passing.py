@@ -83,7 +83,7 @@ def read_spread(
     q: Float[Array, "B T H K"],
     keys: Float[Array, "B T H K"],
     values: Float[Array, "B T H K"],
-    document: Int[Array, "B T"],
+    number: Int[Array, "B T"],
     kernel: PyTree = (),
     places: PyTree = (),
     *,
@@ -93,9 +93,10 @@ def read_spread(
     device reads P = T / G / n queries.
 
     Args:
-        read: (kernel, q (B, G, P, H, K), their documents (B, G, P), keys, values and documents of all T tokens) -> reads.
+        read: (kernel, q (B, G, P, H, K), their numbers (B, G, P), keys, values and numbers of all T tokens) -> reads.
         groups: G, a multiple of n.
-        q, keys, values, document: of all tokens; rows and heads are those that the mesh's other axes divide.
+        q, keys, values: of all tokens; the mesh's axes divide rows, tokens and heads.
+        number: of each token, what tells documents apart.
         kernel: what else it reads with, and
         places: the axes of the mesh that each leaf of it lies along.
         check: whether JAX checks what is the same on all devices, which no Pallas kernel says.
@@ -104,18 +105,18 @@ def read_spread(
         What the queries read.
     """
 
-    def local(kernel, q, keys, values, document):
-        n, (B, T) = jax.lax.axis_size(TOKENS), document.shape
-        whole = [jax.lax.all_gather(x, TOKENS, axis=1, tiled=True) for x in (keys, values, document)]
+    def local(kernel, q, keys, values, number):
+        n, (B, T) = jax.lax.axis_size(TOKENS), number.shape
+        whole = [jax.lax.all_gather(x, TOKENS, axis=1, tiled=True) for x in (keys, values, number)]
 
         def spread(x):
             x = x.reshape(B, groups // n, n, T // groups, *x.shape[2:])
             return jax.lax.all_to_all(x, TOKENS, 2, 1, tiled=True).squeeze(2)
 
-        y = read(kernel, spread(q), spread(document), *whole)
+        y = read(kernel, spread(q), spread(number), *whole)
         y = jax.lax.all_to_all(y[:, :, None], TOKENS, 1, 2, tiled=True)
         return y.reshape(B, T, *y.shape[-2:])
 
     rows, heads = P(BATCH, TOKENS), P(BATCH, TOKENS, HEADS)
     specs = (places, heads, heads, heads, rows)
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=check)(kernel, q, keys, values, document)
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=check)(kernel, q, keys, values, number)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.errors import UserError, shown
-from nested_jax.numerics import scale, solve_unit_lower
+from nested_jax.numerics import scale, shifted, solve_unit_lower
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 
@@ -412,16 +412,9 @@ def _batch(state, inputs, errors, gates, queries, anchor):
 
 def _shift(x: Float[Array, "*batch C"], first: float) -> Float[Array, "*batch C"]:
     """One token later, `first` at the start."""
-    return _moved(x, x.ndim - 1, first)
+    return shifted(x, x.ndim - 1, 1, -1, first)
 
 
 def _shift_rows(x: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """One row down, zeros in the first."""
-    return _moved(x, x.ndim - 2, 0.0)
-
-
-def _moved(x: Array, axis: int, first: float) -> Array:
-    """By one place along an axis: no array of another length is made, nor in a derivative."""
-    ends = [(0, 0, 0)] * x.ndim
-    ends[axis] = (1, -1, 0)
-    return jax.lax.pad(x, jnp.asarray(first, x.dtype), ends)
+    return shifted(x, x.ndim - 2, 1, -1)

@@ -13,18 +13,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nested_jax.memory.passing import read_spread
-from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_of_four, split
+from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_divides, mesh_of_four
 from nested_jax.typing import Array, Float, Int
 
-_BLOCKS = (512, 256, 128)  # queries and keys at a time: the largest that divides T
+_BLOCKS = (512, 256, 128)  # queries, or keys, at a time: the largest that divides a device's part of a group, or T
 
 
-def fits(q: Float[Array, "B T H K"]) -> bool:
-    """Whether the kernel can read these queries: on a TPU, and in whole tiles of tokens, on each device of a mesh too."""
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether the kernel can read queries (B, T, H, K): on a TPU, in whole tiles of tokens, on each device of a mesh too."""
     mesh = mesh_of_four()
-    if not on_tpu() or q.shape[1] % (_BLOCKS[-1] * (1 if mesh is None else mesh.shape[TOKENS] ** 2)):
+    if not on_tpu() or shape[1] % (_BLOCKS[-1] * (1 if mesh is None else mesh.shape[TOKENS] ** 2)):
         return False
-    return jax.sharding.get_abstract_mesh().empty if mesh is None else split(q.shape, BATCH, TOKENS, HEADS)
+    return jax.sharding.get_abstract_mesh().empty if mesh is None else mesh_divides(shape, BATCH, TOKENS, HEADS)
 
 
 def on_tpu() -> bool:
@@ -71,12 +71,13 @@ def _kernel(T: int, heads: int, n: int, window: int | None, interpret: bool) -> 
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     part = T // n**2
-    block = next(size for size in _BLOCKS if part % size == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = pallas.BlockSizes(**dict.fromkeys(names, block))
+    most = lambda tokens: next(size for size in _BLOCKS if tokens % size == 0)
+    queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), most(part))
+    keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), most(T))
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0) if window else pallas.CausalMask((T, T))
     mask.q_sequence = mask.q_sequence.reshape(n, n, part).swapaxes(0, 1).ravel()
     every = pallas.MultiHeadMask([mask] * heads)
+    sizes = pallas.BlockSizes(**queries, **keys)
     return pallas.make_splash_mha(every, block_sizes=sizes, head_shards=1, q_seq_shards=n, interpret=interpret)
 
 

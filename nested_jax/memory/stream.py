@@ -26,7 +26,7 @@ from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
 from nested_jax.memory.layer import LayerState
 from nested_jax.memory.passing import read_passing
-from nested_jax.numerics import TOKENS, devices_along, rms_norm, vary
+from nested_jax.numerics import TOKENS, devices_along, rms_norm, shifted, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -342,18 +342,12 @@ def convolve(
     """
     length, before = x.shape[1], taps.shape[0] - 1
     document = None if reset is None else jnp.cumsum(reset, axis=1)
-
-    def moved(x, low, high):
-        """x with so many zeros put at its ends, or tokens taken. None is longer than the call: where a mesh splits it, the
-        devices send their edges alone."""
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)])
-
     total = jnp.zeros_like(x)
     for tap in range(before + 1):
         by = min(before - tap, length)  # XLA's partitioner pads wrongly by more than there is
-        earlier = moved(recent.astype(x.dtype), -tap, length - before + tap) + moved(x, by, -by)
+        earlier = shifted(recent.astype(x.dtype), 1, -tap, length - before + tap) + shifted(x, 1, by, -by)
         if document is not None and by:
-            earlier = jnp.where((moved(document, by, -by) == document)[..., None], earlier, 0)
+            earlier = jnp.where((shifted(document, 1, by, -by) == document)[..., None], earlier, 0)
         total += taps[tap].astype(x.dtype)[None, None] * earlier
     last = lambda old, new: jnp.concatenate([old[:, length:], new[:, max(0, length - before) :]], axis=1)
     after = last(recent, x.astype(recent.dtype))

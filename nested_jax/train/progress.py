@@ -23,7 +23,7 @@ def print_line(console: Console, line: str) -> None:
 
 @contextlib.contextmanager
 def announced(what: str, seconds: float = 1.0) -> Iterator[None]:
-    """A context that says on the standard error what the first process does, if that takes more than so many seconds."""
+    """A context that says what it does on the first process' standard error, if that takes more than so many seconds."""
     timer = threading.Timer(seconds, lambda: print(what, file=sys.stderr, flush=True))
     timer.daemon = True
     if first():

@@ -68,21 +68,20 @@ def test_a_device_has_its_part_of_the_stream(weights):
 
 
 @pytest.mark.parametrize(
-    "shape, window, kernel",
+    "shape, T, window, kernel",
     [
-        (MeshShape(sequence=8), None, False),
-        (MeshShape(data=2, tensor=2, sequence=2), 300, False),
-        (MeshShape(fsdp=2, sequence=4), 100, False),
-        (MeshShape(data=2, tensor=2, sequence=2), None, True),
-        (MeshShape(fsdp=4, sequence=2), 300, True),
+        (MeshShape(sequence=8), 1024, None, False),
+        (MeshShape(data=2, tensor=2, sequence=2), 1024, 300, False),
+        (MeshShape(fsdp=2, sequence=4), 1280, 100, False),  # groups of 160, parts of 40
+        (MeshShape(data=2, tensor=2, sequence=2), 512, None, True),
+        (MeshShape(fsdp=4, sequence=2), 1024, 300, True),  # blocks of 512 keys and 256 queries
     ],
     ids=str,
 )
-def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, window, kernel):
+def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, T, window, kernel):
     """Of attention, in documents that start anywhere, and of a TPU's kernel: values and gradients, and keys, values and
     queries alone are sent."""
-    B, T = 4, 512 if kernel else 1024
-    layer = Attention(64, 4, window)
+    B, layer, calls = 4, Attention(64, 4, window), []
     rng, weights = np.random.default_rng(0), layer.init_weights(jax.random.key(0))
     x = jnp.asarray(rng.normal(size=(B, T, 64)), jnp.float32)
     reset = jnp.asarray(rng.random((B, T)) < 0.005)
@@ -94,7 +93,12 @@ def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, window, ker
     compute = jax.value_and_grad(loss, (0, 1), has_aux=True)
     expected, mesh = jax.jit(compute)(weights, x, reset), make_mesh(shape)
     if kernel:
-        monkeypatch.setattr(attention, "splash", partial(splash.splash, interpret=True))
+
+        def read(*given):
+            calls.append(given)
+            return splash.splash(*given, interpret=True)
+
+        monkeypatch.setattr(attention, "splash", read)
         monkeypatch.setattr(splash, "on_tpu", lambda: True)
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, jax.P(("fsdp", "data"), "sequence"))
@@ -103,6 +107,7 @@ def test_each_device_has_its_part_of_the_queries(monkeypatch, shape, window, ker
         got = program(weights, x, reset)
         if not kernel:  # without `jit` too
             np.testing.assert_allclose(loss(weights, x, reset)[1], expected[0][1], rtol=1e-4, atol=1e-5)
+    assert len(calls) == kernel
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), got, expected)
     sent = [one for one in hlo.collectives(hlo.parse(program.as_text()), shape) if "f32" in one.shape]
     moved = [one for one in sent if one.kind != "all-reduce"]
