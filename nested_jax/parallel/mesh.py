@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -128,7 +129,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         The mesh, of axes data, fsdp, tensor, sequence.
 
     Raises:
-        UserError: there are not so many devices, or data does not divide into the slices.
+        UserError: there are not so many devices, or they or data do not divide into the slices.
 
     >>> make_mesh(MeshShape()).axis_names
     ('data', 'fsdp', 'tensor', 'sequence')
@@ -136,9 +137,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     devices, count = list(jax.devices() if devices is None else devices), math.prod(shape)
     if count > len(devices):
         raise UserError(f"mesh {shape} is {count} devices, there are {len(devices)}: give a smaller one")
-    slices, kinds = slices_of(devices[:count]), (AxisType.Auto,) * len(shape)
-    if slices == 1:
+    each, kinds = _by_slice(devices[:count]), (AxisType.Auto,) * len(shape)
+    if (slices := len(each)) == 1:
         return jax.make_mesh(shape, MeshShape._fields, kinds, devices=devices[:count])
+    if len({*each.values()}) > 1:
+        sizes = " and ".join(map(str, each.values()))
+        raise UserError(f"mesh {shape} takes {sizes} devices of {slices} slices: give one that takes all, or those of one")
     if shape.data % slices:
         raise UserError(f"mesh {shape} on {slices} slices: give a multiple of {slices} as data")
     inner, outer = shape._replace(data=shape.data // slices), MeshShape(data=slices)
@@ -148,7 +152,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 def slices_of(devices: Sequence[Any]) -> int:
     """How many slices of a pod devices are of."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
+    return len(_by_slice(devices))
+
+
+def _by_slice(devices: Sequence[Any]) -> Counter[int]:
+    """How many devices are of each slice."""
+    return Counter(getattr(device, "slice_index", 0) for device in devices)
 
 
 def _shapes(devices: int) -> list[MeshShape]:

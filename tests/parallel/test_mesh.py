@@ -2,10 +2,12 @@
 
 import math
 
+import jax
 import pytest
 
 from nested_jax import UserError
 from nested_jax.parallel.mesh import Divided, MeshShape, choose, make_mesh, parse
+from nested_jax.train.state import open_mesh
 
 SIZES = Divided(rows=8, width=128, tensor=(4, 280, 1024), tokens=512)
 
@@ -52,16 +54,21 @@ class Chip:
         return f"chip {self.id}"
 
 
-def test_data_goes_across_slices():
+def test_data_goes_across_slices(monkeypatch):
     """Each slice holds whole groups of data; too few groups, and too few devices, are errors."""
     chips = [Chip(n, 4) for n in range(8)]
     laid = make_mesh(MeshShape(data=4, tensor=2), chips).devices
     slices = [{chip.slice_index for chip in group.ravel()} for group in laid]
     assert sorted(map(tuple, slices)) == [(0,), (0,), (1,), (1,)]
     assert choose(None, 8, SIZES, slices=2) == MeshShape(data=2, fsdp=4)
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "device_count", lambda: len(chips))
+    assert open_mesh(None, SIZES).shape["data"] == 2
     assert choose(None, 8, SIZES._replace(rows=3), slices=2) == MeshShape(data=3)  # of one slice
     assert choose(None, 8, SIZES._replace(rows=6, width=1), slices=2) == MeshShape(data=3)  # not of three in each
     with pytest.raises(UserError, match="mesh fsdp=4,tensor=2 on 2 slices: give a multiple of 2 as data"):
         make_mesh(MeshShape(fsdp=4, tensor=2), chips)
+    with pytest.raises(UserError, match="mesh data=6 takes 4 and 2 devices of 2 slices: give one that takes all, or"):
+        make_mesh(MeshShape(data=6), chips)
     with pytest.raises(UserError, match="mesh data=16 is 16 devices, there are 8: give a smaller one"):
         make_mesh(MeshShape(data=16), chips)

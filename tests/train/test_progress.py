@@ -56,9 +56,12 @@ def test_the_last_line_of_a_bar_stays():
     assert "\x1b[2K" not in drawn[drawn.rindex("step 2/2") :]  # is not erased
 
 
-def test_what_takes_seconds_is_announced(capsys):
+def test_what_takes_seconds_is_announced(capsys, monkeypatch):
     with announced("compiling the model", seconds=0.0):
         time.sleep(0.2)
     with announced("quick", seconds=60):
         pass
+    monkeypatch.setattr(progress, "first", lambda: False)
+    with announced("in another process", seconds=0.0):
+        time.sleep(0.2)
     assert capsys.readouterr().err == "compiling the model\n"
