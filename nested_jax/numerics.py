@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from nested_jax.typing import Array, Float, Int, PyTree
 
@@ -58,8 +58,7 @@ BATCH, TOKENS, HEADS = ("fsdp", "data"), "sequence", "tensor"
 def mesh_of_four() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`; None where it has not all four axes, or inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh if all(kinds.get(name) == AxisType.Auto for name in (*BATCH, TOKENS, HEADS)) else None
+    return mesh if {*BATCH, TOKENS, HEADS} <= {*mesh.auto_axes} else None
 
 
 def devices_along(axis: str, pieces: int) -> int:
