@@ -79,8 +79,8 @@ def search(
 def _meshes(config: TrainConfig, given: MeshShape) -> list[dict[str, Any]]:
     devices = math.prod(given)
     parts = [n for n in (2, 4) if not devices % n]
-    shapes = [f"fsdp={devices}", *(f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data"))]
-    return [{"mesh": text} for text in shapes if parse(text) != given]
+    shapes = [f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data", "sequence")]
+    return [{"mesh": text} for text in (f"fsdp={devices}", *shapes) if parse(text) != given]
 
 
 def _memory(config: TrainConfig, best: MeshShape) -> list[dict[str, Any]]:

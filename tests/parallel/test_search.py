@@ -15,12 +15,16 @@ CONFIG = TrainConfig.from_preset("tiny-gated-delta", model=MODEL, batch_size=8, 
 
 
 def compiled(run, topology):
-    """Fits with two pieces or blocks made again; tensor is slow, blocks made again cost a quarter, larger batches less."""
+    """Fits with two pieces or blocks made again; tensor costs most, then blocks made again, the sequence, small chunks."""
     shape = parse(run.mesh)
     if run.batch_size > 16:
         raise UserError("too many rows")
+    if run.batch_size % (shape.data * shape.fsdp):
+        raise UserError("rows that the mesh does not divide")
     lacking = run.accumulate == 1 and run.model.memory_policy != "blocks"
-    cost = 10**9 * run.batch_size * (1 + shape.tensor + (run.model.memory_policy == "blocks") / 4 + 64 / run.model.chunk)
+    made_again = (run.model.memory_policy == "blocks") / 4
+    times = 1 + shape.tensor + shape.sequence / 8 + made_again + 64 / run.model.chunk
+    cost = 10**9 * run.batch_size * times
     cycles = [] if lacking else [(1, int(cost) + 10**9)]
     return Plan(topology, shape, 10**9, 10**9, 0, 10**12, [], cycles, 0, [], "20G of 16G" if lacking else "")
 
@@ -39,6 +43,15 @@ def test_pieces_are_of_the_rows_of_the_best_mesh_so_far():
     pieces = {one.flags.get("accumulate", 2) for one in trials if one.plan.shape == MeshShape(fsdp=4)}
     assert pieces == {1, 2}  # of 8 rows on fsdp=4; a device of the given mesh has 4
     assert {one.flags.get("model.memory_policy") for one in trials} == {None, "loops", "blocks"}
+
+
+def test_a_few_long_rows_are_split_along_the_sequence():
+    blocks = dataclasses.replace(MODEL, memory_policy="blocks")
+    run = dataclasses.replace(CONFIG, model=blocks, batch_size=2, mesh="fsdp=2,tensor=2")
+    trials = search(run, "v5e:2x2", compile=compiled)
+    shapes = {"fsdp=2,tensor=2", "tensor=4", "fsdp=2,sequence=2", "sequence=4"}  # the rows refuse fsdp=4 and data=2,fsdp=2
+    assert {one.plan.shape for one in trials} == {*map(parse, shapes)}
+    assert trials[0].plan.shape == MeshShape(fsdp=2, sequence=2)
 
 
 def test_a_ranking_names_the_flags_and_what_does_not_fit():
