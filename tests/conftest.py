@@ -50,6 +50,9 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+LONGEST = ("tests/test_eight_devices", "tests/test_multi_device", "tests/multi_process", "tests/test_cli")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that nothing waits for it in the end."""
-    items.sort(key=lambda item: "test_multi_device" not in item.nodeid)
+    """The longest files first, so that no process works on one of them alone in the end."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))

@@ -1,4 +1,4 @@
-"""What is tested on eight devices: `tests/test_multi_device.py` runs these files in a process of its own that has them."""
+"""What is tested on eight devices: `tests/test_eight_devices.py` runs these files in a process of its own that has them."""
 
 import jax
 
