@@ -124,7 +124,7 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """Parity in the second bin, MQAR, text and speed against the chunk."""
+    """Parity in the second bin, MQAR, text and speed against the chunk: means, with bars from the least to the largest."""
     config = results["config"]
     chunks = sorted({*config["chunks"], *config["text_chunks"]})
     panels = {
@@ -143,12 +143,15 @@ def figure(results: dict) -> Figure:
     }
     fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        for form in config["forms"]:
-            found = {chunk: values(form, chunk) for chunk in chunks}
-            found = {chunk: np.mean(one) for chunk, one in found.items() if one}
-            ax.plot(list(found), list(found.values()), "o-", label=form)
+        for i, form in enumerate(config["forms"]):
+            found = {chunk: one for chunk in chunks if (one := values(form, chunk))}
+            x, mean = np.array(list(found)) * 2 ** (0.04 * i), np.array([np.mean(one) for one in found.values()])
+            ends = np.array([(np.mean(one) - min(one), max(one) - np.mean(one)) for one in found.values()]).reshape(-1, 2)
+            ax.errorbar(x, mean, ends.T, fmt="o-", markersize=4, elinewidth=1, color=f"C{i}", label=form)
         ax.set_xscale("log", base=2)
         ax.set(title=title, xlabel="chunk", xticks=chunks, xticklabels=chunks)
+    for ax in axes[:2]:
+        ax.set_ylim(-0.05, 1.05)
     axes[3].set_yscale("log")
     handles, labels = axes[3].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
