@@ -27,6 +27,9 @@ from nested_jax.numerics import BATCH, HEADS, lay, nats, upcast, vary
 from nested_jax.optim import clip_by_norm
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
+NOT_LEARNED = -1
+"""In place of a target that the CMS does not learn from."""
+
 
 class FastWeights(NamedTuple):
     """State of one CMS level: matrices of all blocks that learn, their gradient since the last step, the rule's memory.
@@ -44,8 +47,8 @@ class FastWeights(NamedTuple):
 class Segment(NamedTuple):
     """A data point of the segment level: P tokens of every row. As a context it has a leading axis of segments.
 
-    inputs: of the first CMS that learns; targets: the next tokens; closed: whether they are known; position: tokens before
-    the segment; reset: whether a document starts with it.
+    inputs: of the first CMS that learns; targets: the next tokens, or NOT_LEARNED; closed: whether they are known; position:
+    tokens before the segment; reset: whether a document starts with it.
     """
 
     inputs: Float[Array, "*segments B P D"]
@@ -174,7 +177,7 @@ def _segment_level(config: CMSConfig, forward: Forward, init_mixers: Callable[[]
 
         def loss(matrices):
             logits, mixers = forward(matrices, state.mixers, position, x, reset)
-            each = nats(logits, targets).mean(axis=1)
+            each = jnp.where(targets == NOT_LEARNED, 0, nats(logits, targets)).mean(axis=1)
             return each.sum() if config.scope == "sequence" else each.mean(), (logits, mixers)
 
         matrices = tuple(level.matrices for level in reversed(slower))
@@ -262,6 +265,12 @@ def segment_state(state: Nested | SegmentState) -> SegmentState:
 def with_segment(state: Nested | SegmentState, segment: SegmentState) -> Nested | SegmentState:
     """The nest's state with another innermost state."""
     return Nested(state.slow, with_segment(state.fast, segment)) if isinstance(state, Nested) else segment
+
+
+def with_level(state: Nested | SegmentState, index: int, level: FastWeights) -> Nested | SegmentState:
+    """The nest's state with another CMS level, counted from slow to fast."""
+    assert isinstance(state, Nested)
+    return Nested(state.slow, with_level(state.fast, index - 1, level)) if index else Nested(level, state.fast)
 
 
 def varying(levels: Nested | SegmentState, *inputs: PyTree) -> Nested | SegmentState:

@@ -29,7 +29,7 @@ class OpenSegment(NamedTuple):
     """The last segment's tokens, until it closes. How many there are follows from the position."""
 
     inputs: Float[Array, "B P D"]  # to the blocks that learn
-    tokens: Int[Array, "B P"]
+    tokens: Int[Array, "B P"]  # or NOT_LEARNED
     reset: Bool[Array, " B"]  # whether a document starts with it
 
 
@@ -82,6 +82,7 @@ class Reader:
         tokens: Int[Array, "B T"],
         reset: Bool[Array, "B T"] | None,
         multiple: int,
+        closes: bool | None = None,
     ) -> tuple[Float[Array, "B T V"], InContext]:
         """Reads T more tokens.
 
@@ -89,9 +90,11 @@ class Reader:
             state: of `init_state`, or of the call before.
             position: tokens read before; unknown while tracing, it is a multiple of `multiple`.
             x: inputs of the tokens to the blocks that learn.
-            tokens: the same tokens, each the target of the one before it.
+            tokens: the same tokens, each the target of the one before it, or NOT_LEARNED.
             reset: true where a row's document starts, on a boundary of segments; None: nowhere.
             multiple: what an unknown position is a multiple of.
+            closes: whether the first token closes a segment, where the position is unknown; the tokens lie in one segment,
+                or start where one does. None: not told.
 
         Returns:
             (logits, state after the last token).
@@ -99,11 +102,14 @@ class Reader:
         P, group, length = self.config.periods[-1], self.config.periods[0], x.shape[1]
         known = not isinstance(position, jax.Array)
         state = InContext(varying(state.levels, x, reset), vary(state.open, x, reset))
+        if not known and multiple % P and closes is not None:
+            state = self._close_if(closes, state, position, tokens[:, 0])
+            return self._read_part(state, _Piece(0, length, position % P, False), position, x, tokens, reset)
         if not known and multiple % P:
             return (self._read_token if length == 1 else self._read_tokens)(state, position, x, tokens, reset)
         offset = int(position) % group if known else 0
         if offset % P == 0:
-            state = self._close_if(position != 0, state, position, tokens[:, 0])
+            state = self._close_if(position != 0 if known or closes is None else closes, state, position, tokens[:, 0])
         outputs = []
         for piece in self._pieces(offset, length, known or multiple % group == 0):
             cut = slice(piece.start, piece.end)
@@ -194,7 +200,7 @@ class Reader:
         (state, _), logits = jax.lax.scan(step, (state, position), each)
         return logits.swapaxes(0, 1), state
 
-    def _close_if(self, full, state: InContext, position, following: Int[Array, " B"]) -> InContext:
+    def _close_if(self, full: bool | Array, state: InContext, position, following: Int[Array, " B"]) -> InContext:
         if isinstance(full, jax.Array):
             return jax.lax.cond(full, lambda: self._close(state, position, following), lambda: state)
         return self._close(state, position, following) if full else state

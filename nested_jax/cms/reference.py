@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nested_jax.cms.chain import MATRICES, CMSConfig
-from nested_jax.typing import Array, Float, Int, PyTree
+from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
 
 def learn_in_context(
@@ -20,6 +20,7 @@ def learn_in_context(
     mixers: PyTree,
     rules: Sequence[optax.GradientTransformation],
     tokens: Int[Array, "B T"],
+    learn: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of documents that share one set of fast weights: with one set a sequence, it is for one row.
 
@@ -32,6 +33,7 @@ def learn_in_context(
         mixers: state of the sequence layers.
         rules: inner rules, slow to fast.
         tokens: of whole documents.
+        learn: the tokens whose prediction is learned from, in a mean over all of a segment; None: all.
 
     Source: NL Eq. 70-74.
     """
@@ -41,22 +43,24 @@ def learn_in_context(
     gradient = jax.tree.map(jnp.zeros_like, fast)
     memory = {name: rule.init(fast[name]) for name, rule in zip(names, rules, strict=True)}
     forward = jax.jit(forward)
+    learn = jnp.ones_like(tokens, bool) if learn is None else learn
 
     @jax.jit
-    def differentiate(fast, mixers, tokens, targets, position):
+    def differentiate(fast, mixers, tokens, targets, learned, position):
         logits = lambda fast: forward(fast, mixers, tokens, position)[0]
-        loss = lambda fast: optax.softmax_cross_entropy_with_integer_labels(logits(fast), targets).mean()
+        nats = lambda fast: optax.softmax_cross_entropy_with_integer_labels(logits(fast), targets)
+        loss = lambda fast: (nats(fast) * learned).mean()
         gradient = jax.grad(loss)(fast)
         return jax.lax.stop_gradient(gradient) if config.meta_gradient == "first-order" else gradient
 
     outputs = []
     for begin in range(0, tokens.shape[1], P):
         end = begin + P
-        now, targets = tokens[:, begin:end], tokens[:, begin + 1 : end + 1]
+        now, targets, learned = tokens[:, begin:end], tokens[:, begin + 1 : end + 1], learn[:, begin + 1 : end + 1]
         logits, after = forward(fast, mixers, now, begin)
         outputs.append(logits)
         if targets.shape[1] == P:
-            gradient = jax.tree.map(jnp.add, gradient, differentiate(fast, mixers, now, targets, begin))
+            gradient = jax.tree.map(jnp.add, gradient, differentiate(fast, mixers, now, targets, learned, begin))
             for i, (name, period) in enumerate(zip(names, config.periods, strict=True)):
                 if end % period == 0:
                     updates, memory[name] = rules[i].update(gradient[name], memory[name], fast[name])

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from nested_jax import cms
 from nested_jax.checks import check_key
-from nested_jax.cms.in_context import fast_weights, segment_state, with_segment
+from nested_jax.cms.in_context import NOT_LEARNED, fast_weights, segment_state, with_segment
 from nested_jax.cms.reader import InContext, Reader
 from nested_jax.errors import UserError, shown
 from nested_jax.memory.attention import AttentionState, reserve
@@ -115,6 +115,8 @@ def apply(
     *,
     reset: ArrayLike | None = None,
     multiple: int = 1,
+    closes: bool | None = None,
+    learn: Bool[Array, "B T"] | None = None,
     rules: Rules | None = None,
 ) -> tuple[Float[Array, "B T V"], ModelState]:
     """Logits of the next token at every token, and the state after the last.
@@ -127,6 +129,9 @@ def apply(
             multiples of `config.alignment` tokens; elsewhere a reset is an error (NaN logits under `jit`).
         multiple: a promise that the tokens read so far are a multiple of this number, which lets a call under `jit`
             take the path of whole chunks and segments. A state whose position is known needs none.
+        closes: of a call under `jit` a promise that its first token closes a segment of the CMS (True) or does not (False)
+            and, unless `multiple` is one of `config.cms.periods[-1]`, that the tokens lie in one segment. None: any tokens.
+        learn: the tokens whose prediction the CMS learns from; None: all. Sequence layers remember every token.
 
     Returns:
         (logits, float32 or float64, state).
@@ -144,7 +149,7 @@ def apply(
     >>> logits.shape, int(state.position)
     ((2, 8, 1024), 8)
     """
-    x, state = _read(config, weights, tokens, state, reset, multiple, rules)
+    x, state = _read(config, weights, tokens, state, reset, multiple, rules, closes, learn)
     return x if config.adapting else head(config, weights, x), state
 
 
@@ -205,6 +210,8 @@ def _read(
     reset: ArrayLike | None,
     multiple: int,
     rules: Rules | None,
+    closes: bool | None = None,
+    learn: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T _"], ModelState]:
     """What the blocks make of tokens (B, T, D), or the logits where blocks learn in context; and the state after them."""
     check_config(config)
@@ -216,6 +223,8 @@ def _read(
     position = state.position if isinstance(state.position, Tracer) else np.int32(state.position)
     position = bounded(position, config.alignment)
     starts = _check_starts(config, ids.shape, reset, state, position)
+    if learn is not None and (np.shape(learn) != ids.shape or jnp.asarray(learn).dtype != bool):
+        raise UserError(f"learn {shown(learn)}: give bools {list(ids.shape)}, one for each token")
     known = not isinstance(position, jax.Array)
     aligned = (int(position) if known else multiple) % config.reading == 0
     x = vary(embed(config, weights, ids), weights, state.mixers, starts)
@@ -239,7 +248,8 @@ def _read(
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
         reader = cms_reader(config, weights, x.shape[0], rules)
         learning, grown = _reserve(learning, x.shape[1])
-        x, learning = reader.read(learning, position, x, ids, starts, multiple)
+        targets = ids if learn is None else jnp.where(learn, ids, NOT_LEARNED)
+        x, learning = reader.read(learning, position, x, targets, starts, multiple, closes)
         learning = _unbounded(learning) if grown else learning
     return x, ModelState(position + np.int32(ids.shape[1]), mixers, learning)
 

@@ -25,7 +25,7 @@ from nested_jax.models.language_model import (
     init_state,
     init_weights,
 )
-from nested_jax.typing import Array, Float
+from nested_jax.typing import Array, Bool, Float
 
 
 class LanguageModel(nnx.Module):
@@ -79,9 +79,10 @@ class LanguageModel(nnx.Module):
         *,
         reset: ArrayLike | None = None,
         multiple: int = 1,
+        learn: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], ModelState]:
         """Logits of the next token at every token, and the state after the last, see `apply`."""
-        return apply(self.config, self.weights, tokens, state, reset=reset, multiple=multiple, rules=self.rules)
+        return apply(self.config, self.weights, tokens, state, reset=reset, multiple=multiple, learn=learn, rules=self.rules)
 
     @property
     def weights(self) -> dict[str, Any]:

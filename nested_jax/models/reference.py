@@ -12,11 +12,15 @@ from nested_jax.cms.reference import learn_in_context
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import embed, head, mix
-from nested_jax.typing import Array, Float, Int, PyTree
+from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
 
 def language_model(
-    config: ModelConfig, weights: PyTree, rules: Sequence[optax.GradientTransformation], tokens: Int[Array, "B T"]
+    config: ModelConfig,
+    weights: PyTree,
+    rules: Sequence[optax.GradientTransformation],
+    tokens: Int[Array, "B T"],
+    learn: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of whole documents, see `learn_in_context`; arguments as of `nested_jax.models.language_model.apply`."""
     layer, first = sequence_layer(config), config.layers - config.adapting
@@ -32,4 +36,4 @@ def language_model(
             x = cms.apply(config.cms, block["cms"], matrices, x)
         return head(config, weights, x), after
 
-    return learn_in_context(config.cms, [block["cms"] for block in blocks[first:]], forward, mixers, rules, tokens)
+    return learn_in_context(config.cms, [block["cms"] for block in blocks[first:]], forward, mixers, rules, tokens, learn)

@@ -46,9 +46,9 @@ def attention_in_float64(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
 
 
-def by_reference(made, text):
+def by_reference(made, text, learn=None):
     rules = (inner_rule(made.config.cms),) * len(made.config.cms.periods)
-    return reference.language_model(made.config, made.weights, rules, text)
+    return reference.language_model(made.config, made.weights, rules, text, learn)
 
 
 DEFAULT = ("nested, with momentum", "shared by the batch")
@@ -64,6 +64,26 @@ def test_equals_a_loop_of_gradients(x64, case):
     net, weights = differentiable(made)
     still = jax.jit(lambda w: read(nnx.merge(net, w), text, 40)[0])(without_rates(weights))
     assert not np.allclose(fast, still)
+
+
+@pytest.mark.parametrize("case", cases(["one block", "nested", "shared by the batch"], ["one block"]))
+def test_learns_from_the_tokens_that_it_is_told(x64, case):
+    """In one call, and in pieces that end inside of segments; from none it learns nothing."""
+    made = model(config(**CASES[case]))
+    text = tokens(2 if made.config.cms.scope == "batch" else 1, 20)
+    learn = jax.random.bernoulli(jax.random.key(1), 0.6, text.shape)
+    want = by_reference(made, text, learn)
+    np.testing.assert_allclose(jax.jit(lambda: read(made, text, 40, learn=learn)[0])(), want, rtol=1e-10, atol=1e-12)
+    state, parts = made.init_state(len(text), max_length=40), []
+    for begin, end in ((0, 3), (3, 8), (8, 9), (9, 20)):
+        logits, state = made(text[:, begin:end], state, learn=learn[:, begin:end])
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), want, rtol=1e-10, atol=1e-12)
+    (net, weights), none = differentiable(made), jnp.zeros_like(learn)
+    still = jax.jit(lambda w: read(nnx.merge(net, w), text, 40)[0])(without_rates(weights))
+    np.testing.assert_allclose(jax.jit(lambda: read(made, text, 40, learn=none)[0])(), still, rtol=1e-10, atol=1e-12)
+    with pytest.raises(UserError, match="learn bool\\[3\\]: give bools"):
+        made(text, made.init_state(len(text)), learn=jnp.ones(3, bool))
 
 
 OF_GRADIENTS = ("one block", "last block", "first order", "nested", "two of three blocks")
