@@ -221,6 +221,11 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("generate --temperature -1", "--temperature"),
         ("generate --promt x", r"unknown flag --promt \(did you mean --prompt\?\)"),
         ("generate --prompt -x", "give a value that starts with - as --prompt=-x"),
+        ("generate --learner no/l", "--learner no/l: there is no folder no; make it"),
+        ("generate --learner l --samples 2", "--learner l writes one text on one device: leave out --samples"),
+        ("generate --learner l --mesh data=2", "leave out --mesh"),
+        ("generate --learn-from prompt", "--learn-from prompt is of a learner: give --learner FILE too"),
+        ("generate --stop ''", "--stop '': give a text of one character or more"),
         ("generate --run-dir ''", "--run-dir '': give the path of a folder$"),
         ("eval --run-dir ''", "--run-dir '': give the path of a folder$"),
         ("train --run-dir ''", "--run-dir '': give the path of a folder$"),
@@ -358,6 +363,19 @@ def test_train_resume_evaluate_generate(place, say, monkeypatch):
     heads = [line for line in several if line.startswith("--- ")]
     assert heads == ["--- sample 1 of 2, seed 4", "--- sample 2 of 2, seed 5"]
     assert "\n".join(several).count("\n".join(greedy[0])) == 2
+
+    stopped = written("--tokens", "5", "--temperature", "0", "--prompt", "q", "--stop", "\n".join(greedy[0])[3:])
+    assert "\n".join(stopped) == "\n".join(greedy[0])[:3]
+    learner = ("--learner", "it.learner", "--tokens", "5", "--temperature", "0")
+    for prompt, read in (("q", "7"), ("z", "13")):  # the mark of a start, the prompt, what is written
+        code, out, err = say(shlex.join(["generate", "--run-dir", "a", "--prompt", prompt, *learner]))
+        assert code == 0 and err == [f"it.learner: {read} tokens read"]
+    kept = Path("it.learner").read_bytes()
+    code, out, err = say(shlex.join(["generate", "--run-dir", "b", *learner]))
+    assert code == 2 and err == [
+        "nested-jax: it.learner is of another model, or of other weights: give the model that it was saved with"
+    ]
+    assert Path("it.learner").read_bytes() == kept
 
     files = [f for f in Path("a/checkpoints/9/parameters").rglob("*") if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)

@@ -9,10 +9,10 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nested_jax.cli.flags import Depiction, Evaluation, Generation, Planning, Program
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
@@ -21,6 +21,7 @@ from nested_jax.train.config import TrainConfig, flag
 from nested_jax.train.stopping import Diverged, Interrupted
 
 if TYPE_CHECKING:
+    from nested_jax.serve import Learner
     from nested_jax.train.trained import Trained
 
 
@@ -93,22 +94,46 @@ def generate(argv: Sequence[str]) -> None:
     """Write text with a trained model."""
     flags = parse(Generation(), "generate", argv)
     prompt = _standard_input() if flags.prompt == "-" else flags.prompt
+    if flags.learner is not None and not (folder := Path(flags.learner).parent).is_dir():
+        raise UserError(f"--learner {flags.learner}: there is no folder {folder}; make it, or give another one")
+    from nested_jax.serve.until import until
     from nested_jax.train import sample, trained
     from nested_jax.train.progress import announced
 
     _join(flags)
-    with trained.opened(flags.run_dir, flags.mesh, lambda config: 1, _warn) as (config, params, tokenizer, _):
+    with trained.opened(flags.run_dir, flags.mesh, lambda config: 1, _warn) as run:
+        config, params, tokenizer, _ = run
         if tokenizer is None:
             raise UserError(f"--run-dir {flags.run_dir} is of --task {config.task} and writes no text: give a run on text")
         options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        learner = _learner(flags, run)
         with announced("compiling the model"):
-            texts = sample.samples(config.model, params, tokenizer, prompt, number=flags.samples, seed=flags.seed, **options)
-        for i, ids in enumerate(texts):
+            if learner is None:
+                number, seed = flags.samples, flags.seed
+                texts = sample.samples(config.model, params, tokenizer, prompt, number=number, seed=seed, **options)
+                texts = (sample.characters(tokenizer, ids) for ids in texts)
+            else:
+                texts = [cast("Iterator[str]", learner.generate(prompt, seed=flags.seed, **options))]
+        for i, parts in enumerate(texts):
             print(f"\n--- sample {i + 1} of {flags.samples}, seed {flags.seed + i}" if flags.samples > 1 else "", end="")
             print("\n" * (flags.samples > 1) + prompt, end="", flush=True)
-            for text in sample.characters(tokenizer, ids):
+            for text in until(parts, flags.stop):
                 print(text, end="", flush=True)
             print()
+        if learner is not None and flags.learner is not None:
+            learner.save(flags.learner)
+            print(f"{flags.learner}: {learner.tokens_read:,} tokens read", file=sys.stderr)
+
+
+def _learner(flags: Generation, run: Trained) -> Learner | None:
+    """The learner of --learner, as it was kept or a new one."""
+    if flags.learner is None:
+        return None
+    from nested_jax.serve import Learner
+
+    if Path(flags.learner).exists():
+        return Learner.restore(flags.learner, run, learn_from=flags.learn_from)
+    return Learner(run, learn_from=flags.learn_from)
 
 
 def depict(argv: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
+from nested_jax.errors import UserError
 from nested_jax.models.config import ModelConfig, preset
 from nested_jax.train.config import Optimizer, Seed, TrainConfig, Whole, flag
 
@@ -100,9 +101,23 @@ class Generation(Reading):
     """Continuations to write, each with a seed of its own."""
     seed: Seed = 0
     """Seed of the draws of the first sample; the others have the seeds after it."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which a sample ends."""
+    learner: Annotated[str, Named("the path of a file")] | None = None
+    """File of a learner, which goes on from what it has learned, reads the prompt, writes, and is kept there. It is made if
+    there is none."""
+    learn_from: Literal["all", "prompt"] = "all"
+    """What the CMS of a learner learns from: all, or the prompt alone and not what it writes."""
 
     def __post_init__(self):
         check_fields(self, flag)
+        if "" in self.stop:
+            raise UserError("--stop '': give a text of one character or more")
+        if self.learner is None and self.learn_from != "all":
+            raise UserError(f"--learn-from {self.learn_from} is of a learner: give --learner FILE too")
+        if self.learner is not None and (self.samples > 1 or self.mesh is not None):
+            other = "--samples" if self.samples > 1 else "--mesh"
+            raise UserError(f"--learner {self.learner} writes one text on one device: leave out {other}")
 
 
 @dataclass(frozen=True)
