@@ -1,4 +1,4 @@
-"""The command line: nested-jax train | eval | generate | describe | plan, each a frozen dataclass of flags."""
+"""The command line: nested-jax train | eval | generate | read | describe | plan, each a frozen dataclass of flags."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from nested_jax.cli.flags import Depiction, Evaluation, Generation, Planning, Program
+from nested_jax.cli.flags import Depiction, Document, Evaluation, Generation, Planning, Program
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag
@@ -22,6 +22,7 @@ from nested_jax.train.stopping import Diverged, Interrupted
 
 if TYPE_CHECKING:
     from nested_jax.serve import Learner
+    from nested_jax.train.sample import Tokenizer
     from nested_jax.train.trained import Trained
 
 
@@ -94,19 +95,15 @@ def generate(argv: Sequence[str]) -> None:
     """Write text with a trained model."""
     flags = parse(Generation(), "generate", argv)
     prompt = _standard_input() if flags.prompt == "-" else flags.prompt
-    if flags.learner is not None and not (folder := Path(flags.learner).parent).is_dir():
-        raise UserError(f"--learner {flags.learner}: there is no folder {folder}; make it, or give another one")
     from nested_jax.serve.until import until
     from nested_jax.train import sample, trained
     from nested_jax.train.progress import announced
 
     _join(flags)
     with trained.opened(flags.run_dir, flags.mesh, lambda config: 1, _warn) as run:
-        config, params, tokenizer, _ = run
-        if tokenizer is None:
-            raise UserError(f"--run-dir {flags.run_dir} is of --task {config.task} and writes no text: give a run on text")
+        config, params, tokenizer = run.config, run.params, _text_only(run, flags.run_dir)
         options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-        learner = _learner(flags, run)
+        learner = _learner(flags.learner, run, flags.learn_from) if flags.learner else None
         with announced("compiling the model"):
             if learner is None:
                 number, seed = flags.samples, flags.seed
@@ -120,20 +117,70 @@ def generate(argv: Sequence[str]) -> None:
             for text in until(parts, flags.stop):
                 print(text, end="", flush=True)
             print()
-        if learner is not None and flags.learner is not None:
-            learner.save(flags.learner)
-            print(f"{flags.learner}: {learner.tokens_read:,} tokens read", file=sys.stderr)
+        if learner is not None:
+            _keep(learner, flags.learner)
 
 
-def _learner(flags: Generation, run: Trained) -> Learner | None:
-    """The learner of --learner, as it was kept or a new one."""
-    if flags.learner is None:
-        return None
+def read(argv: Sequence[str]) -> None:
+    """Read a text, learning, and show where it surprises."""
+    argv = argv if not argv or argv[0].startswith("-") else ["--file", *argv]
+    flags = parse(Document(), "read", argv)
+    if not flags.file:
+        raise UserError("there is no text to read: give nested-jax read FILE")
+    import numpy as np
+
+    from nested_jax.files import read_file, write_file
+    from nested_jax.serve import Learner
+    from nested_jax.serve.page import page, summary
+    from nested_jax.train import trained
+    from nested_jax.train.progress import announced
+
+    text = read_file(flags.file, _LONGEST).decode(errors="replace")
+    if not text:
+        raise UserError(f"{flags.file} is empty: give a text")
+    _join(flags)
+    run = trained.load_run(flags.run_dir, _warn)
+    tokenizer = _text_only(run, flags.run_dir)
+    learner = _learner(flags.learner, run)
+    learners = {"learning": learner, "frozen": learner.copy()}
+    if flags.against is not None:
+        other = trained.load_run(flags.against, _warn)
+        if not np.array_equal(_text_only(other, flags.against).encode(text), tokenizer.encode(text)):
+            raise UserError(
+                f"--against {flags.against} has another tokenizer than {flags.run_dir}: give a run with the same"
+            )
+        learners[Path(flags.against).name] = Learner(other)
+    readings = {}
+    for name, one in learners.items():
+        with announced(f"reading, {name}"):
+            readings[name] = one.read(text, learn=name != "frozen", record=True)
+    print(summary(tokenizer, readings))
+    if flags.html is not None:
+        write_file(Path(flags.html), page(Path(flags.file).name, tokenizer, readings).encode())
+        print(flags.html)
+    _keep(learner, flags.learner)
+
+
+def _text_only(run: Trained, run_dir: str) -> Tokenizer:
+    """The tokenizer of a run on text."""
+    if run.tokenizer is None:
+        raise UserError(f"--run-dir {run_dir} is of --task {run.config.task}, which has no text: give a run on text")
+    return run.tokenizer
+
+
+def _learner(path: str | None, run: Trained, learn_from: Literal["all", "prompt"] = "all") -> Learner:
+    """The learner of --learner, as it was kept, or a new one."""
     from nested_jax.serve import Learner
 
-    if Path(flags.learner).exists():
-        return Learner.restore(flags.learner, run, learn_from=flags.learn_from)
-    return Learner(run, learn_from=flags.learn_from)
+    if path is not None and Path(path).exists():
+        return Learner.restore(path, run, learn_from=learn_from)
+    return Learner(run, learn_from=learn_from)
+
+
+def _keep(learner: Learner, path: str | None) -> None:
+    if path is not None:
+        learner.save(path)
+        print(f"{path}: {learner.tokens_read:,} tokens read", file=sys.stderr)
 
 
 def depict(argv: Sequence[str]) -> None:
@@ -204,7 +251,9 @@ def plan(argv: Sequence[str]) -> None:
     print(planning.table(made))
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "describe": depict, "plan": plan}
+COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "read": read, "describe": depict, "plan": plan}
+_LONGEST = 2**24
+"""Bytes of a text that is read at most."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from nested_jax.checks import Count, Folder, Interval, Named, NonNegative, check_fields
@@ -115,9 +116,34 @@ class Generation(Reading):
             raise UserError("--stop '': give a text of one character or more")
         if self.learner is None and self.learn_from != "all":
             raise UserError(f"--learn-from {self.learn_from} is of a learner: give --learner FILE too")
+        if self.learner is not None and not (folder := Path(self.learner).parent).is_dir():
+            raise UserError(f"--learner {self.learner}: there is no folder {folder}; make it, or give another one")
         if self.learner is not None and (self.samples > 1 or self.mesh is not None):
             other = "--samples" if self.samples > 1 else "--mesh"
             raise UserError(f"--learner {self.learner} writes one text on one device: leave out {other}")
+
+
+@dataclass(frozen=True)
+class Document(Program):
+    """Read a text with a trained model, which learns as it reads, and show where it was surprised, learning and frozen."""
+
+    file: str = ""
+    """Text to read; the flag's name may be left out: nested-jax read FILE."""
+    run_dir: Folder = TrainConfig.run_dir
+    """Folder of the run."""
+    learner: Annotated[str, Named("the path of a file")] | None = None
+    """File of a learner, which goes on from what it has learned and is kept there. It is made if there is none."""
+    against: Folder | None = None
+    """Folder of another run with the same tokenizer, such as a Transformer's, which reads the text too."""
+    html: Annotated[str, Named("the path of a page")] | None = None
+    """Page to write, such as page.html, which needs no network: the text coloured by surprise, and what each level wrote."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
+        for name in ("learner", "html"):
+            path = getattr(self, name)
+            if path is not None and not (folder := Path(path).parent).is_dir():
+                raise UserError(f"{flag(name)} {path}: there is no folder {folder}; make it, or give another one")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from nested_jax.cms.in_context import fast_weights, with_level
 from nested_jax.errors import UserError, assert_choice, is_whole, shown
 from nested_jax.memory.stream import check_size
 from nested_jax.models.module import LanguageModel
+from nested_jax.serve import reading
 from nested_jax.serve.file import Saved, read_learner, state_of, write_learner
 from nested_jax.serve.pool import Pool
+from nested_jax.serve.reading import Reading
 from nested_jax.serve.until import until
 from nested_jax.train.sample import Tokenizer, characters, likeliest
 from nested_jax.train.trained import Trained
@@ -222,7 +224,11 @@ class Learner:
         """Of the next token."""
         return self._all._pool.get(self._row)[1]
 
-    def read(self, text: Text, *, learn: bool = True) -> Float[np.ndarray, "T V"]:
+    @overload
+    def read(self, text: Text, *, learn: bool = True, record: Literal[False] = False) -> Float[np.ndarray, "T V"]: ...
+    @overload
+    def read(self, text: Text, *, learn: bool = True, record: Literal[True]) -> Reading: ...
+    def read(self, text: Text, *, learn: bool = True, record: bool = False) -> Float[np.ndarray, "T V"] | Reading:
         """Reads on, and learns.
 
         Args:
@@ -230,13 +236,16 @@ class Learner:
                 tokens (T,).
             learn: False: the CMS does not learn to predict these tokens. Sequence layers remember them, so that what comes
                 next is read in their context; nothing of the text is left in a `copy` made before.
+            record: watch, segment by segment, which takes longer.
 
         Returns:
-            Logits of the token after each.
+            Logits of the token after each; with record a `Reading`, a table of the tokens and of what each level wrote.
 
         Raises:
             UserError: no text, or tokens that the vocabulary has not.
         """
+        if record:
+            return reading.read(self._all._pool, self._row, self._all._encode(self._row, text), learn)
         return self._all.read({self._row: text}, learn=learn)[self._row]
 
     def generate(

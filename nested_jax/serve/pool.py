@@ -45,12 +45,16 @@ def next_piece(config: ModelConfig, read: int, left: int) -> Piece:
     >>> next_piece(config, 0, 1000), next_piece(config, 576, 60)
     (Piece(tokens=512, multiple=64, closes=False), Piece(tokens=8, multiple=1, closes=True))
     """
-    segment = config.cms.periods[-1] if config.adapting else config.reading
-    grid, closes = math.lcm(segment, config.reading), bool(config.adapting and read and not read % segment)
-    if grid > 1 and read % grid == 0 and left >= grid:
+    segment, grid = config.cms.periods[-1] if config.adapting else config.reading, grid_of(config)
+    closes = bool(config.adapting and read and not read % segment)
+    if read % grid == 0 and left >= grid:
         return Piece(grid * _power_of_8(min(left, max(LONGEST, grid)) // grid), grid, closes)
-    room = segment - read % segment if grid > 1 else LONGEST
-    return Piece(_power_of_8(min(left, room)), 1, closes)
+    return Piece(_power_of_8(min(left, segment - read % segment)), 1, closes)
+
+
+def grid_of(config: ModelConfig) -> int:
+    """Pieces that start on a multiple of so many tokens are read in the fastest way."""
+    return math.lcm(config.cms.periods[-1] if config.adapting else config.reading, config.reading)
 
 
 def _power_of_8(most: int) -> int:
