@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.checks import Count, check_fields, check_key
+from nested_jax.checks import Count, Positive, check_fields, check_key
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
@@ -56,6 +56,7 @@ class Attention:
         implementation: of `jax.nn.dot_product_attention`; None: its choice, on TPUs splash attention for what starts a
             stream. A fused kernel (splash, "cudnn") has no second derivative and no forward mode: a model that
             differentiates through inner gradients needs "xla".
+        rotary_base: of the positions' frequencies, see `rotate`.
 
     Source: NL Eq. 62-63.
 
@@ -70,6 +71,7 @@ class Attention:
     heads: Count
     window: Count | None = None
     implementation: Literal["xla", "cudnn"] | None = None
+    rotary_base: Positive = 10_000.0
 
     def __post_init__(self):
         check_fields(self, "Attention: ")
@@ -146,7 +148,7 @@ class Attention:
             start = jax.lax.cummax(jnp.where(reset, step[None], -1), axis=1)
             at = jnp.where(start < 0, at, step[None] - start)
         at = lay(at, BATCH, tokens)
-        q, k = rotate(q, at), rotate(k, at)
+        q, k = (rotate(each, at, self.rotary_base) for each in (q, k))
 
         last = min(T, size)  # what the ring keeps of the new tokens
         slots = (state.newest + 1 + jnp.arange(T - last, T, dtype=jnp.int32)) % size
@@ -238,14 +240,14 @@ def reserve(state: AttentionState, tokens: int) -> AttentionState:
     return state._replace(keys=keys, values=values, limit=np.int32(keys.shape[1]))
 
 
-def rotate(x: Float[Array, "B T H K"], at: Int[Array, "#B T"]) -> Float[Array, "B T H K"]:
-    """Rotary position embedding, base 10,000: pairs (x_i, x_{i + K/2}) turned by an angle of position x 10000^(-2i/K).
+def rotate(x: Float[Array, "B T H K"], at: Int[Array, "#B T"], base: float = 10_000.0) -> Float[Array, "B T H K"]:
+    """Rotary position embedding: pairs (x_i, x_{i + K/2}) turned by an angle of position x base^(-2i/K).
 
     The frequencies are rounded to whole numbers of 2^-30 turns a token. So an integer product that overflows is the angle
     modulo a turn, exact at any position before it becomes a float, and positions 2^30 apart have equal angles.
     """
     half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-np.arange(half) / half)
+    frequency = base ** (-np.arange(half) / half)
     frequency = (np.rint(frequency / (2 * np.pi) * TURN) * (2**32 // TURN)).astype(np.int32)  # in 2^-32 turns
     first, second, rest = jnp.split(upcast(x), [half, 2 * half], axis=-1)
     turn = at.astype(jnp.int32)[:, :, None, None] * frequency[None, None, None]

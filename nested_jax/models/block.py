@@ -36,7 +36,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
             differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
-            return Attention(D, H, window, "xla" if differentiated_twice else None)
+            return Attention(D, H, window, "xla" if differentiated_twice else None, config.rotary_base)
         case "lp":
             return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **omega)
         case "huber":

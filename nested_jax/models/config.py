@@ -99,6 +99,8 @@ class ModelConfig:
     """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
     window: Count = 256
     """Tokens that sliding-window attention sees, the query's own included."""
+    rotary_base: Positive = 10_000.0
+    """Base of the frequencies of attention's rotary positions."""
     omega_window: Count = 16
     """Tokens that every update of an omega memory learns from."""
     omega_features: Literal["identity", "polynomial"] = "polynomial"

@@ -1,0 +1,290 @@
+"""Pretrained Llama-family Transformers as models of this library: attention is kept, MLPs become levels of a CMS (NL 7.3).
+
+A Llama block is x <- x + attention(norm x), x <- x + MLP(norm x), with SwiGLU and rotary positions, as a block of
+`hope-attention` is with one frozen level. What differs goes into the weights: heads that share keys and values get copies of
+them, and all that is added to x is scaled by sqrt(1e-6 / epsilon), so that the norms' epsilon is that of this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.cms import CMSConfig
+from nested_jax.errors import UserError, assert_choice, shown
+from nested_jax.files import read_file
+from nested_jax.models.config import ModelConfig
+from nested_jax.typing import PyTree
+
+Way = Literal["frozen", "split", "deltas"]
+EPSILON = 1e-6
+"""Of `numerics.rms_norm`."""
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A Llama-family decoder as a file has it.
+
+    Args:
+        vocabulary, width, layers, heads, kv_heads, hidden: sizes V, D, L, H, heads of keys and values, F.
+        rotary_base: of the frequencies of positions.
+        epsilon: of the RMS norms.
+        tied: whether the head is the embedding.
+        get: (name in the way of Hugging Face, such as "model.layers.0.mlp.up_proj.weight") -> its matrix (out, in), float32.
+        about: what else the file says, such as its tokenizer.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    rotary_base: float
+    epsilon: float
+    tied: bool
+    get: Callable[[str], np.ndarray]
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_llama(path: str | Path) -> Llama:
+    """A model of a GGUF file, or of a folder with config.json and safetensors.
+
+    Args:
+        path: of the file or folder. It may be anyone's: no code of it is run.
+
+    Raises:
+        UserError: it is neither, or a model of another architecture.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return _of_gguf(path)
+    raise UserError(f"{path} is no model: give a .gguf file, or a folder with config.json and .safetensors files")
+
+
+def convert(
+    source: Llama,
+    way: Way = "frozen",
+    *,
+    periods: tuple[int, ...] = (),
+    hidden: tuple[int, ...] = (),
+    blocks: int | None = None,
+    rate: float = 0.0,
+    seed: int = 0,
+) -> tuple[ModelConfig, PyTree]:
+    """The model's config and weights here: with rates of 0 its logits are the source's.
+
+    Args:
+        source: of `read_llama`.
+        way: how the MLPs become levels. "frozen": one level that does not learn. "split": their hidden units are dealt to
+            the levels, whose sum they are (an independent CMS, Eq. 74). "deltas": they are kept, frozen, and each level is
+            a further MLP after them whose output starts at zero.
+        periods: tokens between two updates of each level that learns, slow to fast.
+        hidden: widths of the levels: of split ones a share of the hidden units each, those after the learning ones' number
+            frozen first; None: equal shares. Of deltas, one for each period; None: an eighth of the MLP's.
+        blocks: the last blocks, which learn; None: all.
+        rate: start of the levels' rates.
+        seed: of the deltas' inputs.
+
+    Returns:
+        (config, weights), float32.
+
+    Raises:
+        UserError: a way, periods and widths that do not fit one another or the source.
+
+    Source: NL section 7.3, ad-hoc level stacking.
+    """
+    assert_choice("convert: way", way, ("frozen", "split", "deltas"))
+    if not isinstance(source, Llama):
+        raise UserError(f"convert: source {shown(source)}: give what read_llama gives")
+    if bool(periods) != (way != "frozen"):
+        raise UserError(f"convert: periods {periods} and way {way!r}: levels that learn need periods, a frozen CMS has none")
+    F = source.hidden
+    if way == "frozen":
+        hidden = (F,)
+    elif way == "split":
+        share = [F * i // len(periods) for i in range(len(periods) + 1)]
+        hidden = hidden or tuple(b - a for a, b in zip(share, share[1:], strict=False))
+        if sum(hidden) != F or len(hidden) < len(periods):
+            raise UserError(f"convert: hidden {hidden} of split levels: give widths that sum to {F}, one or more a period")
+    else:
+        hidden = hidden or (max(1, F // 8),) * len(periods)
+        if len(hidden) != len(periods):
+            raise UserError(f"convert: hidden {hidden} of deltas: give one for each of the {len(periods)} periods")
+        hidden = (F, *hidden)
+    variant = "independent" if way == "split" else "sequential"
+    cms = CMSConfig(hidden, periods, variant, activation="swiglu", blocks=blocks if periods else None, rate=rate)
+    config = ModelConfig(
+        vocabulary=source.vocabulary,
+        width=source.width,
+        layers=source.layers,
+        heads=source.heads,
+        mixer="attention",
+        rotary_base=source.rotary_base,
+        tie_embeddings=source.tied,
+        cms=cms,
+    )
+    return config, _weights(source, way, cms, np.random.default_rng(seed))
+
+
+def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) -> PyTree:
+    D, scale = source.width, math.sqrt(EPSILON / source.epsilon)
+
+    def mlp(i: int, part: slice) -> dict[str, np.ndarray]:
+        get = lambda name: source.get(f"model.layers.{i}.mlp.{name}_proj.weight")
+        return {"up": get("up")[part].T, "gate": get("gate")[part].T, "down": scale * get("down")[:, part].T}
+
+    def delta(width: int) -> dict[str, np.ndarray]:
+        draw = lambda: rng.normal(size=(D, width)) * D**-0.5
+        return {"up": draw(), "gate": draw(), "down": np.zeros((width, D))}
+
+    def block(i: int) -> dict[str, Any]:
+        get = lambda name: source.get(f"model.layers.{i}.{name}.weight")
+        spread = lambda w: np.repeat(w.reshape(source.kv_heads, -1, D), source.heads // source.kv_heads, 0).reshape(-1, D)
+        norm, levels, begin = get("post_attention_layernorm"), {}, 0
+        for n, width in enumerate(cms.hidden):
+            own = delta(width) if way == "deltas" and n else mlp(i, slice(begin, begin + width))
+            begin += width
+            levels[f"level{n + 1}"] = own | {"norm": norm} | ({"rate": np.array(cms.rate)} if n >= cms.frozen else {})
+        mixer = {
+            "query": get("self_attn.q_proj").T,
+            "key": spread(get("self_attn.k_proj")).T,
+            "value": spread(get("self_attn.v_proj")).T,
+            "out": scale * get("self_attn.o_proj").T,
+        }
+        mix = {"mix": np.ones(len(cms.hidden))} if cms.variant == "independent" else {}
+        return {"norm": get("input_layernorm"), "mixer": mixer, "cms": levels | mix}
+
+    single = lambda leaf: jnp.asarray(leaf, jnp.float32)
+    stack = lambda *leaves: single(np.stack(leaves))
+    embedding, norm = source.get("model.embed_tokens.weight"), source.get("model.norm.weight")
+    weights = {
+        "embedding": single(scale * D**-0.5 * embedding),
+        "blocks": jax.tree.map(stack, *map(block, range(source.layers))),
+        "norm": single(norm * (D**0.5 / scale if source.tied else 1.0)),
+    }
+    return weights if source.tied else weights | {"head": single(source.get("lm_head.weight").T)}
+
+
+def _of_folder(path: Path) -> Llama:
+    from safetensors import safe_open
+
+    try:
+        about = json.loads(read_file(path / "config.json", 2**20))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no config.json that can be read ({error}): give a model's folder") from None
+    if about.get("model_type") not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UserError(f"{path} is of type {about.get('model_type')!r}: give a model of the Llama family")
+    files, where = sorted(path.glob("*.safetensors")), {}
+    for file in files:
+        with safe_open(file, "np") as tensors:
+            where |= dict.fromkeys(tensors.keys(), file)
+
+    def get(name: str) -> np.ndarray:
+        with safe_open(where[name], "flax") as tensors:  # bfloat16 too
+            return np.asarray(tensors.get_tensor(name), np.float32)
+
+    wrong = [name for name in where if name.endswith((".bias", "_norm.weight")) and "layers" in name]
+    if wrong:
+        raise UserError(f"{path} has {wrong[0]}, which models here have not: give a model without biases and norms of heads")
+    if about.get("rope_scaling") or about.get("sliding_window") and about.get("use_sliding_window", True):
+        raise UserError(f"{path} scales its positions or slides a window: give a model that does neither")
+    return _checked(
+        path,
+        Llama(
+            vocabulary=about["vocab_size"],
+            width=about["hidden_size"],
+            layers=about["num_hidden_layers"],
+            heads=about["num_attention_heads"],
+            kv_heads=about.get("num_key_value_heads") or about["num_attention_heads"],
+            hidden=about["intermediate_size"],
+            rotary_base=float(about.get("rope_theta", 10_000.0)),
+            epsilon=float(about["rms_norm_eps"]),
+            tied="lm_head.weight" not in where,
+            get=get,
+            about=about,
+        ),
+        about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"],
+    )
+
+
+_GGUF = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GGUF_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def _of_gguf(path: Path) -> Llama:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f'{path} needs gguf to be read: pip install "nested-jax[convert]"') from None
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the library raises whatever its parsing meets
+        raise UserError(f"{path} is damaged, or no GGUF file ({' '.join(str(error).split())[:80]}): give another") from None
+    about = {name: each.contents() for name, each in reader.fields.items()}
+    kind = about.get("general.architecture")
+    if kind != "llama":
+        raise UserError(f"{path} is of architecture {kind!r}: give a model of architecture llama")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    of = lambda name: about[f"llama.{name}"]
+    heads, kv_heads = of("attention.head_count"), of("attention.head_count_kv")
+
+    def get(name: str) -> np.ndarray:
+        stem, _, ending = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            _, _, i, part = stem.split(".", 3)
+            tensor = tensors[f"blk.{i}.{_GGUF[part]}.{ending}"]
+        else:
+            part, tensor = "", tensors[f"{_GGUF_WHOLE[stem]}.{ending}"]
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):  # pairs that are turned are neighbours there
+            each = heads if part == "self_attn.q_proj" else kv_heads
+            found = found.reshape(each, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
+        return found
+
+    return _checked(
+        path,
+        Llama(
+            vocabulary=len(about["tokenizer.ggml.tokens"]),
+            width=of("embedding_length"),
+            layers=of("block_count"),
+            heads=heads,
+            kv_heads=kv_heads,
+            hidden=of("feed_forward_length"),
+            rotary_base=float(about.get("llama.rope.freq_base", 10_000.0)),
+            epsilon=float(of("attention.layer_norm_rms_epsilon")),
+            tied="output.weight" not in tensors,
+            get=get,
+            about=about,
+        ),
+        about.get("llama.rope.dimension_count", of("embedding_length") // heads),
+    )
+
+
+def _checked(path: Path, found: Llama, head_width: int) -> Llama:
+    if head_width * found.heads != found.width:
+        raise UserError(
+            f"{path} has heads of {head_width}, {found.heads} of them, and width {found.width}: they must fill it"
+        )
+    return found

@@ -1,0 +1,145 @@
+"""Converted Llamas: logits of an independent forward pass, with one frozen level and with levels whose rates are 0; files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nested_jax.errors import UserError
+from nested_jax.models.convert import Llama, convert, read_llama
+from nested_jax.models.language_model import apply, init_state
+
+V, D, L, H, KV, F, BASE, EPSILON = 37, 24, 3, 6, 2, 20, 5_000.0, 1e-3
+K = D // H
+
+
+def named(tied, seed=0):
+    """Weights by name, with outputs that are small beside epsilon, so that it matters."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+    weights = {"model.embed_tokens.weight": 0.05 * draw(V, D), "model.norm.weight": 1 + draw(D)}
+    for i in range(L):
+        at = f"model.layers.{i}"
+        for name, shape in (("q", (D, D)), ("k", (KV * K, D)), ("v", (KV * K, D)), ("o", (D, D))):
+            weights[f"{at}.self_attn.{name}_proj.weight"] = draw(*shape)
+        for name, shape in (("up", (F, D)), ("gate", (F, D)), ("down", (D, F))):
+            weights[f"{at}.mlp.{name}_proj.weight"] = draw(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{at}.{name}.weight"] = 1 + draw(D)
+    return weights if tied else weights | {"lm_head.weight": draw(V, D)}
+
+
+def llama(tied=True):
+    weights = named(tied)
+    return Llama(V, D, L, H, KV, F, BASE, EPSILON, tied, weights.__getitem__)
+
+
+def forward(weights, tokens):
+    """A Llama by NumPy, token after token and head after head."""
+    norm = lambda x, name: x / np.sqrt(np.mean(x**2) + EPSILON) * weights[name + ".weight"]
+    matrix = lambda x, name: weights[name + ".weight"].astype(float) @ x
+
+    def turn(x, position):
+        pairs = x.reshape(-1, 2, K // 2)
+        angle = position * BASE ** (-2 * np.arange(K // 2) / K)
+        a, b = pairs[:, 0], pairs[:, 1]
+        return np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1).reshape(-1, K)
+
+    keys, values, logits = [[] for _ in range(L)], [[] for _ in range(L)], []
+    for position, token in enumerate(tokens):
+        x = weights["model.embed_tokens.weight"][token].astype(float)
+        for i in range(L):
+            at = f"model.layers.{i}"
+            y = norm(x, f"{at}.input_layernorm")
+            q = turn(matrix(y, f"{at}.self_attn.q_proj"), position)
+            keys[i].append(turn(matrix(y, f"{at}.self_attn.k_proj"), position))
+            values[i].append(matrix(y, f"{at}.self_attn.v_proj").reshape(KV, K))
+            read = []
+            for head in range(H):
+                scores = np.array([k[head // (H // KV)] @ q[head] for k in keys[i]]) / np.sqrt(K)
+                chances = np.exp(scores - scores.max())
+                read.append(sum(p * v[head // (H // KV)] for p, v in zip(chances / chances.sum(), values[i], strict=True)))
+            x = x + matrix(np.concatenate(read), f"{at}.self_attn.o_proj")
+            y = norm(x, f"{at}.post_attention_layernorm")
+            gate = matrix(y, f"{at}.mlp.gate_proj")
+            x = x + matrix(gate / (1 + np.exp(-gate)) * matrix(y, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
+        logits.append(matrix(norm(x, "model.norm"), "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"))
+    return np.stack(logits)
+
+
+WAYS = {
+    "frozen": dict(),
+    "split": dict(periods=(8, 4)),
+    "split, one frozen": dict(periods=(4,), hidden=(15, 5)),
+    "deltas": dict(periods=(8, 4), hidden=(3, 2), blocks=2),
+}
+TOKENS = np.random.default_rng(1).integers(V, size=19)
+
+
+def read(config, weights):
+    return jax.jit(lambda: apply(config, weights, TOKENS[None], init_state(config, weights, 1))[0][0])()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_are_those_of_the_source(way, tied):
+    source, name = llama(tied), way.partition(",")[0]
+    config, weights = convert(source, name, **WAYS[way])
+    np.testing.assert_allclose(read(config, weights), forward(named(tied), TOKENS), rtol=1e-4, atol=1e-5)
+    if name != "frozen":  # and not with rates
+        config, weights = convert(source, name, **WAYS[way], rate=3.0)
+        assert np.abs(read(config, weights) - forward(named(tied), TOKENS)).max() > 1e-3
+
+
+def saved(path, changes=None, dtype=np.float32, **extra):
+    """A folder with a model in two files."""
+    weights = {name: w.astype(dtype) for name, w in (named(True) | extra).items()}
+    about = dict(model_type="llama", vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=H)
+    about |= dict(num_key_value_heads=KV, intermediate_size=F, rope_theta=BASE, rms_norm_eps=EPSILON) | (changes or {})
+    names = sorted(weights)
+    save_file({name: weights[name] for name in names[::2]}, path / "model-1.safetensors")
+    save_file({name: weights[name] for name in names[1::2]}, path / "model-2.safetensors")
+    (path / "config.json").write_text(json.dumps(about))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_folder_is_read(tmp_path, dtype):
+    source = read_llama(saved(tmp_path, dtype=dtype))
+    assert dataclasses.astuple(source)[:9] == (V, D, L, H, KV, F, BASE, EPSILON, True)
+    for name, w in named(True).items():
+        np.testing.assert_array_equal(source.get(name), w.astype(dtype).astype(np.float32))
+
+
+def test_what_cannot_be_converted_is_told(tmp_path):
+    with pytest.raises(UserError, match="is no model: give a .gguf file, or a folder"):
+        read_llama(tmp_path / "gone")
+    with pytest.raises(UserError, match="has no config.json that can be read"):
+        read_llama(tmp_path)
+    for changes, message in (
+        ({"model_type": "gpt2"}, "is of type 'gpt2': give a model of the Llama family"),
+        ({"head_dim": 8}, "has heads of 8, 6 of them, and width 24"),
+        ({"rope_scaling": {"type": "linear"}}, "scales its positions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_llama(saved(tmp_path, changes))
+    with pytest.raises(UserError, match="has model.layers.0.self_attn.q_proj.bias, which models here have not"):
+        read_llama(saved(tmp_path, **{"model.layers.0.self_attn.q_proj.bias": np.zeros(D)}))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(UserError, match="a.gguf is (damaged|of architecture)"):
+        read_llama(tmp_path / "a.gguf")
+    for arguments, message in (
+        (("merged",), "way 'merged' is unknown: give one of frozen, split, deltas"),
+        (("split",), "levels that learn need periods"),
+        (("split", dict(periods=(8, 4), hidden=(10, 9))), "give widths that sum to 20"),
+        (("deltas", dict(periods=(8, 4), hidden=(3,))), "give one for each of the 2 periods"),
+        (("frozen", dict(periods=(8,))), "a frozen CMS has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(llama(), arguments[0], **(arguments[1] if arguments[1:] else {}))
+    with pytest.raises(UserError, match="source 3: give what read_llama gives"):
+        convert(3)
