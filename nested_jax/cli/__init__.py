@@ -1,4 +1,4 @@
-"""The command line: nested-jax train | eval | generate | read | describe | plan, each a frozen dataclass of flags."""
+"""The command line: nested-jax COMMAND, of train, eval, generate, read, convert, describe and plan, each with its flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from nested_jax.cli.flags import Depiction, Document, Evaluation, Generation, Planning, Program
+from nested_jax.cli.flags import Conversion, Depiction, Document, Evaluation, Generation, Planning, Program
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag
@@ -161,6 +161,18 @@ def read(argv: Sequence[str]) -> None:
     _keep(learner, flags.learner)
 
 
+def convert(argv: Sequence[str]) -> None:
+    """Make a run of a pretrained model."""
+    argv = argv if not argv or argv[0].startswith("-") else ["--source", *argv]
+    flags = parse(Conversion(), "convert", argv)
+    if not flags.source:
+        raise UserError("there is no model to convert: give nested-jax convert FILE")
+    from nested_jax.train.converted import write_run
+
+    config, size = write_run(flags)
+    print(f"{flags.run_dir}: {size:,} parameters, levels of {' '.join(map(str, config.model.cms.hidden))} hidden units")
+
+
 def _text_only(run: Trained, run_dir: str) -> Tokenizer:
     """The tokenizer of a run on text."""
     if run.tokenizer is None:
@@ -251,7 +263,15 @@ def plan(argv: Sequence[str]) -> None:
     print(planning.table(made))
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "read": read, "describe": depict, "plan": plan}
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "read": read,
+    "convert": convert,
+    "describe": depict,
+    "plan": plan,
+}
 _LONGEST = 2**24
 """Bytes of a text that is read at most."""
 

@@ -147,6 +147,32 @@ class Document(Program):
 
 
 @dataclass(frozen=True)
+class Conversion(Program):
+    """Make a run of a pretrained Llama and its tokenizer: attention is kept, MLPs become levels of a CMS."""
+
+    source: str = ""
+    """GGUF file, or folder with config.json, safetensors and tokenizer.json; the flag's name may be left out."""
+    run_dir: Folder = "runs/converted"
+    """Folder of the run, which generate, read and train --init-from take."""
+    way: Literal["frozen", "split", "deltas"] = "frozen"
+    """How MLPs become levels: one that does not learn in context; their hidden units dealt to the levels; or kept, frozen,
+    with a further MLP a level whose output starts at zero. With rates of 0 the logits are the source's."""
+    periods: tuple[Count, ...] = ()
+    """Tokens between two updates of each level that learns, slow to fast."""
+    hidden: tuple[Count, ...] = ()
+    """Hidden width of each level; none: equal shares of the MLP, or of a delta an eighth of it."""
+    blocks: Count | None = None
+    """How many of the last blocks learn. None: all."""
+    rate: NonNegative = 0.0
+    """Start of the levels' learning rates."""
+    seed: Seed = 0
+    """Seed of what deltas read."""
+
+    def __post_init__(self):
+        check_fields(self, flag)
+
+
+@dataclass(frozen=True)
 class Depiction:
     """Show what learns in a model and its optimizer: levels by update frequency, context flows, objectives, rules."""
 

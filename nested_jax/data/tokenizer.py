@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, and SentencePiece pieces trained on the text itself. Both are lossless."""
+"""Tokenizers: bytes, SentencePiece pieces trained on the text itself, and those of pretrained models. All are lossless."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import sentencepiece
 
+from nested_jax.data import pretrained
 from nested_jax.errors import UserError
 from nested_jax.files import read_file, write_file
 
@@ -34,6 +35,8 @@ class Tokenizer(Protocol):
     """Number V of ids."""
     boundary: int
     """The id between documents, which no text encodes to."""
+    ends: frozenset[int]
+    """Ids after which a text that a model writes has ended, the boundary among them."""
     byte_lengths: np.ndarray
     """(V,) int32: bytes of text that each id stands for; 0 for the boundary."""
 
@@ -62,6 +65,7 @@ class ByteTokenizer:
 
     vocabulary = 256
     boundary = 0
+    ends = frozenset({0})
     _null = 255
 
     def __init__(self):
@@ -112,6 +116,7 @@ class SentencePieceTokenizer:
         self.boundary = pieces.piece_to_id(_BOUNDARY)
         if not pieces.is_control(self.boundary):
             raise UserError(f"tokenizer without control symbol {_BOUNDARY}: make one with SentencePieceTokenizer.train")
+        self.ends = frozenset({self.boundary})
         self._text = [self._bytes_of(i) for i in range(self.vocabulary)]
         ids = {byte: pieces.piece_to_id(f"<0x{byte:02X}>") for byte in (*_SPACE.encode(), *b" ")}
         self._spelled, self._space = [ids[byte] for byte in _SPACE.encode()], ids[ord(" ")]
@@ -193,7 +198,7 @@ class SentencePieceTokenizer:
         return bytes([int(piece[3:5], 16)]) if self._pieces.is_byte(i) else piece.replace(_SPACE, " ").encode()
 
 
-def load_tokenizer(path: str | os.PathLike, *, within: Path | None = None) -> ByteTokenizer | SentencePieceTokenizer:
+def load_tokenizer(path: str | os.PathLike, *, within: Path | None = None) -> Tokenizer:
     """The tokenizer that `save` wrote to a file.
 
     Args:
@@ -220,7 +225,7 @@ def load_tokenizer(path: str | os.PathLike, *, within: Path | None = None) -> By
     if data == _BYTES:
         return ByteTokenizer()
     try:
-        return SentencePieceTokenizer(data)
+        return pretrained.of_bytes(data) if data.startswith(pretrained.MARK) else SentencePieceTokenizer(data)
     except (RuntimeError, UserError) as error:
         raise UserError(f"tokenizer {path} is damaged or of another kind: {remedy}") from error
 

@@ -155,7 +155,7 @@ class Learners(Sequence):
             writing = list(prompts)
             for n in range(tokens):
                 drawn = np.asarray(draw(self._pool.logits, given, n))
-                writing = [row for row in writing if not self.tokenizer or drawn[row] != self.tokenizer.boundary]
+                writing = [row for row in writing if not self.tokenizer or int(drawn[row]) not in self.tokenizer.ends]
                 for _ in self._pool.read({row: drawn[[row]] for row in writing}, self.learn_from == "all"):
                     pass
                 yield from ((row, int(drawn[row])) for row in writing)

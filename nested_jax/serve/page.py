@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer
+from nested_jax.data import Tokenizer
 from nested_jax.serve.reading import Reading
 from nested_jax.typing import Float, Int
 
 POINTS = 200
 """Points of a curve at most."""
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
 
 
 def page(title: str, tokenizer: Tokenizer, readings: Mapping[str, Reading]) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer, heldout_batches
+from nested_jax.data import Tokenizer, heldout_batches
 from nested_jax.models.language_model import init_state
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.layers import layer_surprise
@@ -24,7 +24,7 @@ class HeldOut:
     def __init__(
         self,
         config: TrainConfig,
-        tokenizer: ByteTokenizer | SentencePieceTokenizer,
+        tokenizer: Tokenizer,
         documents: Sequence[bytes],
     ):
         slots, model = config.batch_size * config.window, config.model

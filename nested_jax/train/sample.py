@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.data import ByteTokenizer, SentencePieceTokenizer
+from nested_jax.data import ByteTokenizer, Tokenizer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.typing import Array, Float, PyTree
 
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
+__all__ = ["ByteTokenizer", "Tokenizer", "characters", "likeliest", "sample", "samples"]
 
 
 def sample(
@@ -82,7 +82,7 @@ def samples(
     def continuation(key) -> Iterator[int]:
         token, state = draw_first(logits, jax.random.fold_in(key, 0)), after_prompt
         for n in range(1, tokens + 1):
-            if int(token) == tokenizer.boundary:
+            if int(token) in tokenizer.ends:
                 return
             yield int(token)
             if n < tokens:

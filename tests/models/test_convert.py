@@ -1,4 +1,4 @@
-"""Converted Llamas: logits of an independent forward pass, with one frozen level and with levels whose rates are 0; files."""
+"""Converted Llamas: logits of an independent forward pass, frozen or with levels whose rates are 0; files that are none."""
 
 import dataclasses
 import json

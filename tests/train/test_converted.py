@@ -1,0 +1,104 @@
+"""nested-jax convert: a folder of a pretrained model becomes a run that is read, written with, and trained on."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import save_file
+
+import nested_jax
+from nested_jax.cli import main
+from nested_jax.models.language_model import apply, init_state
+
+V, D, L, H, KV, F = 300, 16, 2, 4, 2, 12
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A folder as they are published: config.json, safetensors, tokenizer.json."""
+    monkeypatch.chdir(tmp_path)
+    rng, folder = np.random.default_rng(0), tmp_path / "model"
+    folder.mkdir()
+    draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+    weights = {"model.embed_tokens.weight": draw(V, D), "model.norm.weight": 1 + draw(D)}
+    for i in range(L):
+        at, narrow = f"model.layers.{i}", KV * D // H
+        for name, rows in (("q", D), ("k", narrow), ("v", narrow), ("o", D)):
+            weights[f"{at}.self_attn.{name}_proj.weight"] = draw(rows, D)
+        for name, shape in (("up", (F, D)), ("gate", (F, D)), ("down", (D, F))):
+            weights[f"{at}.mlp.{name}_proj.weight"] = draw(*shape)
+        weights |= {f"{at}.{name}.weight": 1 + draw(D) for name in ("input_layernorm", "post_attention_layernorm")}
+    save_file(weights, folder / "model.safetensors")
+    about = dict(model_type="llama", vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=H)
+    about |= dict(num_key_value_heads=KV, intermediate_size=F, rope_theta=1e4, rms_norm_eps=1e-5)
+    (folder / "config.json").write_text(json.dumps(about))
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    pairs.train_from_iterator(["to be, or not to be"] * 9, trainer)
+    (folder / "tokenizer.json").write_text(pairs.to_str())
+    return folder
+
+
+def test_from_the_command_line(source, capsys):
+    assert main(["convert", "model", "--run-dir", "still"]) == 0
+    assert "levels of 12 hidden units" in capsys.readouterr().out
+    ways = ["--way", "deltas", "--periods", "16", "8", "--hidden", "3", "2", "--blocks", "1"]
+    assert main(["convert", "model", "--run-dir", "learns", *ways]) == 0
+    still, learns = map(nested_jax.load, ("still", "learns"))
+    assert learns.config.model.adapting == 1 and learns.tokenizer.decode(learns.tokenizer.encode("né")) == "né"
+    ids = np.random.default_rng(1).integers(280, size=(1, 40))
+    logits = [
+        apply(one.config.model, one.params, ids, init_state(one.config.model, one.params, 1))[0] for one in (still, learns)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)  # with rates of 0
+    (source.parent / "text.txt").write_text("to be, or not to be: that is the question.\n\n" * 60)
+    assert main(["generate", "--run-dir", "learns", "--prompt", "to be", "--tokens", "3", "--learner", "l"]) == 0
+    assert main(["read", "text.txt", "--run-dir", "learns", "--against", "still", "--html", "page.html"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "learning" in said
+        and "frozen" in said
+        and "still" in said
+        and "</html>" in (source.parent / "page.html").read_text()
+    )
+    sizes = "--batch-size 2 --window 64 --steps 2 --eval-bytes 300 --sample-tokens 2 --reading-documents 0 --warmup 1"
+    assert main(["train", "--init-from", "learns", "--data", "text.txt", "--run-dir", "on", *sizes.split()]) == 0
+    assert nested_jax.load("on").tokenizer.special == learns.tokenizer.special
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "there is no model to convert: give nested-jax convert FILE"),
+        (["gone"], "gone is no model: give a .gguf file"),
+        (["model", "--run-dir", "model"], "--run-dir model is not empty: give another one"),
+        (["model", "--way", "split"], "levels that learn need periods"),
+        (["model", "--way", "merged"], "--way"),
+        (["model", "--rate", "-1"], "--rate -1"),
+        (["model", "--way", "deltas", "--periods", "9", "4"], "9 is not a multiple of 4"),
+    ],
+)
+def test_a_mistake_is_one_line(source, capsys, words, told):
+    assert main(["convert", *words]) == 2
+    line = capsys.readouterr().err.strip()
+    assert told in line and "\n" not in line
+    assert not (source.parent / "runs").exists()
+
+
+def test_texts_that_cannot_be_read_are_told(source, capsys):
+    (source.parent / "empty.txt").touch()
+    assert main(["convert", "model", "--run-dir", "still"]) == 0
+    for words, told in (
+        ([], "there is no text to read: give nested-jax read FILE"),
+        (["empty.txt", "--run-dir", "still"], "empty.txt is empty: give a text"),
+        (["gone.txt", "--run-dir", "still"], "gone.txt"),
+        (["model", "--run-dir", "still"], "model is a folder, not a file"),
+        (["empty.txt", "--html", "no/page.html"], "--html no/page.html: there is no folder no; make it"),
+        (["empty.txt", "--learner", "no/l"], "--learner no/l: there is no folder no; make it"),
+    ):
+        assert main(["read", *words]) == 2
+        line = capsys.readouterr().err.strip()
+        assert told in line and "\n" not in line
