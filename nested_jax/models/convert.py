@@ -55,6 +55,22 @@ class Llama:
     get: Callable[[str], np.ndarray]
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def matrix(self, name: str) -> np.ndarray:
+        """`get(f"{name}.weight")`, of the shape that the sizes ask for. Raises UserError where it is none."""
+        D, F, narrow = self.width, self.hidden, self.width // self.heads * self.kv_heads
+        shapes = {"q_proj": (D, D), "k_proj": (narrow, D), "v_proj": (narrow, D), "o_proj": (D, D)}
+        shapes |= {"up_proj": (F, D), "gate_proj": (F, D), "down_proj": (D, F)}
+        shapes |= dict.fromkeys(("embed_tokens", "lm_head"), (self.vocabulary, D))
+        try:
+            found, wanted = self.get(f"{name}.weight"), shapes.get(name.rpartition(".")[2], (D,))
+        except KeyError:
+            raise UserError(f"the model has no {name}.weight: give all of its files") from None
+        if found.shape != wanted:
+            raise UserError(
+                f"{name}.weight is {shown(found)}, not {list(wanted)} as its config says: give the model as it was"
+            )
+        return found
+
 
 def read_llama(path: str | Path) -> Llama:
     """A model of a GGUF file, or of a folder with config.json and safetensors.
@@ -142,7 +158,7 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) 
     D, scale = source.width, math.sqrt(EPSILON / source.epsilon)
 
     def mlp(i: int, part: slice) -> dict[str, np.ndarray]:
-        get = lambda name: source.get(f"model.layers.{i}.mlp.{name}_proj.weight")
+        get = lambda name: source.matrix(f"model.layers.{i}.mlp.{name}_proj")
         return {"up": get("up")[part].T, "gate": get("gate")[part].T, "down": scale * get("down")[:, part].T}
 
     def delta(width: int) -> dict[str, np.ndarray]:
@@ -150,7 +166,7 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) 
         return {"up": draw(), "gate": draw(), "down": np.zeros((width, D))}
 
     def block(i: int) -> dict[str, Any]:
-        get = lambda name: source.get(f"model.layers.{i}.{name}.weight")
+        get = lambda name: source.matrix(f"model.layers.{i}.{name}")
         spread = lambda w: np.repeat(w.reshape(source.kv_heads, -1, D), source.heads // source.kv_heads, 0).reshape(-1, D)
         norm, levels, begin = get("post_attention_layernorm"), {}, 0
         for n, width in enumerate(cms.hidden):
@@ -168,13 +184,16 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) 
 
     single = lambda leaf: jnp.asarray(leaf, jnp.float32)
     stack = lambda *leaves: single(np.stack(leaves))
-    embedding, norm = source.get("model.embed_tokens.weight"), source.get("model.norm.weight")
+    embedding, norm = source.matrix("model.embed_tokens"), source.matrix("model.norm")
     weights = {
         "embedding": single(scale * D**-0.5 * embedding),
         "blocks": jax.tree.map(stack, *map(block, range(source.layers))),
         "norm": single(norm * (D**0.5 / scale if source.tied else 1.0)),
     }
-    return weights if source.tied else weights | {"head": single(source.get("lm_head.weight").T)}
+    return weights if source.tied else weights | {"head": single(source.matrix("lm_head").T)}
+
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
 
 
 def _of_folder(path: Path) -> Llama:
@@ -200,6 +219,8 @@ def _of_folder(path: Path) -> Llama:
         raise UserError(f"{path} has {wrong[0]}, which models here have not: give a model without biases and norms of heads")
     if about.get("rope_scaling") or about.get("sliding_window") and about.get("use_sliding_window", True):
         raise UserError(f"{path} scales its positions or slides a window: give a model that does neither")
+    if missing := [name for name in _SIZES if not isinstance(about.get(name), int | float)]:
+        raise UserError(f"{path / 'config.json'} has no {missing[0]}: give a model's folder")
     return _checked(
         path,
         Llama(
@@ -283,6 +304,10 @@ def _of_gguf(path: Path) -> Llama:
 
 
 def _checked(path: Path, found: Llama, head_width: int) -> Llama:
+    if found.heads < 1 or found.kv_heads < 1 or found.heads % found.kv_heads:
+        raise UserError(
+            f"{path} has {found.heads} heads and {found.kv_heads} of keys: give a model where these divide those"
+        )
     if head_width * found.heads != found.width:
         raise UserError(
             f"{path} has heads of {head_width}, {found.heads} of them, and width {found.width}: they must fill it"

@@ -123,12 +123,19 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     for changes, message in (
         ({"model_type": "gpt2"}, "is of type 'gpt2': give a model of the Llama family"),
         ({"head_dim": 8}, "has heads of 8, 6 of them, and width 24"),
+        ({"vocab_size": None}, "config.json has no vocab_size"),
+        ({"num_key_value_heads": 4}, "has 6 heads and 4 of keys"),
         ({"rope_scaling": {"type": "linear"}}, "scales its positions"),
     ):
         with pytest.raises(UserError, match=message):
             read_llama(saved(tmp_path, changes))
     with pytest.raises(UserError, match="has model.layers.0.self_attn.q_proj.bias, which models here have not"):
         read_llama(saved(tmp_path, **{"model.layers.0.self_attn.q_proj.bias": np.zeros(D)}))
+    with pytest.raises(UserError, match="embed_tokens.weight is float32\\[37, 24\\], not \\[38, 24\\] as its config says"):
+        convert(read_llama(saved(tmp_path, {"vocab_size": V + 1})))
+    (saved(tmp_path) / "model-2.safetensors").unlink()
+    with pytest.raises(UserError, match="the model has no model.*weight: give all of its files"):
+        convert(read_llama(tmp_path))
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match="a.gguf is (damaged|of architecture)"):
         read_llama(tmp_path / "a.gguf")
