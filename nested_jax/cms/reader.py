@@ -200,7 +200,7 @@ class Reader:
         (state, _), logits = jax.lax.scan(step, (state, position), each)
         return logits.swapaxes(0, 1), state
 
-    def _close_if(self, full: bool | Array, state: InContext, position, following: Int[Array, " B"]) -> InContext:
+    def _close_if(self, full: bool | np.bool_ | Array, state: InContext, position, following: Int[Array, " B"]) -> InContext:
         if isinstance(full, jax.Array):
             return jax.lax.cond(full, lambda: self._close(state, position, following), lambda: state)
         return self._close(state, position, following) if full else state

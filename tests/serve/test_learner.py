@@ -21,6 +21,7 @@ from nested_jax.serve.until import until
 IN_CONTEXT = {"cms": CMSConfig(hidden=(6, 5), periods=(24, 8), rate=0.5), "chunk": 4}
 SIZES = {"vocabulary": 257, "width": 16, "layers": 2, "heads": 2, "memory_hidden": 4}
 MODELS = {
+    "learning": dict(mixer="gated-delta", **IN_CONTEXT),
     "hope": dict(mixer="self-modifying", **IN_CONTEXT),
     "hope-attention": dict(mixer="attention", **IN_CONTEXT),
     "nested": dict(mixer="gated-delta", chunk=3, cms=CMSConfig(hidden=(6, 6), periods=(8, 4), rate=0.5, variant="nested")),
@@ -44,7 +45,7 @@ def in_one_call(model, ids):
 same = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", cases(MODELS, ["hope", "transformer"]))
+@pytest.mark.parametrize("name", cases(MODELS, ["learning", "transformer"]))
 def test_pieces_of_any_size_in_any_company(name):
     """As one call of the model; learners beside it, at other places of the grids, change nothing and are not changed."""
     model, ids = made(name), text()
@@ -63,7 +64,7 @@ def test_pieces_of_any_size_in_any_company(name):
 
 
 def test_two_learners_share_nothing():
-    learners = Learners(made("hope"), 2)
+    learners = Learners(made("learning"), 2)
     learners.read({0: text(50)})
     before = jax.tree.map(np.asarray, learners._pool.get(0))
     learners.read({1: text(50, seed=1)})
@@ -73,7 +74,7 @@ def test_two_learners_share_nothing():
 
 
 def test_pieces_cover_a_text_and_their_programs_are_few():
-    config, programs = made("hope").config, set()
+    config, programs = made("learning").config, set()
     for length in (1, 7, 100, 5000, 12345):
         read = 0
         while read < length:
@@ -86,7 +87,7 @@ def test_pieces_cover_a_text_and_their_programs_are_few():
     assert len(programs) <= 8
 
 
-@pytest.mark.parametrize("name", cases(MODELS, ["hope"]))
+@pytest.mark.parametrize("name", cases(MODELS, ["learning"]))
 def test_a_restored_learner_goes_on_alike(name, tmp_path):
     """From the middle of a segment and of a chunk, to the last bit; the file has no weights of the model."""
     model, path = made(name), tmp_path / "learner"
@@ -107,7 +108,7 @@ def test_a_restored_learner_goes_on_alike(name, tmp_path):
 
 
 def test_files_that_are_none_of_this_model_are_refused(tmp_path):
-    model, path, ran = made("hope"), tmp_path / "learner", tmp_path / "ran"
+    model, path, ran = made("learning"), tmp_path / "learner", tmp_path / "ran"
     Learner(model, max_length=64).save(path)
     whole = path.read_bytes()
     with pytest.raises(UserError, match="of another model, or of other weights: give the model"):
@@ -159,7 +160,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_is_not_to_be_learned_leaves_the_cms_as_it_is():
     """And is in the context: the next logits are not those of a learner that has not read it."""
-    learner, fresh = Learner(made("hope")), Learner(made("hope"))
+    learner, fresh = Learner(made("learning")), Learner(made("learning"))
     learner.read(text(60), learn=False)
     matrices = lambda one: [level.matrices for level in fast_weights(one._all._pool.get(0)[0].learning.levels)]
     jax.tree.map(np.testing.assert_array_equal, matrices(learner), matrices(fresh))
@@ -170,7 +171,7 @@ def test_what_is_not_to_be_learned_leaves_the_cms_as_it_is():
 
 
 def test_a_learner_that_learns_from_prompts_alone():
-    learners = [Learner(made("hope"), learn_from=choice) for choice in ("prompt", "all")]
+    learners = [Learner(made("learning"), learn_from=choice) for choice in ("prompt", "all")]
     for learner in learners:
         learner.read(text(20))
         list(learner.generate(tokens=60, seed=1))
@@ -185,7 +186,7 @@ def test_a_learner_that_learns_from_prompts_alone():
 
 
 def test_a_level_forgets_alone():
-    learner = Learner(made("hope"))
+    learner = Learner(made("learning"))
     learner.read(text(50))
     levels = lambda: fast_weights(learner._all._pool.get(0)[0].learning.levels)
     before = levels()
@@ -205,7 +206,7 @@ def test_a_level_forgets_alone():
 @pytest.mark.parametrize("far", [2**24, 2**31, 2**33])
 def test_positions_do_not_run_out(far):
     """Past 2^24, where float32 would round, and past int32: as just as far from a document's start, but for its place."""
-    model, ids = made("hope"), text()
+    model, ids = made("learning"), text()
     near, distant = Learner(model), Learner(model)
     near.read(ids[:40])
     grid = model.config.alignment
@@ -289,7 +290,7 @@ def test_what_cannot_be_is_told_at_once(message):
 
 @pytest.mark.slow
 def test_a_model_of_bfloat16_is_saved_whole(tmp_path):
-    model = made("hope", dtype="bfloat16")
+    model = made("learning", dtype="bfloat16")
     learner = Learner(model)
     learner.read(text(13))
     learner.save(tmp_path / "learner")

@@ -118,7 +118,7 @@ def test_eval_tells_the_scores_of_the_last_evaluation(config, quiet, say, monkey
     assert "on 7 sequences" in say(f"eval --run-dir {config.run_dir} --eval-sequences 7")[1][0]
     assert load(config.run_dir).tokenizer is None and load(config.run_dir).step == 1
     for line, words in (
-        (f"generate --run-dir {config.run_dir}", "is of --task parity and writes no text: give a run on text"),
+        (f"generate --run-dir {config.run_dir}", "is of --task parity, which has no text: give a run on text"),
         (f"eval --run-dir {config.run_dir} --data stdlib", "--data: .* is of --task parity: give --eval-sequences"),
         (f"eval --run-dir {config.run_dir} --eval-bytes 9", "--eval-bytes: .* is of --task parity: give --eval-sequences"),
     ):
