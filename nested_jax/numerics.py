@@ -55,6 +55,10 @@ BATCH, TOKENS, HEADS = ("fsdp", "data"), "sequence", "tensor"
 """Axes of a mesh along which rows, tokens, and heads, hidden units and the vocabulary are split, see `parallel.rules`."""
 
 
+EPSILON = 1e-6
+"""Beside the squares under the roots of norms."""
+
+
 def mesh_of_four() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`; None where it has not all four axes, or inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -124,14 +128,14 @@ def clip_rows(rows: Float[Array, "*batch V"], largest: float) -> Float[Array, "*
 
 def l2norm(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """x / |x|, with finite values and gradients of every order at zero."""
-    return scale(jax.lax.rsqrt(square(x) + 1e-6), x)
+    return scale(jax.lax.rsqrt(square(x) + EPSILON), x)
 
 
 @jax.checkpoint
 def rms_norm(weight: Float[Array, "*last D"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x over its root mean square, times a weight for the last axes; in float32. The backward pass keeps x alone."""
     y = upcast(x)
-    y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + 1e-6), y)
+    y = scale(jax.lax.rsqrt(square(y) / y.shape[-1] + EPSILON), y)
     return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
 
 

@@ -12,17 +12,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
-from nested_jax.cli.flags import Conversion, Depiction, Document, Evaluation, Generation, Planning, Program
+from nested_jax.cli.flags import Conversion, Depiction, Document, Evaluation, Generation, Planning, Program, check_folder
 from nested_jax.cli.parsing import nearest, of_preset, parse, training
 from nested_jax.errors import UserError
 from nested_jax.train.config import TrainConfig, flag
 from nested_jax.train.stopping import Diverged, Interrupted
 
 if TYPE_CHECKING:
-    from nested_jax.serve import Learner
-    from nested_jax.train.sample import Tokenizer
+    from nested_jax.data import Tokenizer
+    from nested_jax.serve.learner import Learner, LearnFrom
     from nested_jax.train.trained import Trained
 
 
@@ -180,7 +180,7 @@ def _text_only(run: Trained, run_dir: str) -> Tokenizer:
     return run.tokenizer
 
 
-def _learner(path: str | None, run: Trained, learn_from: Literal["all", "prompt"] = "all") -> Learner:
+def _learner(path: str | None, run: Trained, learn_from: LearnFrom = "all") -> Learner:
     """The learner of --learner, as it was kept, or a new one."""
     from nested_jax.serve import Learner
 
@@ -217,8 +217,7 @@ def depict(argv: Sequence[str]) -> None:
         raise UserError(f"--run-dir {flags.run_dir} holds no run: make one with nested-jax train --run-dir {flags.run_dir}")
     if flags.figure is not None and (not flags.figure or Path(flags.figure).is_dir()):
         raise UserError(f"--figure {flags.figure!r} names no file: give one that ends in .png, .svg or .pdf")
-    if flags.figure is not None and not (folder := Path(flags.figure).parent).is_dir():
-        raise UserError(f"--figure {flags.figure}: there is no folder {folder}; make it, or give another one")
+    check_folder("figure", flags.figure)
     system, extra = config.model, None
     if flags.optimizer != "none":
         rule = optimizer(config)

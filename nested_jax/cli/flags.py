@@ -13,6 +13,12 @@ from nested_jax.models.config import ModelConfig, preset
 from nested_jax.train.config import Optimizer, Seed, TrainConfig, Whole, flag
 
 
+def check_folder(name: str, path: str | None) -> None:
+    """Raises UserError where there is no folder for the file that a field names."""
+    if path is not None and not (folder := Path(path).parent).is_dir():
+        raise UserError(f"{flag(name)} {path}: there is no folder {folder}; make it, or give another one")
+
+
 @dataclass(frozen=True)
 class Program:
     """Where a command keeps what it compiles."""
@@ -116,8 +122,7 @@ class Generation(Reading):
             raise UserError("--stop '': give a text of one character or more")
         if self.learner is None and self.learn_from != "all":
             raise UserError(f"--learn-from {self.learn_from} is of a learner: give --learner FILE too")
-        if self.learner is not None and not (folder := Path(self.learner).parent).is_dir():
-            raise UserError(f"--learner {self.learner}: there is no folder {folder}; make it, or give another one")
+        check_folder("learner", self.learner)
         if self.learner is not None and (self.samples > 1 or self.mesh is not None):
             other = "--samples" if self.samples > 1 else "--mesh"
             raise UserError(f"--learner {self.learner} writes one text on one device: leave out {other}")
@@ -140,10 +145,8 @@ class Document(Program):
 
     def __post_init__(self):
         check_fields(self, flag)
-        for name in ("learner", "html"):
-            path = getattr(self, name)
-            if path is not None and not (folder := Path(path).parent).is_dir():
-                raise UserError(f"{flag(name)} {path}: there is no folder {folder}; make it, or give another one")
+        check_folder("learner", self.learner)
+        check_folder("html", self.html)
 
 
 @dataclass(frozen=True)

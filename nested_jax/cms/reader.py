@@ -94,7 +94,7 @@ class Reader:
             reset: true where a row's document starts, on a boundary of segments; None: nowhere.
             multiple: what an unknown position is a multiple of.
             closes: whether the first token closes a segment, where the position is unknown; the tokens lie in one segment,
-                or start where one does. None: not told.
+                or start where one does. None: found while reading.
 
         Returns:
             (logits, state after the last token).

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from nested_jax.errors import UserError
-from nested_jax.files import write_file
+from nested_jax.files import read_file, write_file
 
 MARK = b'{"nested_jax":"pretrained tokenizer"'
 """How a saved one begins."""
+_LARGEST = 2**26  # bytes of a tokenizer's file
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUTS = {"gpt-2": "", "smollm": "digits", "llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % ""}
-"""How a text is cut before pairs are merged, by GGUF's name: as GPT-2 does, after single digits, or by a pattern."""
+_CUTS = {"gpt-2": None, "smollm": None, "llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % ""}
+"""Patterns by which a text is cut before pairs are merged, by GGUF's name; None: GPT-2's, of smollm after single digits."""
 
 
 class PretrainedTokenizer:
@@ -40,8 +41,9 @@ class PretrainedTokenizer:
         self, pairs: str, special: dict[str, int], boundary: int, ends: Sequence[int] = (), template: str | None = None
     ):
         self._saved = {"pairs": pairs, "special": special, "boundary": boundary, "ends": [*ends], "template": template}
+        tokenizers = library()
         try:
-            self._pairs = _library().Tokenizer.from_str(pairs)
+            self._pairs = tokenizers.Tokenizer.from_str(pairs)
         except Exception as error:  # the library raises plain Exceptions
             raise UserError(f"tokenizer: {' '.join(str(error).split())[:80]}; give one of the tokenizers library") from None
         own = self._pairs.get_vocab(with_added_tokens=False)
@@ -125,16 +127,14 @@ def of_gguf(about: dict[str, Any]) -> PretrainedTokenizer:
         raise UserError(f"tokenizer of kind {kind!r}, {cut!r}: give a model with one of {', '.join(_CUTS)}")
     pieces, types = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
     special = {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind != 1}
-    tokenizers = _library()
+    tokenizers = library()
     pre = tokenizers.pre_tokenizers
     merges = [tuple(pair.split(" ", 1)) for pair in about["tokenizer.ggml.merges"]]
     pairs = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
-    words, own = pre.ByteLevel(add_prefix_space=False, use_regex=cut in ("gpt-2", "smollm")), []
-    if cut == "smollm":
-        own = [pre.Digits(individual_digits=True)]
-    elif cut != "gpt-2":
-        own = [pre.Split(tokenizers.Regex(_CUTS[cut]), "isolated")]
-    pairs.pre_tokenizer = pre.Sequence([*own, words])
+    pattern = _CUTS[cut]
+    first = [pre.Split(tokenizers.Regex(pattern), "isolated")] if pattern else []
+    first += [pre.Digits(individual_digits=True)] if cut == "smollm" else []
+    pairs.pre_tokenizer = pre.Sequence([*first, pre.ByteLevel(add_prefix_space=False, use_regex=pattern is None)])
     end = int(about.get("tokenizer.ggml.eos_token_id", 0))
     boundary = special.get("<|endoftext|>", end)
     return PretrainedTokenizer(pairs.to_str(), special, boundary, [end], about.get("tokenizer.chat_template"))
@@ -147,18 +147,18 @@ def of_folder(folder: Path) -> PretrainedTokenizer:
         UserError: there is none, or it is no byte-level BPE.
     """
     try:
-        pairs = json.loads((folder / "tokenizer.json").read_bytes())
+        pairs = {} | json.loads(read_file(folder / "tokenizer.json", _LARGEST))
         more = folder / "tokenizer_config.json"
-        about = json.loads(more.read_bytes()) if more.exists() else {}
-    except (OSError, ValueError) as error:
+        about = {} | (json.loads(read_file(more, _LARGEST)) if more.exists() else {})
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} has no tokenizer.json that can be read ({error}): give a model's whole folder") from None
     if pairs.get("model", {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(pairs.get("pre_tokenizer")):
         raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE: give a model with one")
-    special: dict[str, int] = {one["content"]: one["id"] for one in pairs["added_tokens"]}
+    special: dict[str, int] = {one["content"]: one["id"] for one in pairs.get("added_tokens", ())}
     name = lambda token: str(token["content"] if isinstance(token, dict) else token)
     if not special:
         raise UserError(f"{folder / 'tokenizer.json'} has no special token to end a text: give a model with one")
-    end = special.get(name(about.get("eos_token")), min(special.values(), default=0))
+    end = special.get(name(about.get("eos_token")), min(special.values()))
     pairs |= {"added_tokens": [], "post_processor": None}
     for piece, i in special.items():
         pairs["model"]["vocab"].setdefault(piece, i)
@@ -166,7 +166,8 @@ def of_folder(folder: Path) -> PretrainedTokenizer:
     return PretrainedTokenizer(json.dumps(pairs), special, boundary, [end], about.get("chat_template"))
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The `tokenizers` library. Raises UserError where it is not installed."""
     try:
         import tokenizers
     except ImportError:

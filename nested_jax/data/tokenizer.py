@@ -224,6 +224,8 @@ def load_tokenizer(path: str | os.PathLike, *, within: Path | None = None) -> To
         raise UserError(f"tokenizer {path}: {error.strerror}; {remedy}") from error
     if data == _BYTES:
         return ByteTokenizer()
+    if data.startswith(pretrained.MARK):
+        pretrained.library()  # where it is missing, the file is not to blame
     try:
         return pretrained.of_bytes(data) if data.startswith(pretrained.MARK) else SentencePieceTokenizer(data)
     except (RuntimeError, UserError) as error:

@@ -23,11 +23,10 @@ from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError, assert_choice, shown
 from nested_jax.files import read_file
 from nested_jax.models.config import ModelConfig
+from nested_jax.numerics import EPSILON
 from nested_jax.typing import PyTree
 
 Way = Literal["frozen", "split", "deltas"]
-EPSILON = 1e-6
-"""Of `numerics.rms_norm`."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ def convert(
             the levels, whose sum they are (an independent CMS, Eq. 74). "deltas": they are kept, frozen, and each level is
             a further MLP after them whose output starts at zero.
         periods: tokens between two updates of each level that learns, slow to fast.
-        hidden: widths of the levels: of split ones a share of the hidden units each, those after the learning ones' number
-            frozen first; None: equal shares. Of deltas, one for each period; None: an eighth of the MLP's.
+        hidden: widths of the levels, slow to fast. Of split ones their shares of the hidden units; if they are more than the
+            periods, the first are frozen; (): equal shares. Of deltas one for each period; (): an eighth of the MLP's.
         blocks: the last blocks, which learn; None: all.
         rate: start of the levels' rates.
         seed: of the deltas' inputs.
@@ -197,18 +196,22 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 
 def _of_folder(path: Path) -> Llama:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     try:
         about = json.loads(read_file(path / "config.json", 2**20))
-    except (OSError, ValueError) as error:
+        kind = about.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has no config.json that can be read ({error}): give a model's folder") from None
-    if about.get("model_type") not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UserError(f"{path} is of type {about.get('model_type')!r}: give a model of the Llama family")
-    files, where = sorted(path.glob("*.safetensors")), {}
-    for file in files:
-        with safe_open(file, "np") as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UserError(f"{path} is of type {kind!r}: give a model of the Llama family")
+    where: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np") as tensors:
+                where |= dict.fromkeys(tensors.keys(), file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): give a copy that is whole") from None
 
     def get(name: str) -> np.ndarray:
         with safe_open(where[name], "flax") as tensors:  # bfloat16 too
@@ -268,6 +271,10 @@ def _of_gguf(path: Path) -> Llama:
     if kind != "llama":
         raise UserError(f"{path} is of architecture {kind!r}: give a model of architecture llama")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    names = (*(f"llama.{name}" for name in names), "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens")
+    if missing := [name for name in names if name not in about]:
+        raise UserError(f"{path} has no {missing[0]}: give a whole model")
     of = lambda name: about[f"llama.{name}"]
     heads, kv_heads = of("attention.head_count"), of("attention.head_count_kv")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.cms.in_context import fast_weights, with_level
+from nested_jax.data import Tokenizer
 from nested_jax.errors import UserError, assert_choice, is_whole, shown
 from nested_jax.memory.stream import check_size
 from nested_jax.models.module import LanguageModel
@@ -24,7 +24,7 @@ from nested_jax.serve.file import Saved, read_learner, state_of, write_learner
 from nested_jax.serve.pool import Pool
 from nested_jax.serve.reading import Reading
 from nested_jax.serve.until import until
-from nested_jax.train.sample import Tokenizer, characters, likeliest
+from nested_jax.train.sample import characters, draw
 from nested_jax.train.trained import Trained
 from nested_jax.typing import Array, Float, Int
 
@@ -147,14 +147,14 @@ class Learners(Sequence):
         if any(not self._pool.read_so_far[row] for row in prompts):
             raise UserError("generate: a learner that has read nothing and has no tokenizer: give a prompt of tokens")
         own = min(self.tokenizer.vocabulary if self.tokenizer else 2**31, self.model.config.vocabulary)
-        draw = partial(_draw, own, bool(temperature), int(top_k), float(top_p), max(temperature, 1e-6))
+        choose = partial(_draw, own, bool(temperature), int(top_k), float(top_p), max(temperature, 1e-6))
         given = np.zeros(len(self) + 1, np.uint32)
         given[list(seeds)] = list(seeds.values())
 
         def write() -> Iterator[tuple[int, int]]:
             writing = list(prompts)
             for n in range(tokens):
-                drawn = np.asarray(draw(self._pool.logits, given, n))
+                drawn = np.asarray(choose(self._pool.logits, given, n))
                 writing = [row for row in writing if not self.tokenizer or int(drawn[row]) not in self.tokenizer.ends]
                 for _ in self._pool.read({row: drawn[[row]] for row in writing}, self.learn_from == "all"):
                     pass
@@ -390,16 +390,9 @@ def _draw(
     n: int,
 ) -> Int[Array, " N"]:
     """The n-th token of every learner, with a seed of its own."""
-
-    def one(logits: Float[Array, " V"], seed: Int[Array, ""]) -> Int[Array, ""]:
-        own = jnp.where(jnp.arange(logits.size) < vocabulary, logits, -jnp.inf)
-        if not warm:
-            return jnp.argmax(own)
-        return jax.random.categorical(
-            jax.random.fold_in(jax.random.key(seed), n), likeliest(own / temperature, top_k, top_p)
-        )
-
-    return jax.vmap(one)(logits, seeds).astype(jnp.int32)
+    key = lambda seed: jax.random.fold_in(jax.random.key(seed), n)
+    one = lambda logits, seed: draw(vocabulary, warm, top_k, top_p, temperature, logits, key(seed))
+    return jax.vmap(one)(logits, seeds)
 
 
 def _assert_sampling(temperature: float, top_k: int, top_p: float, seeds: Mapping[int, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 
 from nested_jax.data import Tokenizer
 from nested_jax.serve.reading import Reading
-from nested_jax.typing import Float, Int
+from nested_jax.train.sample import runs
+from nested_jax.typing import Float
 
 POINTS = 200
 """Points of a curve at most."""
@@ -31,8 +33,8 @@ def page(title: str, tokenizer: Tokenizer, readings: Mapping[str, Reading]) -> s
         The page.
     """
     first = next(iter(readings.values()))
-    cells = _cells(tokenizer, first.tokens)
-    starts = np.asarray([cell[0] for cell in cells])
+    cells = list(runs(tokenizer, first.tokens.tolist()))
+    starts = np.cumsum([0, *(len(run) for run, _ in cells)])[:-1]
     bits = {name: np.nan_to_num(one.nats) / math.log(2) for name, one in readings.items()}
     size = tokenizer.byte_lengths[first.tokens].astype(float)
     texts: dict[int, int] = {}
@@ -61,7 +63,8 @@ def page(title: str, tokenizer: Tokenizer, readings: Mapping[str, Reading]) -> s
     data["texts"] = [tokenizer.decode([token]) if token < tokenizer.vocabulary else "" for token in texts]
     template = files("nested_jax.serve").joinpath("page.html").read_text("utf-8")
     packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return template.replace("{{title}}", html.escape(title)).replace("{{data}}", packed)
+    parts = {"title": html.escape(title), "data": packed}
+    return re.sub("{{(title|data)}}", lambda name: parts[name[1]], template)  # at once: a text may have such words
 
 
 def summary(tokenizer: Tokenizer, readings: Mapping[str, Reading]) -> str:
@@ -79,17 +82,6 @@ def summary(tokenizer: Tokenizer, readings: Mapping[str, Reading]) -> str:
         each = [f"{bits[part].sum() / max(size[part].sum(), 1):>15.3f}" for part in parts]
         lines.append("  ".join([f"{name:<20}", *each]))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _cells(tokenizer: Tokenizer, tokens: Int[np.ndarray, " T"]) -> list[tuple[int, str]]:
-    """(first token's place, text) of the shortest runs of tokens that are whole characters."""
-    cells, begin = [], 0
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[begin:end].tolist())
-        if not text.endswith("\ufffd") or end - begin == 4 or end == len(tokens):
-            cells.append((begin, text))
-            begin = end
-    return cells
 
 
 def _curve(bits: Float[np.ndarray, " T"], size: Float[np.ndarray, " T"]) -> list[list[float]]:

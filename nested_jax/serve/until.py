@@ -18,16 +18,16 @@ def until(parts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     >>> list(until(["Hel", "lo. ", "User", ": and"], ["User:"])), "".join(until(["a", "b"], ["bc"]))
     (['Hel', 'lo. '], 'ab')
     """
-    waiting = ""
+    pending = ""
     for part in parts:
-        waiting += part
-        if found := [at for text in stop if (at := waiting.find(text)) >= 0]:
+        pending += part
+        if found := [at for text in stop if (at := pending.find(text)) >= 0]:
             if min(found):
-                yield waiting[: min(found)]
+                yield pending[: min(found)]
             return
-        begun = max((n for text in stop for n in range(1, len(text)) if waiting.endswith(text[:n])), default=0)
-        if ready := waiting[: len(waiting) - begun]:
+        begun = max((n for text in stop for n in range(1, len(text)) if pending.endswith(text[:n])), default=0)
+        if ready := pending[: len(pending) - begun]:
             yield ready
-            waiting = waiting[len(ready) :]
-    if waiting:
-        yield waiting
+            pending = pending[len(ready) :]
+    if pending:
+        yield pending

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.data import Tokenizer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
 from nested_jax.train.config import TrainConfig
-from nested_jax.train.sample import Tokenizer
 from nested_jax.typing import Array, Float, Int, PyTree
 
 FIGURE = "reading.png"

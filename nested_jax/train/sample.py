@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from nested_jax.data import ByteTokenizer, Tokenizer
+from nested_jax.data import Tokenizer
 from nested_jax.models.config import ModelConfig
 from nested_jax.models.language_model import apply, init_state
-from nested_jax.typing import Array, Float, PyTree
-
-__all__ = ["ByteTokenizer", "Tokenizer", "characters", "likeliest", "sample", "samples"]
+from nested_jax.typing import Array, Float, Int, PyTree
 
 
 def sample(
@@ -61,10 +61,7 @@ def samples(
         Iterators of token ids.
     """
 
-    def draw(logits, key):
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < tokenizer.vocabulary, logits, -jnp.inf)
-        warm = jax.random.categorical(key, likeliest(logits / max(temperature, 1e-6), top_k, top_p))
-        return (warm if temperature else jnp.argmax(logits)).astype(jnp.int32)
+    choose = partial(draw, tokenizer.vocabulary, bool(temperature), top_k, top_p, max(temperature, 1e-6))
 
     @jax.jit
     def read(params, ids_T):
@@ -75,9 +72,9 @@ def samples(
     @jax.jit
     def write(params, token, state, key):
         logits, state = apply(model, params, token[None, None], state)
-        return draw(logits[0, -1], key), state
+        return choose(logits[0, -1], key), state
 
-    draw_first = jax.jit(draw)
+    draw_first = jax.jit(choose)
 
     def continuation(key) -> Iterator[int]:
         token, state = draw_first(logits, jax.random.fold_in(key, 0)), after_prompt
@@ -93,6 +90,19 @@ def samples(
     if tokens > 1:  # compiles it, before the first token is shown
         write(params, jnp.int32(tokenizer.boundary), after_prompt, jax.random.key(seed))
     return (continuation(jax.random.key((seed + i) % 2**32)) for i in range(number))
+
+
+def draw(
+    vocabulary: int, warm: bool, top_k: int, top_p: float, temperature: ArrayLike, logits: Float[Array, " V"], key: Array
+) -> Int[Array, ""]:
+    """A token of the first `vocabulary` ones; not warm: the likeliest, at whatever temperature above 0.
+
+    >>> print(draw(2, False, 0, 1.0, 1.0, jnp.array([0.0, 1.0, 2.0]), jax.random.key(0)))
+    1
+    """
+    logits = jnp.where(jnp.arange(logits.size) < vocabulary, logits, -jnp.inf)
+    chosen = jax.random.categorical(key, likeliest(logits / temperature, top_k, top_p)) if warm else jnp.argmax(logits)
+    return chosen.astype(jnp.int32)
 
 
 def likeliest(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Array, " V"]:
@@ -125,15 +135,21 @@ def likeliest(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Arr
 def characters(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text of token ids as they come: a character spelled in several tokens waits for the last of them.
 
+    >>> from nested_jax.data import ByteTokenizer
     >>> list(characters(ByteTokenizer(), "né!".encode()))
     ['n', 'é', '!']
     """
-    waiting: list[int] = []
+    return (text for _, text in runs(tokenizer, ids))
+
+
+def runs(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[list[int], str]]:
+    """The shortest runs of token ids that are whole characters, of four tokens at most, and their texts."""
+    run: list[int] = []
     for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd") or len(waiting) == 4:
-            yield text
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting)
+        run.append(token)
+        text = tokenizer.decode(run)
+        if not text.endswith("\ufffd") or len(run) == 4:
+            yield run, text
+            run = []
+    if run:
+        yield run, tokenizer.decode(run)

@@ -13,6 +13,7 @@ from nested_jax.data import (
     ByteTokenizer,
     NgramBits,
     SentencePieceTokenizer,
+    Tokenizer,
     load_tokenizer,
     ngram_bits,
     open_documents,
@@ -28,7 +29,7 @@ from nested_jax.train.config import TrainConfig
 from nested_jax.train.evaluation import HeldOut, first_bytes
 from nested_jax.train.folder import fingerprint
 from nested_jax.train.report import TEMPERATURE, Outcome
-from nested_jax.train.sample import Tokenizer, characters, sample
+from nested_jax.train.sample import characters, sample
 from nested_jax.typing import PyTree
 
 TOKENIZER, HELDOUT = "tokenizer.model", "heldout.jsonl"

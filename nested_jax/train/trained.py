@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from nested_jax.data import load_tokenizer
+from nested_jax.data import Tokenizer, load_tokenizer
 from nested_jax.errors import UserError
 from nested_jax.models.language_model import init_state
 from nested_jax.models.module import LanguageModel
@@ -21,7 +21,6 @@ from nested_jax.parallel import rules
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
-from nested_jax.train.sample import Tokenizer
 from nested_jax.train.state import divided_by_reader, init_params, open_mesh, shapes_of
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree

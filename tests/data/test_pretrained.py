@@ -1,6 +1,7 @@
 """Tokenizers of pretrained models: every text decodes to itself, special tokens are never text, what is saved is read."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -121,5 +122,15 @@ def test_what_is_no_such_tokenizer_is_told(trained, folder, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
     with pytest.raises(UserError, match="is no byte-level BPE"):
         of_folder(folder)
-    with pytest.raises(UserError, match="has no tokenizer.json that can be read"):
-        of_folder(tmp_path / "gone")
+    (folder / "tokenizer.json").write_text("[1]")
+    for where in (folder, tmp_path / "gone"):
+        with pytest.raises(UserError, match="has no tokenizer.json that can be read"):
+            of_folder(where)
+
+
+def test_without_the_library_it_is_asked_for(folder, tmp_path, monkeypatch):
+    of_folder(folder).save(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for read in (lambda: of_folder(folder), lambda: load_tokenizer(tmp_path / "saved")):
+        with pytest.raises(UserError, match=r'needs tokenizers: pip install "nested-jax\[convert\]"$'):
+            read()

@@ -136,6 +136,13 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     (saved(tmp_path) / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match="the model has no model.*weight: give all of its files"):
         convert(read_llama(tmp_path))
+    file = tmp_path / "model-1.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="model-1.safetensors is damaged"):
+        read_llama(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="has no config.json that can be read"):
+        read_llama(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match="a.gguf is (damaged|of architecture)"):
         read_llama(tmp_path / "a.gguf")

@@ -15,7 +15,7 @@ from nested_jax import CMSConfig, LanguageModel, ModelConfig, UserError
 from nested_jax.cms.in_context import fast_weights
 from nested_jax.data import ByteTokenizer
 from nested_jax.serve import Learner, Learners
-from nested_jax.serve.pool import next_piece
+from nested_jax.serve.pool import _read, next_piece
 from nested_jax.serve.until import until
 
 IN_CONTEXT = {"cms": CMSConfig(hidden=(6, 5), periods=(24, 8), rate=0.5), "chunk": 4}
@@ -170,19 +170,27 @@ def test_what_is_not_to_be_learned_leaves_the_cms_as_it_is():
     assert not np.allclose(jax.tree.leaves(matrices(learner))[0], jax.tree.leaves(matrices(fresh))[0])
 
 
-def test_a_learner_that_learns_from_prompts_alone():
-    learners = [Learner(made("learning"), learn_from=choice) for choice in ("prompt", "all")]
-    for learner in learners:
-        learner.read(text(20))
-        list(learner.generate(tokens=60, seed=1))
-        assert learner.tokens_read == 80
-    reading = learners[0].copy()
-    reading.reset()
-    reading.read(text(20))
-    ids = list(learners[0].copy().generate(tokens=1))  # of the same state
-    assert 0 <= ids[0] < 257
-    fast = [jax.tree.leaves(one._all._pool.get(0)[0].learning.levels)[0] for one in learners]
-    assert not np.allclose(*fast)
+@pytest.mark.parametrize("learn_from", ["prompt", "all"])
+def test_what_is_written_is_learned_from_or_not(learn_from):
+    """A learner that writes is one that reads the same tokens, learning from them or not."""
+    model = made("learning")
+    writer, reader = Learner(model, learn_from=learn_from), Learner(model)
+    writer.read(text(20))
+    written = list(writer.generate(tokens=60, seed=1))
+    reader.read(text(20))
+    reader.read(written, learn=learn_from == "all")
+    assert writer.tokens_read == reader.tokens_read == 80
+    jax.tree.map(same, writer._all._pool.get(0), reader._all._pool.get(0))
+
+
+def test_nothing_is_compiled_for_more_of_a_text_and_nothing_grows():
+    learner, ids = Learner(made("learning"), max_length=64), text(200)
+    learner.read(ids)
+    sizes = lambda: [leaf.nbytes for leaf in jax.tree.leaves(learner._all._pool.states)]
+    programs, before = _read._cache_size(), sizes()
+    for _ in range(3):
+        learner.read(ids)
+    assert _read._cache_size() == programs and sizes() == before
 
 
 def test_a_level_forgets_alone():

@@ -57,7 +57,7 @@ def test_a_frozen_reading_writes_nothing_into_the_cms():
         Learner(made("transformer")).read([], record=True)
 
 
-WORDS = "Tyger — burning <bright>,\n</script><b>né</b>\n"
+WORDS = "Tyger — burning <bright>,\n</script><b>né</b> {{title}}\n"
 
 
 def read_twice(words=WORDS):
@@ -74,8 +74,9 @@ def both():
 
 def test_a_page_has_every_character_and_its_surprise(both):
     tokenizer, readings = both
-    made = page("A <title>", tokenizer, readings)
-    assert "<title>A &lt;title&gt;</title>" in made and "http" not in made.replace("http://www.w3.org/2000/svg", "")
+    made = page("A <title> of {{data}}", tokenizer, readings)
+    assert "<title>A &lt;title&gt; of {{data}}</title>" in made
+    assert "http" not in made.replace("http://www.w3.org/2000/svg", "")
     (packed,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', made, re.DOTALL)
     data = json.loads(packed)
     assert "".join(data["cells"]) == WORDS * 3 and len(data["cells"]) == len(WORDS * 3) + 1  # the mark of the start
