@@ -182,7 +182,7 @@ class Learners(Sequence):
 class Learner:
     """One model and what it has learned while reading: it reads pieces of any size, writes, is saved and restored.
 
-    Memory and time a token do not grow with what was read; there is no last position.
+    Its memory does not grow with what was read, and there is no last position.
 
     Args:
         model, tokenizer, max_length, learn_from: as of `Learners`.
