@@ -224,6 +224,13 @@ class Learner:
         """Of the next token."""
         return self._all._pool.get(self._row)[1]
 
+    @property
+    def held(self) -> dict[str, float]:
+        """What each level holds: the norm of the difference between its weights and their start, by its name."""
+        pool = self._all._pool
+        start, now = pool.start()[0], pool.get(self._row)[0]
+        return dict(zip(reading.levels_of(pool.config, start), reading.difference(start, now).tolist(), strict=True))
+
     @overload
     def read(self, text: Text, *, learn: bool = True, record: Literal[False] = False) -> Float[np.ndarray, "T V"]: ...
     @overload

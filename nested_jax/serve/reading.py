@@ -101,11 +101,14 @@ def _look(
     surprise = surprise.at[0].set(jnp.where(known, surprise[0], jnp.nan))
     chances, likeliest = jax.lax.top_k(jax.nn.softmax(logits), LIKELIEST)
 
-    def norms(old: ModelState, new: ModelState) -> Float[Array, "1 N"]:
-        """Of what differs between two states, level by level."""
-        levels = [pair for pair in zip(_weights(old), _weights(new), strict=True) if jax.tree.leaves(pair)]
-        square = lambda a, b: jnp.square(b - a).sum()
-        found = [jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(square, *pair)))) for pair in levels]
-        return jnp.stack(found)[None] if found else jnp.zeros((1, 0))
+    written, held = difference(before, after), difference(start, after)
+    return surprise, likeliest, chances, written[None], held[None]
 
-    return surprise, likeliest, chances, norms(before, after), norms(start, after)
+
+@jax.jit
+def difference(old: ModelState, new: ModelState) -> Float[Array, " N"]:
+    """Norms of what differs between two states of a model, for each of `levels_of`."""
+    levels = [pair for pair in zip(_weights(old), _weights(new), strict=True) if jax.tree.leaves(pair)]
+    square = lambda a, b: jnp.square(b - a).sum()
+    found = [jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(square, *pair)))) for pair in levels]
+    return jnp.stack(found) if found else jnp.zeros(0)
