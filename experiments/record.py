@@ -77,7 +77,8 @@ class Runs:
         return usual.with_name(self.into or usual.name)
 
 
-RUNNING = tuple(field.name for field in dataclasses.fields(Runs))
+RUNNING = (*(field.name for field in dataclasses.fields(Runs)), "data", "run_dir")
+"""Fields that change no result: of `Runs`, and places."""
 
 
 def start(path: Path, config: Any) -> dict[str, Any]:
@@ -197,7 +198,10 @@ def each_once(
                 continue
             for one, row in zip(started[done], done.result(), strict=True):
                 results["runs"].append(json.loads(json.dumps(strict(one | row))))
-                print({key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms")}, flush=True)
+                print(
+                    {key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms", "scores")},
+                    flush=True,
+                )
             save(path, results)
     if failed:
         raise failed

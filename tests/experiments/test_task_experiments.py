@@ -86,7 +86,7 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
     (tmp_path / folder).mkdir()
     flags += " --seeds 0 1 --rates 0.01 0.1 --batch-size 2 --layers 1 --lanes 2"
     monkeypatch.setattr("sys.argv", ["run.py", *flags.split()])
-    in_this_process(monkeypatch, load("record", folder))
+    scripts.in_this_process(monkeypatch, load("record", folder))
     module.main()
     path = tmp_path / folder / "results" / f"{folder}.json"
     results = json.loads(path.read_text())
@@ -234,7 +234,7 @@ def test_fidelity_compares_at_the_best_rate_of_each(load, tmp_path, monkeypatch)
 
     monkeypatch.setattr(fidelity, "RESULTS", tmp_path)
     monkeypatch.setattr(fidelity, "run", run)
-    in_this_process(monkeypatch, load("record", "fidelity"))
+    scripts.in_this_process(monkeypatch, load("record", "fidelity"))
     flags = ["--rows", "titans", "Adam", "Adam, sums", "--rates", "0.01", "0.1", "1", "--seeds", "0", "1"]
     monkeypatch.setattr("sys.argv", ["run.py", *flags])
     fidelity.main()
@@ -284,28 +284,6 @@ def test_tables_say_which_runs_diverged(load):
     assert "| nothing more | 1.00 / 1.00 / 1.00 | inf |" in boundary.table(
         {"config": dataclasses.asdict(config), "runs": [lost]}
     )
-
-
-def in_this_process(monkeypatch, record):
-    """Runs are made in this process, where they find what the test has changed."""
-    from concurrent.futures import Future
-
-    class Here:
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, run, *choices):
-            done = Future()
-            done.set_result(run(*choices))
-            return done
-
-    monkeypatch.setattr(record, "ProcessPoolExecutor", Here)
 
 
 def test_the_token_loop_of_boundary_quantities_is_the_layer(load):
