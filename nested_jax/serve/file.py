@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from nested_jax.errors import UserError
 from nested_jax.files import open_file, write_file
+from nested_jax.memory.attention import AttentionState
 from nested_jax.models.config import ModelConfig
 from nested_jax.typing import Array, PyTree
 
@@ -30,7 +32,8 @@ class Saved(NamedTuple):
 
 def write_learner(path: Path, state: PyTree, model: str, read: int, max_length: int) -> None:
     """Writes a state, of a model of this fingerprint after so many tokens, by renaming a complete file."""
-    arrays = {_name(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.size}
+    leaves = jax.tree_util.tree_leaves_with_path(_filled(state, read))
+    arrays = {_name(place): leaf for place, leaf in leaves if leaf.size}
     about = {"format": FORMAT, "model": model, "read": str(read), "max_length": str(max_length)}
     write_file(path, save(arrays, about))
 
@@ -66,17 +69,29 @@ def state_of(path: Path, saved: Saved, shapes: PyTree, config: ModelConfig) -> P
     Raises:
         UserError: its arrays are others.
     """
-    wanted = {_name(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    filled = jax.eval_shape(lambda whole: _filled(whole, saved.read), shapes)
+    wanted = {_name(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(filled)}
     empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
     found = empty | saved.arrays
     kind = lambda leaf: (leaf.shape, leaf.dtype)
     if {name: kind(leaf) for name, leaf in found.items()} != {name: kind(leaf) for name, leaf in wanted.items()}:
         raise _damaged(path)
-    state = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
+    shapes, structure = jax.tree.flatten(shapes)
+    shorter = lambda leaf, whole: jnp.zeros(whole.shape, whole.dtype).at[..., : leaf.shape[-3], :, :].set(leaf)
+    fill = lambda leaf, whole: leaf if leaf.shape == whole.shape else shorter(leaf, whole)
+    state = jax.tree.unflatten(structure, [fill(found[name], whole) for name, whole in zip(wanted, shapes, strict=True)])
     at = int(state[0].position)
     if at < 0 or (at > 0) != (saved.read > 0) or (at - saved.read) % config.alignment:
         raise _damaged(path)
     return state
+
+
+def _filled(state: PyTree, read: int) -> PyTree:
+    """A state without the slots of attention's caches that nothing has been put into, all after the first ones."""
+    of_attention = lambda node: isinstance(node, AttentionState)
+    cut = lambda cache: cache[..., :read, :, :]
+    trim = lambda node: node._replace(keys=cut(node.keys), values=cut(node.values)) if of_attention(node) else node
+    return jax.tree.map(trim, state, is_leaf=of_attention)
 
 
 def fingerprint(config: ModelConfig, weights: PyTree) -> str:

@@ -107,6 +107,19 @@ def test_a_restored_learner_goes_on_alike(name, tmp_path):
     assert [one.tokens_read for one in learners] == [0, 45, 0]
 
 
+def test_a_file_has_what_attention_has_read_and_no_empty_slots(tmp_path):
+    """It grows with the text to the cache's length; from a part and from a whole cache the learner goes on alike."""
+    model, sizes = made("transformer"), []
+    for read in (0, 5, 45, 64, 100):
+        learner = Learner(model, max_length=64)
+        learner.read(text(read))
+        learner.save(tmp_path / "learner")
+        sizes.append((tmp_path / "learner").stat().st_size)
+        other = Learner.restore(tmp_path / "learner", model)
+        np.testing.assert_array_equal(other.read(text(20, seed=1)), learner.read(text(20, seed=1)))
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] and abs(sizes[4] - sizes[3]) < 100
+
+
 def test_files_that_are_none_of_this_model_are_refused(tmp_path):
     model, path, ran = made("learning"), tmp_path / "learner", tmp_path / "ran"
     Learner(model, max_length=64).save(path)
