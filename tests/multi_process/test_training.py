@@ -49,12 +49,12 @@ def processes(number, devices, *words, cwd):
 
 def ended(started):
     """Exit codes and what was printed, without gloo's line, whose pieces several threads print at once."""
-    pieces = r"\[Gloo\] Rank |\d* is connected to |\d+ peer ranks\. |Expected number of connected peer ranks is : \d*"
-    pieces = re.compile(rf"{pieces}|^\d*\n", re.MULTILINE)
+    gloo = r"\[Gloo\] Rank |\d* is connected to |\d+ peer ranks\. |Expected number of connected peer ranks is : "
+    kept = lambda out: "\n".join(line for line in re.sub(gloo, "", out).split("\n") if line.strip("0123456789"))
     outcomes = []
     for process in started:
         out, err = process.communicate(timeout=PATIENCE)
-        outcomes.append((process.returncode, pieces.sub("", out), err))
+        outcomes.append((process.returncode, kept(out), err))
     return outcomes
 
 
