@@ -17,7 +17,7 @@ PERIODS = {1: (1,), 2: (16, 1), 3: (16, 4, 1), 4: (64, 16, 4, 1)}
 
 
 class Method(NamedTuple):
-    """One method; the rates and strengths that it tries are six pairs for every one."""
+    """One method; the rates and strengths that it tries are nine pairs for every one."""
 
     optimizer: Callable[[float], optax.GradientTransformation] | None
     """By the rate; None: a memory in place of a trained model."""
@@ -69,17 +69,19 @@ def m3(rate: float) -> optax.GradientTransformation:
     return optim.m3(rate, **own, vectors=optax.adam(rate))
 
 
-SLOW = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 METHODS: dict[str, Method] = {
-    "fine-tuning": Method(adam, SLOW),
-    "EWC": Method(adam, (3e-4, 1e-3), (10.0, 100.0, 1000.0), kind="ewc"),
-    "replay of 200": Method(adam, SLOW, kind="replay", stored=200),
-    "M3": Method(m3, SLOW),
-    "CMS frozen": Method(frozen, SLOW),
-    **{f"CMS, {n} frequencies": Method(partial(cms, n), SLOW) for n in (2, 3, 4)},
-    "continuum optimizer": Method(continuum, SLOW),
-    "attention over all": Method(None, (1.0,), (3.0, 6.0, 12.0, 25.0, 50.0, 100.0), kind="attention", stored=-1),
-    "least-squares memory": Method(None, (1.0,), (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0), kind="squares"),
-    "delta memory": Method(None, (0.03, 0.1, 0.2, 0.4, 0.7, 1.0), kind="delta"),
+    "fine-tuning": Method(adam, RATES),
+    "EWC": Method(adam, (1e-5, 1e-4, 1e-3), (10.0, 1e3, 1e5), kind="ewc"),
+    "replay of 200": Method(adam, RATES, kind="replay", stored=200),
+    "M3": Method(m3, RATES),
+    "CMS frozen": Method(frozen, RATES),
+    **{f"CMS, {n} frequencies": Method(partial(cms, n), RATES) for n in (2, 3, 4)},
+    "continuum optimizer": Method(continuum, RATES),
+    "attention over all": Method(
+        None, (1.0,), (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0), kind="attention", stored=-1
+    ),
+    "least-squares memory": Method(None, (1.0,), (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0), kind="squares"),
+    "delta memory": Method(None, (1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0), kind="delta"),
 }
 """By name; fine-tuning is a CMS of one frequency."""

@@ -158,6 +158,11 @@ def test_texts_are_learned_by_every_optimizer(load, data, name):
     assert np.isfinite(scores).all() and scores[1].mean() > scores[0].mean() + 0.3
 
 
+def test_every_method_has_as_many_tries(load):
+    methods = load("methods").METHODS
+    assert {len(one.rates) * len(one.strengths) for one in methods.values()} == {9}
+
+
 def test_frozen_levels_stay_and_periods_hold(load, data):
     """A frozen CMS does not move; a level of period 16 moves at the sixteenth update."""
     methods, models, families = load("methods"), load("models"), load("families")
@@ -176,19 +181,19 @@ def test_frozen_levels_stay_and_periods_hold(load, data):
 
 
 def test_the_command_goes_on_and_reports(load, data, tmp_path, monkeypatch):
-    """Six tries and a seed of each method, once; the same command makes nothing again; a folder that is none is refused."""
+    """Nine tries and a seed of each method, once; the same command makes nothing again; a folder that is none is refused."""
     run = load("run")
     monkeypatch.setattr(run, "RESULTS", tmp_path / "continual" / "results")
     (tmp_path / "continual").mkdir()
     flags = ["--families", "split images", "--methods", "fine-tuning", "delta memory", "--seeds", "0", "--examples", "20"]
-    flags = ["run.py", "--data", str(data), *flags, "--width", "8", "--hidden", "8", "--lanes", "6"]
+    flags = ["run.py", "--data", str(data), *flags, "--width", "8", "--hidden", "8", "--lanes", "9"]
     monkeypatch.setattr("sys.argv", flags)
     scripts.in_this_process(monkeypatch, load("record"))
     run.main()
     path = tmp_path / "continual" / "results" / "continual.json"
     results = json.loads(path.read_text())
     assert (
-        len(results["runs"]) == 2 * (6 + 1) and len(run.on_seeds(results, family="split images", method="delta memory")) == 1
+        len(results["runs"]) == 2 * (9 + 1) and len(run.on_seeds(results, family="split images", method="delta memory")) == 1
     )
     for name in ("fine-tuning", "delta memory"):
         tries = [row for row in results["runs"] if row["method"] == name and row["seed"] == 100]
