@@ -151,7 +151,7 @@ def test_runs_side_by_side_are_runs_of_their_own(load, data):
     assert not np.allclose(*together)
 
 
-@pytest.mark.parametrize("name", ["M3", "CMS frozen", "CMS, 2 frequencies", "continuum optimizer", "EWC", "replay of 200"])
+@pytest.mark.parametrize("name", ["M3", "CMS frozen", "continuum optimizer", "EWC"])
 def test_texts_are_learned_by_every_optimizer(load, data, name):
     """Bits per byte of the first text fall while it is read."""
     (scores,) = one(load, data, name, [{"rate": 3e-3, "strength": 1.0, "seed": 0}], "languages", 24)

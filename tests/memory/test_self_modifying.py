@@ -46,7 +46,6 @@ def read(layer, weights, x, **keywords):
         *(
             pytest.param(dict(chunk=4) | options, 13, marks=pytest.mark.slow)
             for options in (
-                dict(rule=PAPER, targets="raw", max_rate=0.3),
                 dict(rule=PAPER, targets="raw", max_rate=0.3, projection_chunk=8, generated=EVERYTHING),
                 dict(rule=Rule("memory", read="boundary"), momentum=False, rates="own"),
                 dict(rule=Rule(damped=False), projection_chunk=8, generated=("keys",)),
@@ -58,7 +57,6 @@ def read(layer, weights, x, **keywords):
         ),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, rule=Rule(read="before")), 13, marks=pytest.mark.slow),
-        pytest.param(dict(chunk=4, rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
         pytest.param(dict(chunk=4, projection_chunk=8, rates="own", rule=EXACT, max_rate=0.9), 13, marks=pytest.mark.slow),
         pytest.param(
             dict(chunk=3, momentum=False, rule=Rule(erase="none", step="raw", read="before"), max_rate=0.3, targets="rms"),
