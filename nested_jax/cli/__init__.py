@@ -21,6 +21,8 @@ from nested_jax.train.config import TrainConfig, flag
 from nested_jax.train.stopping import Diverged, Interrupted
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nested_jax.data import Tokenizer
     from nested_jax.serve.learner import Learner, LearnFrom
     from nested_jax.train.trained import Trained
@@ -104,21 +106,33 @@ def generate(argv: Sequence[str]) -> None:
         config, params, tokenizer = run.config, run.params, _text_only(run, flags.run_dir)
         options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
         learner = _learner(flags.learner, run, flags.learn_from) if flags.learner else None
+        given = _message(tokenizer, prompt, flags.run_dir) if flags.chat else prompt
         with announced("compiling the model"):
             if learner is None:
                 number, seed = flags.samples, flags.seed
-                texts = sample.samples(config.model, params, tokenizer, prompt, number=number, seed=seed, **options)
+                texts = sample.samples(config.model, params, tokenizer, given, number=number, seed=seed, **options)
                 texts = (sample.characters(tokenizer, ids) for ids in texts)
             else:
-                texts = [cast("Iterator[str]", learner.generate(prompt, seed=flags.seed, **options))]
+                texts = [cast("Iterator[str]", learner.generate(given, seed=flags.seed, **options))]
         for i, parts in enumerate(texts):
             print(f"\n--- sample {i + 1} of {flags.samples}, seed {flags.seed + i}" if flags.samples > 1 else "", end="")
-            print("\n" * (flags.samples > 1) + prompt, end="", flush=True)
+            print("\n" * (flags.samples > 1) + ("" if flags.chat else prompt), end="", flush=True)
             for text in until(parts, flags.stop):
                 print(text, end="", flush=True)
             print()
         if learner is not None:
             _keep(learner, flags.learner)
+
+
+def _message(tokenizer: Tokenizer, prompt: str, run_dir: str) -> np.ndarray:
+    """Tokens of a chat in which a user says this."""
+    from nested_jax.data.pretrained import PretrainedTokenizer
+
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise UserError(
+            f"--chat: the model in {run_dir} has no form for chats: leave it out, or convert a model that has one"
+        )
+    return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
 def read(argv: Sequence[str]) -> None:

@@ -96,6 +96,8 @@ class Generation(Reading):
     """Folder of the run."""
     prompt: str = ""
     """Text to continue; empty: the start of a document; -: what the standard input has."""
+    chat: bool = False
+    """Take the prompt for a user's message, and write the answer of a converted model that has a form for chats."""
     tokens: Count = 400
     """Most tokens to write; a document may end sooner."""
     temperature: NonNegative = 0.8
@@ -120,6 +122,8 @@ class Generation(Reading):
         check_fields(self, flag)
         if "" in self.stop:
             raise UserError("--stop '': give a text of one character or more")
+        if self.chat and not self.prompt:
+            raise UserError("--chat: there is no message: give --prompt TEXT too")
         if self.learner is None and self.learn_from != "all":
             raise UserError(f"--learn-from {self.learn_from} is of a learner: give --learner FILE too")
         check_folder("learner", self.learner)

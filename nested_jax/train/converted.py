@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +47,20 @@ def write_run(flags: Conversion) -> tuple[TrainConfig, int]:
     model, weights = convert(source, flags.way, **choices)
     family = "hope-attention" if model.adapting else "transformer"  # whose other choices a further training starts from
     config = TrainConfig.from_preset(f"140m-{family}", model=model, run_dir=str(folder))
-    with folders.lock(folder), contextlib.closing(Checkpoints(folder)) as checkpoints:
-        tokenizer.save(folder / TOKENIZER)
-        folders.write_config(folder, dataclasses.replace(config, fresh=False), f"converted from {Path(flags.source).name}")
+    with _whole(folder) as part, folders.lock(part), contextlib.closing(Checkpoints(part)) as checkpoints:
+        tokenizer.save(part / TOKENIZER)
+        folders.write_config(part, dataclasses.replace(config, fresh=False), f"converted from {Path(flags.source).name}")
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), weights, None, None), {})
     return config, sum(leaf.size for leaf in jax.tree.leaves(weights))
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder beside this one, which becomes it at the end; nothing is left of one that fails."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        yield part
+        part.rename(folder)  # an empty one is replaced
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

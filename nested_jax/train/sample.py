@@ -35,7 +35,7 @@ def samples(
     model: ModelConfig,
     params: PyTree,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | np.ndarray = "",
     *,
     number: int,
     tokens: int,
@@ -50,7 +50,7 @@ def samples(
         model: its config.
         params: its weights.
         tokenizer: its tokenizer.
-        prompt: text to continue.
+        prompt: text to continue, at the start of a document, or tokens (T,) as they are.
         number: of continuations.
         tokens: most tokens of one; the end of the document ends it.
         temperature: of the softmax; 0 takes the likeliest token.
@@ -85,8 +85,9 @@ def samples(
             if n < tokens:
                 token, state = write(params, token, state, jax.random.fold_in(key, n))
 
-    ids = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)]).astype(np.int32)
-    logits, after_prompt = read(params, ids)
+    if isinstance(prompt, str):
+        prompt = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)])
+    logits, after_prompt = read(params, prompt.astype(np.int32))
     if tokens > 1:  # compiles it, before the first token is shown
         write(params, jnp.int32(tokenizer.boundary), after_prompt, jax.random.key(seed))
     return (continuation(jax.random.key((seed + i) % 2**32)) for i in range(number))

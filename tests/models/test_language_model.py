@@ -42,7 +42,15 @@ READERS = MODELS | {
     "oja": dict(mixer="oja"),
     "omega in context": dict(mixer="omega", omega_window=3, blocks=1, **IN_CONTEXT),
 }
-ALIKE = ("hope, last block", "first order", "linear", "titans", "titans in context", "gated-delta", "oja")  # any split of what is in these others have too
+ALIKE = (
+    "hope, last block",
+    "first order",
+    "linear",
+    "titans",
+    "titans in context",
+    "gated-delta",
+    "oja",
+)  # any split of what is in these others have too
 SPLIT = {name: fields for name, fields in READERS.items() if name not in ALIKE} | {
     "shared by the batch": dict(scope="batch", activation="swiglu", **IN_CONTEXT),
     "one level": dict(hidden=(5,), periods=(4,), layers=1),

@@ -8,8 +8,10 @@ import tokenizers
 from safetensors.numpy import save_file
 
 import nested_jax
+from nested_jax import cli
 from nested_jax.cli import main
 from nested_jax.models.language_model import apply, init_state
+from nested_jax.serve import Learner
 
 V, D, L, H, KV, F = 300, 16, 2, 4, 2, 12
 
@@ -39,6 +41,8 @@ def source(tmp_path, monkeypatch):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     pairs.train_from_iterator(["to be, or not to be"] * 9, trainer)
     (folder / "tokenizer.json").write_text(pairs.to_str())
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[answer]"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder
 
 
@@ -67,6 +71,45 @@ def test_from_the_command_line(source, capsys):
     sizes = "--batch-size 2 --window 64 --steps 2 --eval-bytes 300 --sample-tokens 2 --reading-documents 0 --warmup 1"
     assert main(["train", "--init-from", "learns", "--data", "text.txt", "--run-dir", "on", *sizes.split()]) == 0
     assert nested_jax.load("on").tokenizer.special == learns.tokenizer.special
+
+
+def test_a_chat_is_read_in_the_models_form_and_goes_on(source, capsys):
+    """The answer alone is printed; it is that of the learner to the template's tokens, and the next message follows it."""
+    assert main(["convert", "model", "--run-dir", "still"]) == 0
+    words = ["--run-dir", "still", "--tokens", "3", "--temperature", "0", "--chat", "--prompt"]
+    capsys.readouterr()
+    assert main(["generate", *words, "be"]) == 0
+    said = capsys.readouterr().out
+    run = nested_jax.load("still")
+    learner, form = Learner(run), run.tokenizer.encode("[user]be[answer]")
+    expected = "".join(learner.generate(form, tokens=3, temperature=0.0))
+    assert said == expected + "\n"
+    for message in ("be", "not"):
+        assert main(["generate", *words, message, "--learner", "l"]) == 0
+    assert capsys.readouterr().out.startswith(expected + "\n")
+    learner.read(run.tokenizer.encode("[user]not[answer]"))
+    kept = Learner.restore("l", run)
+    assert kept.tokens_read == learner.tokens_read + 3
+    assert main(["generate", "--run-dir", "still", "--chat"]) == 2
+    assert capsys.readouterr().err == "nested-jax: --chat: there is no message: give --prompt TEXT too\n"
+    with pytest.raises(nested_jax.UserError, match="--chat: the model in runs/x has no form for chats: leave it out"):
+        cli._message(nested_jax.data.ByteTokenizer(), "hi", "runs/x")
+
+
+def test_a_conversion_that_fails_leaves_nothing(source, monkeypatch):
+    from nested_jax.train.checkpoint import Checkpoints
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fail)
+        assert main(["convert", "model", "--run-dir", "new"]) != 0
+    assert sorted(path.name for path in source.parent.iterdir()) == ["model"]
+    (source.parent / "new").mkdir()
+    (source.parent / "new.part").mkdir()  # of a conversion that was killed
+    assert main(["convert", "model", "--run-dir", "new"]) == 0
+    assert sorted(path.name for path in source.parent.iterdir()) == ["model", "new"]
 
 
 @pytest.mark.parametrize(
