@@ -19,7 +19,8 @@ from nested_jax.data import Tokenizer
 from nested_jax.errors import UserError, assert_choice, is_whole, shown
 from nested_jax.memory.stream import check_size
 from nested_jax.models.module import LanguageModel
-from nested_jax.serve import reading
+from nested_jax.serve import consolidation, reading
+from nested_jax.serve.consolidation import Consolidation
 from nested_jax.serve.file import Saved, read_learner, state_of, write_learner
 from nested_jax.serve.pool import Pool
 from nested_jax.serve.reading import Reading
@@ -315,17 +316,76 @@ class Learner:
         Raises:
             UserError: the model has no such level that learns.
         """
-        pool, row = self._all._pool, self._row
-        fresh, config = pool.start(), self._all.model.config
+        pool, row, fresh = self._all._pool, self._row, self._all._pool.start()
         if level is None:
             return pool.put(row, fresh, 0)
-        names = [f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0)]
-        assert_choice("reset: level", level, (None, *names))
-        index, (state, logits) = names.index(level), pool.get(row)
+        assert_choice("reset: level", level, (None, *self._levels))
+        index, (state, logits) = self._levels.index(level), pool.get(row)
         assert state.learning is not None and fresh[0].learning is not None
         now, start = (fast_weights(each.levels)[index] for each in (state.learning, fresh[0].learning))
         levels = with_level(state.learning.levels, index, start._replace(elapsed=now.elapsed))
         pool.put(row, (state._replace(learning=state.learning._replace(levels=levels)), logits), self.tokens_read)
+
+    def consolidate(
+        self,
+        level: str,
+        *,
+        replay: int | Int[np.ndarray, "R T"] = 64,
+        tokens: int = 256,
+        steps: int = 100,
+        rate: float = 1e-3,
+        seed: int = 0,
+    ) -> Consolidation:
+        """Sleeps: distils what a level and the faster ones hold into it, and sets the faster ones back to their starts.
+
+            min over the level of KL(p_before || p_after), by Adam, on texts that the learner writes itself
+
+        Args:
+            level: of the CMS, not the fastest, such as "level2".
+            replay: how many texts the learner writes, from the start of a document; or texts of one length to go through,
+                such as those that surprised it.
+            tokens: of a text that it writes.
+            steps: of Adam, 8 texts each.
+            rate: of Adam.
+            seed: of what it writes.
+
+        Returns:
+            Mean divergences on the texts, nats a token: `forgotten` without distillation, `distilled` with it.
+
+        Raises:
+            UserError: no such level, or none faster; numbers that are not positive; tokens that the vocabulary has not.
+
+        Source: Behrouz, Hashemi and Mirrokni, arXiv 2606.03979, without its reinforcement learning.
+        """
+        pool, row, names = self._all._pool, self._row, self._levels
+        assert_choice("consolidate: level", level, names[:-1])
+        check_size("consolidate: steps", steps)
+        if not _is_number(rate) or not 0 < rate < float("inf"):
+            raise UserError(f"consolidate: rate {shown(rate)}: give a number above 0")
+        _assert_seed("consolidate", seed)
+        state, logits = pool.get(row)
+        if isinstance(replay, np.ndarray | jax.Array):
+            if replay.ndim != 2 or not replay.size:
+                raise UserError(f"consolidate: replay {shown(replay)}: give a number of texts, or tokens (R, T)")
+            texts = np.stack([self._all._encode(row, text) for text in replay])
+        else:
+            check_size("consolidate: replay", replay)
+            check_size("consolidate: tokens", tokens)
+            first = self._all.tokenizer.boundary if self._all.tokenizer else None
+            levels = consolidation.levels_of(state)
+            texts = consolidation.write(pool.config, replay, tokens, first, pool.weights, levels, seed)
+        index = names.index(level)
+        state, found = consolidation.distil(
+            pool.config, index, steps, pool.weights, state, pool.start()[0], texts, rate, seed
+        )
+        pool.put(row, (state, logits), self.tokens_read)
+        return Consolidation(*map(float, found))
+
+    @property
+    def _levels(self) -> tuple[str, ...]:
+        """Names of the CMS's levels that learn, slow to fast."""
+        config = self._all.model.config
+        return tuple(f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what was learned to a file, whole or not at all.
@@ -403,13 +463,20 @@ def _draw(
 
 
 def _assert_sampling(temperature: float, top_k: int, top_p: float, seeds: Mapping[int, int]) -> None:
-    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-    if not number(temperature) or not 0 <= temperature < float("inf"):
+    if not _is_number(temperature) or not 0 <= temperature < float("inf"):
         raise UserError(f"generate: temperature {shown(temperature)}: give a number from 0")
     if not is_whole(top_k, least=0):
         raise UserError(f"generate: top_k {shown(top_k)}: give a whole number, 0 for all tokens")
-    if not number(top_p) or not 0 < top_p <= 1:
+    if not _is_number(top_p) or not 0 < top_p <= 1:
         raise UserError(f"generate: top_p {shown(top_p)}: give a number above 0 and at most 1")
     for seed in seeds.values():
-        if not is_whole(seed, least=0) or seed >= 2**32:
-            raise UserError(f"generate: seed {shown(seed)}: give a whole number from 0 to 2^32 - 1")
+        _assert_seed("generate", seed)
+
+
+def _assert_seed(name: str, seed: int) -> None:
+    if not is_whole(seed, least=0) or seed >= 2**32:
+        raise UserError(f"{name}: seed {shown(seed)}: give a whole number from 0 to 2^32 - 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
