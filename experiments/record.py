@@ -36,6 +36,8 @@ LISTS = (
     "presets",
     "optimizers",
     "networks",
+    "families",
+    "methods",
     "tasks",
     "forms",
     "rows",
