@@ -232,6 +232,12 @@ class Learner:
         start, now = pool.start()[0], pool.get(self._row)[0]
         return dict(zip(reading.levels_of(pool.config, start), reading.difference(start, now).tolist(), strict=True))
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the CMS's levels that learn, slow to fast."""
+        config = self._all.model.config
+        return tuple(f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0))
+
     @overload
     def read(self, text: Text, *, learn: bool = True, record: Literal[False] = False) -> Float[np.ndarray, "T V"]: ...
     @overload
@@ -319,8 +325,8 @@ class Learner:
         pool, row, fresh = self._all._pool, self._row, self._all._pool.start()
         if level is None:
             return pool.put(row, fresh, 0)
-        assert_choice("reset: level", level, (None, *self._levels))
-        index, (state, logits) = self._levels.index(level), pool.get(row)
+        assert_choice("reset: level", level, (None, *self.levels))
+        index, (state, logits) = self.levels.index(level), pool.get(row)
         assert state.learning is not None and fresh[0].learning is not None
         now, start = (fast_weights(each.levels)[index] for each in (state.learning, fresh[0].learning))
         levels = with_level(state.learning.levels, index, start._replace(elapsed=now.elapsed))
@@ -357,7 +363,7 @@ class Learner:
 
         Source: Behrouz, Hashemi and Mirrokni, arXiv 2606.03979, without its reinforcement learning.
         """
-        pool, row, names = self._all._pool, self._row, self._levels
+        pool, row, names = self._all._pool, self._row, self.levels
         assert_choice("consolidate: level", level, names[:-1])
         check_size("consolidate: steps", steps)
         if not _is_number(rate) or not 0 < rate < float("inf"):
@@ -380,12 +386,6 @@ class Learner:
         )
         pool.put(row, (state, logits), self.tokens_read)
         return Consolidation(*map(float, found))
-
-    @property
-    def _levels(self) -> tuple[str, ...]:
-        """Names of the CMS's levels that learn, slow to fast."""
-        config = self._all.model.config
-        return tuple(f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what was learned to a file, whole or not at all.

@@ -10,6 +10,7 @@ import pytest
 import scripts
 
 from nested_jax import UserError
+from nested_jax.models.language_model import init_weights
 
 FOLDER = "continual"
 
@@ -218,3 +219,31 @@ def test_languages_lose_what_is_english_in_them(load, tmp_path):
     assert (tmp_path / "texts" / "en-US.txt").read_text() == "Hello\nOK\n"
     with pytest.raises(UserError, match="no unpacked libreoffice-help-en-us"):
         texts.write(tmp_path / "texts", tmp_path / "other")
+
+
+def test_models_that_read_on_are_of_one_size(load):
+    """Within 4 % of the parameters; the levels that learn are as many as the periods."""
+    reading = load("reading")
+    drawn = lambda config: jax.eval_shape(lambda: init_weights(config, jax.random.key(0)))
+    models = {name: reading.model_of(method, 64) for name, method in reading.METHODS.items()}
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(drawn(model))) for name, model in models.items()}
+    assert max(sizes.values()) / min(sizes.values()) < 1.04, sizes
+    for name, method in reading.METHODS.items():
+        assert models[name].cms.periods == (method.periods or ())
+
+
+def test_languages_are_read_one_after_another(load, data):
+    """Bits per byte before and after each, of a learner and of a Transformer that is trained on."""
+    reading = load("reading")
+    reading.HELD = 256
+    config = reading.Config(data=str(data), first="b", steps=2, read=1024, width=8, seeds=(0,))
+    names = ("Hope, 1 levels", "Transformer, trained on")
+    cells = [{"method": name, "rate": rate, "seed": 0} for name, rate in zip(names, (0.0, 0.03), strict=True)]
+    learner, trained = reading.run(config, cells)
+    assert learner["order"] == trained["order"] and learner["order"][0] == "b"
+    for row in (learner, trained):
+        scores = np.array(row["scores"])
+        assert scores.shape == (3, 3) and np.isfinite(scores).all()
+        assert scores[1, 1] > scores[0, 1] + 0.05  # it has learned of the language that it met
+    results = {"config": {"seeds": [0], "tuning_seed": 100, "methods": [names[0]]}}
+    assert f"| {names[0]} | learned |" in reading.table(results | {"runs": [cells[0] | learner]})
