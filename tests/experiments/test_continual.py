@@ -235,7 +235,7 @@ def test_models_that_read_on_are_of_one_size(load):
 def test_languages_are_read_one_after_another(load, data):
     """Bits per byte before and after each, of a learner and of a Transformer that is trained on."""
     reading = load("reading")
-    reading.HELD = 256
+    reading.HELD = 1024
     config = reading.Config(data=str(data), first="b", steps=2, read=1024, width=8, seeds=(0,))
     names = ("Hope, 1 levels", "Transformer, trained on")
     cells = [{"method": name, "rate": rate, "seed": 0} for name, rate in zip(names, (0.0, 0.03), strict=True)]
