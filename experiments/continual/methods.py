@@ -72,7 +72,7 @@ def m3(rate: float) -> optax.GradientTransformation:
 RATES = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 METHODS: dict[str, Method] = {
     "fine-tuning": Method(adam, RATES),
-    "EWC": Method(adam, (1e-5, 1e-4, 1e-3), (10.0, 1e3, 1e5), kind="ewc"),
+    "EWC": Method(adam, (3e-6, 1e-4, 1e-3), (1e3, 1e5, 1e7), kind="ewc"),
     "replay of 200": Method(adam, RATES, kind="replay", stored=200),
     "M3": Method(m3, RATES),
     "CMS frozen": Method(frozen, RATES),
