@@ -1,4 +1,4 @@
-"""Kinds of sequence layers and the model under vmap, export with a symbolic batch and a user's own shard_map, as under jit."""
+"""Kinds of sequence layers, and the model, under vmap, export with any batch and a user's own shard_map, as under jit."""
 
 import jax
 import jax.numpy as jnp
