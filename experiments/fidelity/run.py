@@ -100,18 +100,22 @@ def table(results: dict) -> str:
 
 
 def figure(results: dict) -> Figure:
-    """Held-out bits per byte, and words of twice the trained length that are right: a point for each seed."""
+    """Held-out bits per byte, and parity's right words of the trained length and, hollow, of twice that: a point a seed."""
     names = results["config"]["rows"]
     fig, panels = plt.subplots(1, 2, figsize=(9, 0.24 * len(names) + 1), sharey=True, layout="constrained")
-    labels = {"text": "held-out bits per byte", "parity": "parity: right words of 52-100"}
+    labels = {"text": "held-out bits per byte", "parity": "parity: right words of 2-50, hollow 52-100"}
     for (task, label), axes in zip(labels.items(), panels, strict=True):
         for y, name in enumerate(names):
-            values = [one[BITS] if task == "text" else one["right"][1] for one in on_test_seeds(results, name, task)]
+            values = [one[BITS] if task == "text" else one["right"][0] for one in on_test_seeds(results, name, task)]
             color = f"C{sorted({row.of for row in settings.ROWS.values()}).index(settings.ROWS[name].of)}"
             axes.plot(values, np.full(len(values), y), "o", color=color, alpha=0.6)
+            if task == "parity":
+                twice = [one["right"][1] for one in on_test_seeds(results, name, task)]
+                axes.plot(twice, np.full(len(twice), y), "o", color=color, markerfacecolor="none", alpha=0.6)
         axes.set_xlabel(label)
     panels[0].set(yticks=range(len(names)), yticklabels=names)
     panels[0].invert_yaxis()
+    panels[1].set_xlim(-0.05, 1.05)
     return fig
 
 
