@@ -47,7 +47,7 @@ def trained(config: settings.Config) -> Trained:
 def streams(config: settings.Config) -> dict[str, Callable[[int, int], np.ndarray]]:
     """Tokens from one position to another of each stream; the text is the training documents, again and again."""
     text = np.frombuffer(b"\0".join(open_documents("stdlib", "train")), np.uint8)
-    repeated = lambda piece: lambda start, end: np.take(piece, np.arange(start, end), mode="wrap")
+    repeated = lambda piece: lambda start, end: piece[np.arange(start, end) % len(piece)]
     pieces = np.frombuffer(b"a", np.uint8), np.frombuffer(b"ab", np.uint8)
     noise = lambda start, end: np.random.default_rng((config.seed, start)).integers(256, size=end - start)
     return dict(zip(settings.STREAMS, (repeated(text), *map(repeated, pieces), noise), strict=True))
