@@ -91,7 +91,7 @@ def table(results: dict) -> str:
 def figure(results: dict) -> Figure:
     """Mean score on the tasks so far, after each task."""
     families, methods = results["config"]["families"], results["config"]["methods"]
-    fig, panels = plt.subplots(1, len(families), figsize=(3.4 * len(families), 3.6), squeeze=False, layout="constrained")
+    fig, panels = plt.subplots(1, len(families), figsize=(3.4 * len(families) + 2, 3.6), squeeze=False, layout="constrained")
     for family, axes in zip(families, panels[0], strict=True):
         for i, method in enumerate(methods):
             if found := on_seeds(results, family=family, method=method):
@@ -104,7 +104,7 @@ def figure(results: dict) -> Figure:
             ylabel=f"{'-bits per byte' if family in settings.TEXTS else 'accuracy'} on them",
         )
     handles = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    fig.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return fig
 
 
