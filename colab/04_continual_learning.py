@@ -187,14 +187,14 @@ for i, language in enumerate(tests):
         print(f"  {name:<26}" + "".join(f"{curve[n][i]:>26.2f}" for n in at))
 
 # %% [markdown]
-# - **Hope adapts in 1 to 2 KiB**: 5.5 to 4.1 bits of the second language, for which the Transformer needs 8 KiB at the larger
-#   rate and 32 at the smaller. After 64 KiB the Transformer at the larger rate knows more of it.
+# - **Hope adapts in 1 to 2 KiB**: 5.5 to 4.1 bits of the second language, for which the Transformer needs 8 KiB at the
+#   larger rate and 32 at the smaller. After 64 KiB the Transformer at the larger rate knows more of it.
 # - **It forgets as fast**: the state that reads the second language expects it. At the end of it Hope has lost 1.4 bits of
-#   the first language; the Transformer 1.3 at the rate that learned more, 0.7 at the other one, which learned as much as Hope.
-# - **It comes back as fast**: 2 KiB of the first language give back 1.1 of the 1.4 bits, where the Transformer still stands at
-#   3.5 and more; and then Hope, not the Transformer, has lost the second one.
-# - One seed each, and a CMS of two learning levels in one of two blocks: what more levels and longer periods hold is measured
-#   in `experiments/continual`.
+#   the first language; the Transformer 1.3 at the rate that learned more, 0.7 at the other, which learned as much as Hope.
+# - **It comes back as fast**: 2 KiB of the first language give back 1.1 of the 1.4 bits, where the Transformer still stands
+#   at 3.5 and more; and then Hope, not the Transformer, has lost the second one.
+# - One seed each, and a CMS of two learning levels in one of two blocks: what more levels and longer periods hold is for
+#   `experiments/continual` to measure.
 #
 # ## Which level holds what, and how to forget at will
 #
