@@ -136,7 +136,7 @@ def allows(hint: Any, value: Any) -> bool:
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
         if not all(value in extra for extra in arguments[1:] if isinstance(extra, Named)):
             return False
-        if not intervals or not _is_number(value):
+        if not intervals or not is_number(value):
             return allows(arguments[0], value)
         whole = arguments[0] is not int or isinstance(value, numbers.Integral)
         return whole and all(value in interval for interval in intervals)
@@ -149,15 +149,16 @@ def allows(hint: Any, value: Any) -> bool:
         each = arguments[:1] * len(value) if same and isinstance(value, tuple) else arguments
         return isinstance(value, tuple) and len(value) == len(each) and all(map(allows, each, value))
     if hint is int:
-        return _is_number(value) and isinstance(value, numbers.Integral)
+        return is_number(value) and isinstance(value, numbers.Integral)
     if hint is float:
-        return _is_number(value) and is_finite(value)
+        return is_number(value) and is_finite(value)
     if isinstance(hint, type) and (hint in (bool, str) or dataclasses.is_dataclass(hint)):
         return isinstance(value, hint)
     return value is None if hint is type(None) else True
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

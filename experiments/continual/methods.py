@@ -12,7 +12,7 @@ import optax
 from nested_jax import optim
 
 LEVELS = 4
-PERIODS = {1: (1,), 2: (16, 1), 3: (16, 4, 1), 4: (64, 16, 4, 1)}
+PERIODS = {2: (16, 1), 3: (16, 4, 1), 4: (64, 16, 4, 1)}
 """Updates between two of a level's own, by the number of frequencies, slowest first."""
 
 
@@ -27,11 +27,6 @@ class Method(NamedTuple):
     kind: Literal["plain", "ewc", "replay", "attention", "delta", "squares"] = "plain"
     stored: int = 0
     """Examples that it keeps of all tasks together."""
-
-
-def adam(rate: float) -> optax.GradientTransformation:
-    """Adam, of all weights."""
-    return optax.adam(rate)
 
 
 def cms(frequencies: int, rate: float) -> optax.GradientTransformation:
@@ -71,16 +66,14 @@ def m3(rate: float) -> optax.GradientTransformation:
 
 RATES = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 METHODS: dict[str, Method] = {
-    "fine-tuning": Method(adam, RATES),
-    "EWC": Method(adam, (3e-6, 1e-4, 1e-3), (1e3, 1e5, 1e7), kind="ewc"),
-    "replay of 200": Method(adam, RATES, kind="replay", stored=200),
+    "fine-tuning": Method(optax.adam, RATES),
+    "EWC": Method(optax.adam, (3e-6, 1e-4, 1e-3), (1e3, 1e5, 1e7), kind="ewc"),
+    "replay of 200": Method(optax.adam, RATES, kind="replay", stored=200),
     "M3": Method(m3, RATES),
     "CMS frozen": Method(frozen, RATES),
     **{f"CMS, {n} frequencies": Method(partial(cms, n), RATES) for n in (2, 3, 4)},
     "continuum optimizer": Method(continuum, RATES),
-    "attention over all": Method(
-        None, (1.0,), (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0), kind="attention", stored=-1
-    ),
+    "attention over all": Method(None, (1.0,), (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0), kind="attention"),
     "least-squares memory": Method(None, (1.0,), (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0), kind="squares"),
     "delta memory": Method(None, (1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0), kind="delta"),
 }

@@ -201,7 +201,7 @@ def rate_of(results: dict, name: str) -> float:
 
 
 def on_seeds(results: dict, name: str) -> list[np.ndarray]:
-    """Scores (languages, languages) of each seed, without those of the first language before all, which all have."""
+    """Scores (languages, languages) of each seed: before the others, and after each of them."""
     rows = rows_of(results, method=name, rate=rate_of(results, name))
     return [np.array(row["scores"]) for row in rows if row["seed"] in results["config"]["seeds"]]
 

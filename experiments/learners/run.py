@@ -70,7 +70,7 @@ def read_on(config: settings.Config, path: Path, results: dict[str, Any], model:
         for start in range(done, done + config.every, PIECE):
             tokens = np.stack([part(start, start + PIECE) for part in given.values()])
             first = np.stack([learner.logits for learner in learners])
-            logits = [learners_logits for _, learners_logits in sorted(learners.read(dict(enumerate(tokens))).items())]
+            logits = [found for _, found in sorted(learners.read(dict(enumerate(tokens))).items())]
             bits += np.asarray(_bits(first, np.stack(logits), tokens))
         seconds, before, done = time.monotonic() - started, done, done + config.every
         for i, (learner, stream) in enumerate(zip(learners, given, strict=True)):
@@ -127,7 +127,7 @@ def table(results: dict[str, Any]) -> str:
     cells = []
     for stream in settings.STREAMS:
         rows = [row for row in results["runs"] if row.get("stream") == stream]
-        for row in [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]:
+        for row in [rows[i] for i in sorted({0, min(1, len(rows) - 1), len(rows) // 2, len(rows) - 1})]:
             held = [f"{norm:.3g}" for norm in row["held"].values()]
             sizes = [f"{row['file_bytes'] / 1e6:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"]
             cells.append([stream, f"{row['tokens']:,}", f"{row['bits']:.3f}", f"{row['ms_per_token']:.3f}", *held, *sizes])
@@ -146,7 +146,11 @@ def table(results: dict[str, Any]) -> str:
         [str(row["learners"])] + [f"{row[f'tokens_{did}_a_second']:,.0f}" for did in ("read", "written")] for row in served
     ]
     side_by_side = markdown(("learners", "tokens read a second, of all", "tokens written a second, of all"), rows)
-    return "\n".join([*markdown(heads, cells), "", *side_by_side]) + "\n"
+    read = [row for row in results["runs"] if row.get("stream") == "text"]
+    tenths = ", ".join(f"{np.mean([row['bits'] for row in part]):.3f}" for part in np.array_split(read, 10) if len(part))
+    median = np.median([row["ms_per_token"] for row in read])
+    note = f"A token takes {median:.3f} ms, median of all parts; bits of the text by tenths: {tenths}."
+    return "\n".join([*markdown(heads, cells), "", note, "", *side_by_side]) + "\n"
 
 
 def figure(results: dict[str, Any]) -> Figure:

@@ -125,12 +125,12 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def _message(tokenizer: Tokenizer, prompt: str, run_dir: str) -> np.ndarray:
-    """Tokens of a chat in which a user says this."""
+    """Tokens of a user's message, by the chat template."""
     from nested_jax.data.pretrained import PretrainedTokenizer
 
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise UserError(
-            f"--chat: the model in {run_dir} has no form for chats: leave it out, or convert a model that has one"
+            f"--chat: the model in {run_dir} has no chat template: leave it out, or convert a model that has one"
         )
     return tokenizer.chat([{"role": "user", "content": prompt}])
 

@@ -97,7 +97,7 @@ class Generation(Reading):
     prompt: str = ""
     """Text to continue; empty: the start of a document; -: what the standard input has."""
     chat: bool = False
-    """Take the prompt for a user's message, and write the answer of a converted model that has a form for chats."""
+    """Take the prompt for a user's message, and write the answer of a converted model that has a chat template."""
     tokens: Count = 400
     """Most tokens to write; a document may end sooner."""
     temperature: NonNegative = 0.8

@@ -55,7 +55,7 @@ def still(config: ModelConfig, weights: PyTree, levels: Sequence[PyTree]) -> tup
     return model, weights | {"blocks": weights["blocks"] | {"cms": blocks}}
 
 
-def levels_of(state: ModelState) -> list[PyTree]:
+def matrices_of(state: ModelState) -> list[PyTree]:
     """Matrices of the levels that learn, slow to fast."""
     assert state.learning is not None
     return [level.matrices for level in fast_weights(state.learning.levels)]
@@ -105,14 +105,13 @@ def distil(
     Returns:
         (state, divergences as of `Consolidation`).
     """
-    now, fresh = levels_of(state), levels_of(start)
+    now, fresh = matrices_of(state), matrices_of(start)
     nested = config.cms.variant == "nested"
 
     def logits(levels: Sequence[PyTree], rows: Int[Array, "b T"]) -> Float[Array, "b T V"]:
         model, own = still(config, weights, levels)
-        return apply(model, own, rows, init_state(model, own, len(rows), max_length=rows.shape[1]), multiple=rows.shape[1])[
-            0
-        ]
+        b, T = rows.shape
+        return apply(model, own, rows, init_state(model, own, b, max_length=T), multiple=T)[0]
 
     def after(matrices: PyTree) -> list[PyTree]:
         return [*now[:index], matrices, *([matrices] * len(now[index + 1 :]) if nested else fresh[index + 1 :])]

@@ -14,6 +14,7 @@ from typing import Literal, overload
 import jax
 import numpy as np
 
+from nested_jax.checks import is_number
 from nested_jax.cms.in_context import fast_weights, with_level
 from nested_jax.data import Tokenizer
 from nested_jax.errors import UserError, assert_choice, is_whole, shown
@@ -235,8 +236,7 @@ class Learner:
     @property
     def levels(self) -> tuple[str, ...]:
         """Names of the CMS's levels that learn, slow to fast."""
-        config = self._all.model.config
-        return tuple(f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0))
+        return reading.cms_levels(self._all.model.config)
 
     @overload
     def read(self, text: Text, *, learn: bool = True, record: Literal[False] = False) -> Float[np.ndarray, "T V"]: ...
@@ -356,7 +356,8 @@ class Learner:
             seed: of what it writes.
 
         Returns:
-            Mean divergences on the texts, nats a token: `forgotten` without distillation, `distilled` with it.
+            Mean divergences on the texts, nats a token: `forgotten` without distillation, `distilled` with it. `logits` stay
+            as they are until it reads on.
 
         Raises:
             UserError: no such level, or none faster; numbers that are not positive; tokens that the vocabulary has not.
@@ -366,7 +367,7 @@ class Learner:
         pool, row, names = self._all._pool, self._row, self.levels
         assert_choice("consolidate: level", level, names[:-1])
         check_size("consolidate: steps", steps)
-        if not _is_number(rate) or not 0 < rate < float("inf"):
+        if not is_number(rate) or not 0 < rate < float("inf"):
             raise UserError(f"consolidate: rate {shown(rate)}: give a number above 0")
         _assert_seed("consolidate", seed)
         state, logits = pool.get(row)
@@ -378,7 +379,7 @@ class Learner:
             check_size("consolidate: replay", replay)
             check_size("consolidate: tokens", tokens)
             first = self._all.tokenizer.boundary if self._all.tokenizer else None
-            levels = consolidation.levels_of(state)
+            levels = consolidation.matrices_of(state)
             texts = consolidation.write(pool.config, replay, tokens, first, pool.weights, levels, seed)
         index = names.index(level)
         state, found = consolidation.distil(
@@ -463,11 +464,11 @@ def _draw(
 
 
 def _assert_sampling(temperature: float, top_k: int, top_p: float, seeds: Mapping[int, int]) -> None:
-    if not _is_number(temperature) or not 0 <= temperature < float("inf"):
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
         raise UserError(f"generate: temperature {shown(temperature)}: give a number from 0")
     if not is_whole(top_k, least=0):
         raise UserError(f"generate: top_k {shown(top_k)}: give a whole number, 0 for all tokens")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
+    if not is_number(top_p) or not 0 < top_p <= 1:
         raise UserError(f"generate: top_p {shown(top_p)}: give a number above 0 and at most 1")
     for seed in seeds.values():
         _assert_seed("generate", seed)
@@ -476,7 +477,3 @@ def _assert_sampling(temperature: float, top_k: int, top_p: float, seeds: Mappin
 def _assert_seed(name: str, seed: int) -> None:
     if not is_whole(seed, least=0) or seed >= 2**32:
         raise UserError(f"{name}: seed {shown(seed)}: give a whole number from 0 to 2^32 - 1")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

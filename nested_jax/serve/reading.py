@@ -74,9 +74,12 @@ def read(pool: Pool, row: int, text: Int[np.ndarray, " T"], learn: bool) -> Read
 
 def levels_of(config: ModelConfig, state: ModelState) -> tuple[str, ...]:
     """Names of the levels that a reading shows: the memories of sequence layers, and the CMS's that learn, slow to fast."""
-    learning = len(config.cms.periods) if config.adapting else 0
-    names = [f"CMS level{config.cms.frozen + i + 1}" for i in range(learning)]
-    return tuple([MEMORIES] * bool(_weights(state)[0]) + names)
+    return (*[MEMORIES] * bool(_weights(state)[0]), *(f"CMS {name}" for name in cms_levels(config)))
+
+
+def cms_levels(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the CMS's levels that learn, slow to fast."""
+    return tuple(f"level{config.cms.frozen + i + 1}" for i in range(len(config.cms.periods) if config.adapting else 0))
 
 
 def _weights(state: ModelState) -> list[PyTree]:

@@ -56,7 +56,7 @@ def write_run(flags: Conversion) -> tuple[TrainConfig, int]:
 
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder beside this one, which becomes it at the end; nothing is left of one that fails."""
+    """Yields a temporary folder, which is renamed to this one at the end, or removed after an error."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:

@@ -75,7 +75,7 @@ def test_a_lane_is_a_run_of_its_own(load):
 @pytest.mark.parametrize(
     "folder, flags",
     [
-        ("formal_languages", "--networks lstm --tasks parity s3 --longest 6 --steps 3 --sequences 8"),
+        ("formal_languages", "--networks lstm transformer --tasks parity s3 --longest 6 --steps 3 --sequences 8"),
         ("recall", "--networks lstm --tasks mad-recall passkey --multiples 1 2 --steps 2 --sequences 4 --width 8"),
     ],
 )

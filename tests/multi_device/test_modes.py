@@ -1,4 +1,4 @@
-"""Kinds of sequence layers, and the model, under vmap, export with any batch and a user's own shard_map, as under jit."""
+"""Every sequence layer and the model under vmap, export with a symbolic batch and a user's own shard_map, as under jit."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,15 @@ D, H, C, T = 4, 2, 4, 7
 LAYERS = {
     "attention": Attention(D, H),
     "sliding-window": Attention(D, H, window=3),
+    "linear": LinearMemory(D, H, "linear", chunk=C),
+    "delta": LinearMemory(D, H, "delta", chunk=C),
     "gated-delta": LinearMemory(D, H, "gated-delta", chunk=C),
     "oja": LinearMemory(D, H, "oja", chunk=C),
+    "lp": OmegaMemory(D, H, "lp", window=1, chunk=C),
     "huber": OmegaMemory(D, H, "huber", window=1, chunk=C),
     "omega": OmegaMemory(D, H, "l2", window=3, chunk=C),
     "titans": Titans(D, H, 3, chunk=C),
+    "self-modifying": SelfModifyingTitans(D, H, 3, chunk=C),
     "self-modifying, two chunks": SelfModifyingTitans(D, H, 3, projection_chunk=2 * C, chunk=C),
 }
 

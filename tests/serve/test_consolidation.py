@@ -46,7 +46,7 @@ def test_a_model_that_stands_still_is_the_learner_that_does_not_learn(name):
     learner = Learner(model, max_length=64)
     learner.read(text(50))
     state = learner._all._pool.get(0)[0]
-    levels = consolidation.levels_of(state)
+    levels = consolidation.matrices_of(state)
     start = init_state(model.config, model.weights, 1, max_length=64)
     assert start.learning is not None
     nest = start.learning.levels
@@ -68,19 +68,21 @@ def test_the_slow_level_takes_over_what_the_fast_one_held(name):
     learners, (slow, fast) = Learners(model, 2, max_length=64), names_of(model)
     learners.read({0: text(70), 1: text(70, 2)})
     other = jax.tree.map(np.asarray, learners._pool.get(1))
-    before = learners._pool.get(0)[0]
+    before, kept = learners._pool.get(0)
+    kept = np.asarray(kept)
     found = learners[0].consolidate(slow, replay=16, tokens=24, steps=80, rate=3e-3)
     assert found.forgotten > 1e-5 and found.distilled < 0.5 * found.forgotten
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, learners._pool.get(1)), other)
     after = learners._pool.get(0)[0]
     jax.tree.map(np.testing.assert_array_equal, after.mixers, before.mixers)
-    slow_now, fast_now = consolidation.levels_of(after)
-    fresh = consolidation.levels_of(learners._pool.start()[0])
+    slow_now, fast_now = consolidation.matrices_of(after)
+    fresh = consolidation.matrices_of(learners._pool.start()[0])
     wanted = slow_now if model.config.cms.variant == "nested" else fresh[1]
     jax.tree.map(np.testing.assert_array_equal, fast_now, wanted)
     assert any(
-        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (slow_now, consolidation.levels_of(before)[0])), strict=True)
+        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (slow_now, consolidation.matrices_of(before)[0])), strict=True)
     )
+    np.testing.assert_array_equal(learners[0].logits, kept)
     learners[0].read(text(30, 3))
     assert np.isfinite(learners[0].logits).all() and learners[0].tokens_read == 100
     assert learners[0].held[f"CMS {fast}"] >= 0
@@ -97,7 +99,7 @@ def test_texts_may_be_given_and_the_same_seed_dreams_alike():
     assert one.consolidate("level1", **options, seed=1) != other.consolidate("level1", **options)
     found = texts.consolidate("level1", replay=given, steps=60, rate=3e-3)
     assert found.distilled < 0.5 * found.forgotten
-    levels = consolidation.levels_of(learner._all._pool.get(0)[0])
+    levels = consolidation.matrices_of(learner._all._pool.get(0)[0])
     written = consolidation.write(model.config, 4, 6, 3, model.weights, levels, 0)
     assert written.shape == (4, 6) and (written[:, 0] == 3).all() and len({tuple(row) for row in written.tolist()}) == 4
 

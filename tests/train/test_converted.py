@@ -92,7 +92,7 @@ def test_a_chat_is_read_in_the_models_form_and_goes_on(source, capsys):
     assert kept.tokens_read == learner.tokens_read + 3
     assert main(["generate", "--run-dir", "still", "--chat"]) == 2
     assert capsys.readouterr().err == "nested-jax: --chat: there is no message: give --prompt TEXT too\n"
-    with pytest.raises(nested_jax.UserError, match="--chat: the model in runs/x has no form for chats: leave it out"):
+    with pytest.raises(nested_jax.UserError, match="--chat: the model in runs/x has no chat template: leave it out"):
         cli._message(nested_jax.data.ByteTokenizer(), "hi", "runs/x")
 
 
