@@ -69,16 +69,17 @@ def _optimizers() -> dict[str, Row]:
     def scaled(scale: Callable[..., optax.GradientTransformation], **options: Any) -> Rule:
         return lambda rate: optax.chain(scale(**matrices, **options), optax.scale_by_learning_rate(rate))
 
-    def orthogonal(make: Callable[..., optax.GradientTransformation], **options: Any) -> Rule:
-        return lambda rate: make(rate, consistent_rms=0.2, vectors=adamw(rate), **matrices, **options)
+    def orthogonal(make: Callable[..., optax.GradientTransformation], scale: float = 1.0, **options: Any) -> Rule:
+        of_matrices = lambda rate: lambda step: scale * rate(step)
+        return lambda rate: make(of_matrices(rate), consistent_rms=0.2, vectors=adamw(rate), **matrices, **options)
 
     gradient = partial(optim.newton_schulz, form="gradient")
     rules = {
         "Muon": orthogonal(optim.nonlinear_momentum),
         "Muon, a sum": orthogonal(optim.nonlinear_momentum, **sums),
         "Muon, Newton-Schulz as gradient descent": orthogonal(optim.nonlinear_momentum, nonlinearity=gradient),
-        "M3": orthogonal(optim.m3),
-        "M3, sums": orthogonal(optim.m3, **sums),
+        "M3": orthogonal(optim.m3, scale=0.001),  # it divides by the gradients' size, here about that
+        "M3, sums": orthogonal(optim.m3, scale=0.001, **sums),
         "delta momentum": scaled(optim.scale_by_delta_momentum),
         "delta momentum, raw gradients": scaled(optim.scale_by_delta_momentum, normalize=False),
         "deep momentum": scaled(optim.scale_by_deep_momentum),

@@ -161,9 +161,10 @@ class Conversion(Program):
     """GGUF file, or folder with config.json, safetensors and tokenizer.json; the flag's name may be left out."""
     run_dir: Folder = "runs/converted"
     """Folder of the run, which generate, read and train --init-from take."""
-    way: Literal["frozen", "split", "deltas"] = "frozen"
-    """How MLPs become levels: one that does not learn in context; their hidden units dealt to the levels; or kept, frozen,
-    with a further MLP a level whose output starts at zero. With rates of 0 the logits are the source's."""
+    way: Literal["frozen", "dealt", "split", "deltas"] = "frozen"
+    """How MLPs become levels: one that does not learn in context; each one a level, in turn by layer; their hidden units
+    shared out to the levels; or kept, frozen, with a further MLP a level whose output starts at zero. With rates of 0 the
+    logits are the source's."""
     periods: tuple[Count, ...] = ()
     """Tokens between two updates of each level that learns, slow to fast."""
     hidden: tuple[Count, ...] = ()

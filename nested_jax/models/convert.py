@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from nested_jax.models.config import ModelConfig
 from nested_jax.numerics import EPSILON
 from nested_jax.typing import PyTree
 
-Way = Literal["frozen", "split", "deltas"]
+Way = Literal["frozen", "dealt", "split", "deltas"]
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,14 @@ def convert(
 
     Args:
         source: of `read_llama`.
-        way: how the MLPs become levels. "frozen": one level that does not learn. "split": their hidden units are dealt to
-            the levels, whose sum they are (an independent CMS, Eq. 74). "deltas": they are kept, frozen, and each level is
-            a further MLP after them whose output starts at zero.
+        way: how the MLPs become levels. "frozen": one level that does not learn. "dealt": that of layer i is level i mod n
+            of the n, and the layer's others, of its width, are zeros that stay zeros. "split": their hidden units are
+            shared out to the levels, whose sum they are (an independent CMS, Eq. 74). "deltas": they are kept, frozen, and
+            each level is a further MLP after them whose output starts at zero.
         periods: tokens between two updates of each level that learns, slow to fast.
         hidden: widths of the levels, slow to fast. Of split ones their shares of the hidden units; if they are more than the
             periods, the first are frozen; (): equal shares. Of deltas one for each period; (): an eighth of the MLP's.
+            Others have none.
         blocks: the last blocks, which learn; None: all.
         rate: start of the levels' rates.
         seed: of the deltas' inputs.
@@ -120,14 +123,16 @@ def convert(
 
     Source: NL section 7.3, ad-hoc level stacking.
     """
-    assert_choice("convert: way", way, ("frozen", "split", "deltas"))
+    assert_choice("convert: way", way, get_args(Way))
     if not isinstance(source, Llama):
         raise UserError(f"convert: source {shown(source)}: give what read_llama gives")
     if bool(periods) != (way != "frozen"):
         raise UserError(f"convert: periods {periods} and way {way!r}: levels that learn need periods, a frozen CMS has none")
     F = source.hidden
-    if way == "frozen":
-        hidden = (F,)
+    if way in ("frozen", "dealt"):
+        if hidden:
+            raise UserError(f"convert: hidden {hidden} and way {way!r}: its levels are as wide as the MLPs, leave it out")
+        hidden = (F,) * max(len(periods), 1)
     elif way == "split":
         share = [F * i // len(periods) for i in range(len(periods) + 1)]
         hidden = hidden or tuple(b - a for a, b in zip(share, share[1:], strict=False))
@@ -169,7 +174,10 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) 
         spread = lambda w: np.repeat(w.reshape(source.kv_heads, -1, D), source.heads // source.kv_heads, 0).reshape(-1, D)
         norm, levels, begin = get("post_attention_layernorm"), {}, 0
         for n, width in enumerate(cms.hidden):
-            own = delta(width) if way == "deltas" and n else mlp(i, slice(begin, begin + width))
+            if way == "dealt":
+                own = mlp(i, slice(None)) if i % len(cms.hidden) == n else jax.tree.map(np.zeros_like, mlp(i, slice(None)))
+            else:
+                own = delta(width) if way == "deltas" and n else mlp(i, slice(begin, begin + width))
             begin += width
             levels[f"level{n + 1}"] = own | {"norm": norm} | ({"rate": np.array(cms.rate)} if n >= cms.frozen else {})
         mixer = {
@@ -217,11 +225,14 @@ def _of_folder(path: Path) -> Llama:
         with safe_open(where[name], "flax") as tensors:  # bfloat16 too
             return np.asarray(tensors.get_tensor(name), np.float32)
 
-    wrong = [name for name in where if name.endswith((".bias", "_norm.weight")) and "layers" in name]
-    if wrong:
-        raise UserError(f"{path} has {wrong[0]}, which models here have not: give a model without biases and norms of heads")
-    if about.get("rope_scaling") or about.get("sliding_window") and about.get("use_sliding_window", True):
+    rope = about.get("rope_parameters") or {"rope_theta": about.get("rope_theta", 10_000.0)}
+    scaled = about.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+    if scaled or about.get("sliding_window") and about.get("use_sliding_window", True):
         raise UserError(f"{path} scales its positions or slides a window: give a model that does neither")
+    if (activation := about.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UserError(f"{path} has MLPs with {activation}: give a model with silu")
+    buffers = {name for name in where if name.endswith("rotary_emb.inv_freq")}  # rotary_base says the same
+    _assert_known(path, where.keys() - buffers, _GGUF_WHOLE, "model.layers.", _GGUF)
     if missing := [name for name in _SIZES if not isinstance(about.get(name), int | float)]:
         raise UserError(f"{path / 'config.json'} has no {missing[0]}: give a model's folder")
     return _checked(
@@ -233,7 +244,7 @@ def _of_folder(path: Path) -> Llama:
             heads=about["num_attention_heads"],
             kv_heads=about.get("num_key_value_heads") or about["num_attention_heads"],
             hidden=about["intermediate_size"],
-            rotary_base=float(about.get("rope_theta", 10_000.0)),
+            rotary_base=float(rope.get("rope_theta", 10_000.0)),
             epsilon=float(about["rms_norm_eps"]),
             tied="lm_head.weight" not in where,
             get=get,
@@ -276,6 +287,9 @@ def _of_gguf(path: Path) -> Llama:
     if missing := [name for name in names if name not in about]:
         raise UserError(f"{path} has no {missing[0]}: give a whole model")
     of = lambda name: about[f"llama.{name}"]
+    if about.get("llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path} scales its positions: give a model that does not")
+    _assert_known(path, tensors, _GGUF_WHOLE.values(), "blk.", _GGUF.values())
     heads, kv_heads = of("attention.head_count"), of("attention.head_count_kv")
 
     def get(name: str) -> np.ndarray:
@@ -308,6 +322,13 @@ def _of_gguf(path: Path) -> Llama:
         ),
         about.get("llama.rope.dimension_count", of("embedding_length") // heads),
     )
+
+
+def _assert_known(path: Path, names: Iterable[str], whole: Iterable[str], layer: str, parts: Iterable[str]) -> None:
+    """Whatever else a file has would change the logits."""
+    known = re.compile(rf"({'|'.join(whole)}|{layer}\d+\.({'|'.join(parts)}))\.weight")
+    if wrong := [name for name in names if not known.fullmatch(name)]:
+        raise UserError(f"{path} has {wrong[0]}, which models here have not: give a Llama without biases and norms of heads")
 
 
 def _checked(path: Path, found: Llama, head_width: int) -> Llama:

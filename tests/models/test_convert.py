@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nested_jax.cms.in_context import fast_weights
 from nested_jax.errors import UserError
 from nested_jax.models.convert import Llama, convert, read_llama
 from nested_jax.models.language_model import apply, init_state
@@ -73,6 +75,7 @@ def forward(weights, tokens):
 
 WAYS = {
     "frozen": dict(),
+    "dealt": dict(periods=(8, 4)),
     "split": dict(periods=(8, 4)),
     "split, one frozen": dict(periods=(4,), hidden=(15, 5)),
     "deltas": dict(periods=(8, 4), hidden=(3, 2), blocks=2),
@@ -115,6 +118,61 @@ def test_a_folder_is_read(tmp_path, dtype):
         np.testing.assert_array_equal(source.get(name), w.astype(dtype).astype(np.float32))
 
 
+def test_dealt_layers_learn_at_their_level_alone():
+    """Layers 0 and 2 are of the slow level, 1 of the fast one; in each, what the other level has stays zero."""
+    config, weights = convert(llama(), "dealt", periods=(16, 8), rate=1.0)
+    start = init_state(config, weights, 1)
+    for read_so_far, expected in ((12, [[0, 0, 0], [0, 1, 0]]), (18, [[1, 0, 1], [0, 1, 0]])):
+        state = apply(config, weights, TOKENS[None, :read_so_far], start)[1]
+        levels = (fast_weights(each.learning.levels) for each in (state, start))
+        for now, before, changed in zip(*levels, expected, strict=True):
+            for name, w in now.matrices.items():
+                assert [int((w[i] != before.matrices[name][i]).any()) for i in range(L)] == changed, name
+
+
+def written(path, fields=None, **extra):
+    """The model as a GGUF file, where the two numbers that a position turns are neighbours."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(D)
+    writer.add_block_count(L)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(KV)
+    writer.add_layer_norm_rms_eps(EPSILON)
+    writer.add_rope_freq_base(BASE)
+    writer.add_token_list([str(i) for i in range(V)])
+    for name, value in (fields or {}).items():
+        writer.add_string(name, value)
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = dict(q_proj="attn_q", k_proj="attn_k", v_proj="attn_v", o_proj="attn_output", up_proj="ffn_up")
+    parts |= dict(gate_proj="ffn_gate", down_proj="ffn_down")
+    parts |= dict(input_layernorm="attn_norm", post_attention_layernorm="ffn_norm")
+    for name, w in (named(False) | extra).items():
+        stem, part = name.removesuffix(".weight"), name.removesuffix(".weight").split(".")[-1]
+        if part in ("q_proj", "k_proj"):
+            w = np.concatenate([w[at + np.ravel([range(K // 2), range(K // 2, K)], "F")] for at in range(0, len(w), K)])
+        kept = w.astype(np.float16) if part == "up_proj" else w
+        place = whole.get(stem) or (f"blk.{stem.split('.')[2]}.{parts[part]}" if "." in stem else stem)
+        writer.add_tensor(f"{place}.weight", kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_read(tmp_path):
+    source = read_llama(written(tmp_path / "a.gguf"))
+    assert dataclasses.astuple(source)[:7] == (V, D, L, H, KV, F, BASE) and not source.tied
+    for name, w in named(False).items():
+        np.testing.assert_array_equal(source.get(name), w.astype(np.float16 if "up_proj" in name else np.float32))
+    np.testing.assert_allclose(read(*convert(source)), forward(named(False), TOKENS), rtol=3e-3, atol=1e-3)  # float16
+    with pytest.raises(UserError, match="scales its positions"):
+        read_llama(written(tmp_path / "b.gguf", {"llama.rope.scaling.type": "linear"}))
+    with pytest.raises(UserError, match="has rope_freqs.weight, which models here have not"):
+        read_llama(written(tmp_path / "c.gguf", rope_freqs=np.ones(K // 2, np.float32)))
+
+
 def test_what_cannot_be_converted_is_told(tmp_path):
     with pytest.raises(UserError, match="is no model: give a .gguf file, or a folder"):
         read_llama(tmp_path / "gone")
@@ -126,6 +184,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
         ({"vocab_size": None}, "config.json has no vocab_size"),
         ({"num_key_value_heads": 4}, "has 6 heads and 4 of keys"),
         ({"rope_scaling": {"type": "linear"}}, "scales its positions"),
+        ({"rope_parameters": {"rope_theta": BASE, "rope_type": "llama3"}}, "scales its positions"),
+        ({"hidden_act": "gelu"}, "has MLPs with gelu: give a model with silu"),
     ):
         with pytest.raises(UserError, match=message):
             read_llama(saved(tmp_path, changes))
@@ -147,11 +207,12 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     with pytest.raises(UserError, match="a.gguf is (damaged|of architecture)"):
         read_llama(tmp_path / "a.gguf")
     for arguments, message in (
-        (("merged",), "way 'merged' is unknown: give one of frozen, split, deltas"),
+        (("merged",), "way 'merged' is unknown: give one of frozen, dealt, split, deltas"),
         (("split",), "levels that learn need periods"),
         (("split", dict(periods=(8, 4), hidden=(10, 9))), "give widths that sum to 20"),
         (("deltas", dict(periods=(8, 4), hidden=(3,))), "give one for each of the 2 periods"),
         (("frozen", dict(periods=(8,))), "a frozen CMS has none"),
+        (("frozen", dict(hidden=(F,))), "as wide as the MLPs, leave it out"),
     ):
         with pytest.raises(UserError, match=message):
             convert(llama(), arguments[0], **(arguments[1] if arguments[1:] else {}))
