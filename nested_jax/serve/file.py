@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +53,11 @@ def read_learner(path: Path) -> Saved:
             if about.get("format") != FORMAT:
                 raise UserError(f"{path} is no learner's file: give one that Learner.save wrote")
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:  # the second of types that its reader has not
         why = " ".join(str(error).split())[:80]
         raise UserError(f"{path} is damaged, or no learner's file ({why}): give one that Learner.save wrote") from None
     read, max_length = (
-        int(n) if (n := about.get(key, "")).isascii() and n.isdecimal() else 0 for key in ("read", "max_length")
+        int(n) if re.fullmatch("[0-9]{1,18}", n := about.get(key, "")) else 0 for key in ("read", "max_length")
     )
     if not 0 < max_length < 2**31:
         raise _damaged(path)
@@ -92,6 +93,12 @@ def _filled(state: PyTree, read: int) -> PyTree:
     cut = lambda cache: cache[..., :read, :, :]
     trim = lambda node: node._replace(keys=cut(node.keys), values=cut(node.values)) if of_attention(node) else node
     return jax.tree.map(trim, state, is_leaf=of_attention)
+
+
+def assert_of(path: Path, saved: Saved, model: str) -> None:
+    """Raises UserError for a file of a model with another fingerprint than this one."""
+    if saved.model != model:
+        raise UserError(f"{path} is of another model, or of other weights: give the model that it was saved with")
 
 
 def fingerprint(config: ModelConfig, weights: PyTree) -> str:

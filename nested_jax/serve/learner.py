@@ -22,7 +22,7 @@ from nested_jax.memory.stream import check_size
 from nested_jax.models.module import LanguageModel
 from nested_jax.serve import consolidation, reading
 from nested_jax.serve.consolidation import Consolidation
-from nested_jax.serve.file import Saved, read_learner, state_of, write_learner
+from nested_jax.serve.file import Saved, assert_of, fingerprint, read_learner, state_of, write_learner
 from nested_jax.serve.pool import Pool
 from nested_jax.serve.reading import Reading
 from nested_jax.serve.until import until
@@ -410,7 +410,11 @@ class Learner:
             UserError: no learner's file, a damaged one, one of another model or `max_length`.
             OSError: it cannot be read.
         """
-        self._take(Path(path), read_learner(Path(path)))
+        saved, pool = read_learner(Path(path)), self._all._pool
+        assert_of(Path(path), saved, pool.fingerprint)
+        if saved.max_length != pool.max_length:
+            raise UserError(f"{path} has max_length {saved.max_length}, the learner {pool.max_length}: give the same")
+        self._take(Path(path), saved)
 
     @classmethod
     def restore(
@@ -431,17 +435,15 @@ class Learner:
         Raises:
             UserError, OSError: as `load`.
         """
-        saved = read_learner(Path(path))
+        saved, own = read_learner(Path(path)), model.model if isinstance(model, Trained) else model
+        if isinstance(own, LanguageModel):  # before there is room for the max_length of a file that is anyone's
+            assert_of(Path(path), saved, fingerprint(own.config, own.weights))
         one = cls(model, tokenizer=tokenizer, max_length=saved.max_length, learn_from=learn_from)
         one._take(Path(path), saved)
         return one
 
     def _take(self, path: Path, saved: Saved) -> None:
         pool = self._all._pool
-        if saved.model != pool.fingerprint:
-            raise UserError(f"{path} is of another model, or of other weights: give the model that it was saved with")
-        if saved.max_length != pool.max_length:
-            raise UserError(f"{path} has max_length {saved.max_length}, the learner {pool.max_length}: give the same")
         shapes = jax.eval_shape(lambda: pool.get(self._row))
         pool.put(self._row, state_of(path, saved, shapes, pool.config), saved.read)
 

@@ -1,6 +1,7 @@
 """Learners: any pieces, any company and any restart give what one reading gives; nothing else of a file is believed."""
 
 import dataclasses
+import json
 import pickle
 import struct
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rare import cases
+from safetensors.numpy import save
 
 from nested_jax import CMSConfig, LanguageModel, ModelConfig, UserError
 from nested_jax.cms.in_context import fast_weights
@@ -19,10 +21,11 @@ from nested_jax.serve.pool import _read, next_piece
 from nested_jax.serve.until import until
 
 IN_CONTEXT = {"cms": CMSConfig(hidden=(6, 5), periods=(24, 8), rate=0.5), "chunk": 4}
+EXACT = dict(errors="exact", step="normalised", rates="own", features="boundary", momentum=False)  # the presets'
 SIZES = {"vocabulary": 257, "width": 16, "layers": 2, "heads": 2, "memory_hidden": 4}
 MODELS = {
     "learning": dict(mixer="gated-delta", **IN_CONTEXT),
-    "hope": dict(mixer="self-modifying", **IN_CONTEXT),
+    "hope": dict(mixer="self-modifying", **EXACT, **IN_CONTEXT),
     "hope-attention": dict(mixer="attention", **IN_CONTEXT),
     "nested": dict(mixer="gated-delta", chunk=3, cms=CMSConfig(hidden=(6, 6), periods=(8, 4), rate=0.5, variant="nested")),
     "transformer": dict(mixer="attention", cms=CMSConfig(hidden=(8,))),
@@ -154,6 +157,25 @@ def test_files_that_are_none_of_this_model_are_refused(tmp_path):
     assert not ran.exists()
     with pytest.raises(FileNotFoundError):
         Learner.restore(tmp_path / "gone", model)
+
+
+def test_a_file_whose_header_asks_for_too_much_is_refused(tmp_path):
+    """Numbers of any size, types of no use, and a length that fills no memory where the model is another one."""
+    model, path = made("transformer"), tmp_path / "learner"
+    fingerprint = Learner(model)._all._pool.fingerprint
+    for most, kind, of in (
+        ("9" * 5000, "is damaged: give a copy", fingerprint),
+        (str(2**31), "is damaged: give a copy", fingerprint),
+        (str(2**31 - 1), "of another model", "0" * 64),
+    ):
+        about = {"format": "nested_jax learner 1", "model": of, "read": "0", "max_length": most}
+        path.write_bytes(save({"a": np.zeros(1, np.float32)}, about))
+        with pytest.raises(UserError, match=kind):
+            Learner.restore(path, model)
+    header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}, "__metadata__": about}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    with pytest.raises(UserError, match="is damaged, or no learner's file"):
+        Learner.restore(path, model)
 
 
 def test_a_save_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
