@@ -138,6 +138,25 @@ def test_what_holds_a_method_is_what_its_strength_says(load, data):
     assert held[-1, 0] > 0.8 and held[-1, -1] < 0.3
 
 
+def test_ewc_weighs_by_fisher_information(load, data):
+    """Mean squared gradients of single examples, added up over tasks, around the weights after the last one."""
+    learn, models, methods = load("learn"), load("models"), load("methods")
+    family = load("families").load("split images", data, 20)
+    model = models.model(family, 8, 8)
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(learn.FISHER, family.train.shape[-1])), jnp.float32)
+    y = jnp.asarray(rng.integers(10, size=learn.FISHER))
+    old = jax.tree.map(jnp.ones_like, params)
+    kept = learn.Kept(old, old, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    found = learn._keep(model, methods.METHODS["EWC"], params, kept, x, y, 1, np.arange(learn.FISHER), 0)
+    gradient = jax.jit(jax.grad(lambda params, i: model.nats(params, x[i][None], y[i][None])[0]))
+    each = [gradient(params, i) for i in range(learn.FISHER)]
+    expected = jax.tree.map(lambda one, *g: one + np.mean(np.square(g), 0), old, *each)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found.importance, expected)
+    assert found.weights is params
+
+
 def test_replay_forgets_less_than_fine_tuning(load, data):
     cell = {"rate": 3e-3, "strength": 0.0, "seed": 0}
     kinds = ("fine-tuning", "replay of 200")

@@ -99,7 +99,19 @@ def test_texts_may_be_given_and_the_same_seed_dreams_alike():
     assert one.consolidate("level1", **options, seed=1) != other.consolidate("level1", **options)
     found = texts.consolidate("level1", replay=given, steps=60, rate=3e-3)
     assert found.distilled < 0.5 * found.forgotten
-    levels = consolidation.matrices_of(learner._all._pool.get(0)[0])
+    before, after = (learner._all._pool.get(0)[0], texts._all._pool.get(0)[0])
+    levels, fresh = consolidation.matrices_of(before), consolidation.matrices_of(learner._all._pool.start()[0])
+
+    def chances(levels):
+        config, weights = consolidation.still(model.config, model.weights, levels)
+        return np.asarray(jax.nn.softmax(apply(config, weights, given, init_state(config, weights, 3))[0]), np.float64)
+
+    own = chances(levels)
+    for value, others in (
+        (found.forgotten, [levels[0], fresh[1]]),
+        (found.distilled, consolidation.matrices_of(after)),
+    ):
+        assert value == pytest.approx((own * np.log(own / chances(others))).sum(-1).mean(), rel=0.02, abs=1e-7)
     written = consolidation.write(model.config, 4, 6, 3, model.weights, levels, 0)
     assert written.shape == (4, 6) and (written[:, 0] == 3).all() and len({tuple(row) for row in written.tolist()}) == 4
 
