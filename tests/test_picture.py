@@ -592,23 +592,26 @@ def test_errors_and_steps_of_deep_memories_are_said():
     rules = [Rule(), Rule(errors="exact"), Rule(errors="exact", step="normalised"), Rule(erase="none", step="raw")]
     said = [describe(SelfModifyingTitans(8, 2, 3, momentum=False, rule=rule)).components[0].rule for rule in rules]
     assert said == [
-        "delta gradient descent, decay to the start",
-        "delta gradient descent with exact errors, decay to the start",
+        "delta gradient descent with errors of the boundary and proximal steps, decay to the start",
+        "delta gradient descent with exact errors and proximal steps, decay to the start",
         "delta gradient descent with exact errors and normalised steps, decay to the start",
-        "gradient descent with raw steps, decay to the start",
+        "gradient descent with errors of the boundary and raw steps, decay to the start",
     ]
 
 
 def test_other_choices_of_deep_memories_are_said():
     paper = Rule("memory", "raw", retention="zero", read="boundary", damped=False)
     momentum, memories, _ = describe(SelfModifyingTitans(8, 2, 3, rule=paper, generated=("keys", "queries"))).components
-    words = "delta gradient descent in first layers alone with raw steps, decay to zero, read as at the last boundary"
+    errors = "with errors of the boundary and"
+    words = f"delta gradient descent in first layers alone {errors} raw steps, decay to zero, read as at the last boundary"
     assert memories.rule == words
     assert momentum.rule == "gradient descent, decay, undamped"
     fixed = "direct parametric conditioning: slow weights make values, rates, retention"
     assert f"generation: they make their own keys, queries; {fixed}" in memories.knowledge
     titans = Titans(8, 2, 3, momentum=False, rule=Rule("none", retention="none", read="before"))
-    assert describe(titans).components[0].rule == "gradient descent, no decay, read before it writes"
+    assert (
+        describe(titans).components[0].rule == f"gradient descent {errors} proximal steps, no decay, read before it writes"
+    )
 
 
 def test_attention_is_a_level():

@@ -179,10 +179,12 @@ CONFIGS = [
             (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
             (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
-            (1, 0.5, dict(step="normalised", errors="exact", damped=False)),
-            (1.5, 1, dict(step="normalised", mixer="titans", errors="exact", damped=False, max_rate=1.5)),
             (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (2, 1, dict(mixer="oja", max_rate=2.0)),
         )
+    ),
+    *(
+        (lambda fields=fields: ModelConfig(errors="exact", damped=False, **fields), "model.damped False makes .* grow .*: give True")
+        for fields in ({}, dict(step="normalised", max_rate=0.01), dict(mixer="titans"))
     ),
     (lambda: ModelConfig(mixer="oja", values="raw"), "model.values raw may make what oja holds grow, .*: give unit"),
     (lambda: ModelConfig(width=9), "model.width 9 is not a multiple of model.heads 4: change one"),

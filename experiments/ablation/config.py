@@ -39,7 +39,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "decay to zero": EXACT | {"retention": "zero"},
     "reads before the write": EXACT | {"read": "before"},
     "reads of the boundary": EXACT | {"read": "boundary"},
-    "a sum as momentum": EXACT | {"momentum": True, "damped": False, "max_rate": 0.5},
 }
 """Fields of `ModelConfig`: the paper's ablation, then our choices, then the paper's for ours. Fixed queries are the default;
 without a CMS stands one MLP as large, which does not learn in context."""

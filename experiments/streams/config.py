@@ -18,12 +18,13 @@ from record import Runs
 _MEMORIES = {"mixer": "self-modifying"}
 _HOPE = _MEMORIES | EXACT
 _TITANS = {"mixer": "titans", "max_rate": 1.0}
+_TITANS_EXACT = {"errors": "exact", "step": "normalised", "features": "boundary"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "hope": _HOPE,
     "hope, projections every 256": _HOPE | {"projection_chunk": 256},
     "hope, chunk 16": _HOPE | {"chunk": 16},
     "hope, with momentum": _HOPE | {"momentum": True},
-    "hope, momentum not damped, rates to 0.5": _HOPE | {"momentum": True, "damped": False, "max_rate": 0.5},
+    "hope, momentum that swings": _HOPE | {"momentum": True},
     "hope, features of the token": _HOPE | {"features": "token"},
     "hope, one rate": _HOPE | {"rates": "shared"},
     "hope, read before": _HOPE | {"read": "before"},
@@ -34,23 +35,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hope, all generated": _HOPE | {"generated": ("keys", "values", "queries", "rates", "retention")},
     "hope, nothing generated": _HOPE | {"generated": ()},
     "hope, targets rms": _HOPE | {"targets": "rms"},
+    "hope, targets raw": _HOPE | {"targets": "raw"},
     "hope, proximal": _HOPE | {"step": "proximal"},
-    "hope, erase by the memory": _HOPE | {"erase": "memory"},
+    "hope, raw steps": _HOPE | {"step": "raw"},
+    "hope, no erase, rates to 2": _HOPE | {"erase": "none", "max_rate": 2.0},
+    "hope, erase by the memory, rates to 2": _HOPE | {"erase": "memory", "max_rate": 2.0},
     "errors of the boundary, proximal": _MEMORIES,
-    "errors of the boundary, normalised": _MEMORIES | {"step": "normalised"},
+    "errors of the boundary, normalised, rates to 2": _MEMORIES | {"step": "normalised", "max_rate": 2.0},
+    "errors of the boundary, a sum as momentum": _MEMORIES | {"damped": False},
     "titans, rates to 1": _TITANS,
-    "titans, exact errors": _TITANS | {"errors": "exact", "step": "normalised", "features": "boundary", "momentum": False},
+    "titans, exact errors, rates to 2": _TITANS | _TITANS_EXACT | {"momentum": False, "max_rate": 2.0},
+    "titans, exact errors, with momentum": _TITANS | _TITANS_EXACT,
+    "titans, a sum as momentum": _TITANS | {"damped": False},
+    "titans, values of any norm": _TITANS | {"values": "raw"},
+    "titans, errors of any norm": _TITANS | {"surprise": float("inf")},
+    "titans, raw steps": _TITANS | {"step": "raw"},
+    "titans, no retention": _TITANS | {"retention": "none"},
+    "titans, decay to zero": _TITANS | {"retention": "zero"},
     "linear": {"mixer": "linear"},
     "delta, rates to 2": {"mixer": "delta", "max_rate": 2.0},
     "gated-delta, rates to 2": {"mixer": "gated-delta", "max_rate": 2.0},
     "oja": {"mixer": "oja"},
-    "lp": {"mixer": "lp"},
-    "huber": {"mixer": "huber"},
-    "omega": {"mixer": "omega"},
+    **{mixer: {"mixer": mixer} for mixer in ("lp", "huber", "omega")},
+    **{f"{mixer}, values of any norm": {"mixer": mixer, "values": "raw"} for mixer in ("lp", "huber", "omega")},
+    **{f"{mixer}, errors of any norm": {"mixer": mixer, "surprise": float("inf")} for mixer in ("lp", "huber", "omega")},
     "hope-paper": _MEMORIES | PAPER,
     "hope-paper, targets l2": _MEMORIES | PAPER | {"targets": "l2"},
 }
 """Fields of `ModelConfig`."""
+SWINGING = ("hope, momentum that swings",)
+"""Options whose momentum's gate swings between 0 and 1 from token to token; of all others it is 0.9."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from nested_jax.models.language_model import apply, init_state, init_weights
 RESULTS = Path(__file__).parent / "results"
 PIECE = 2**14  # tokens of one call
 LARGE = 20.0  # logit of a gate that is 1 in float32, and negative nearly 0
+MOMENTUM = float(np.log(9))  # logit of 0.9
 STREAMS = ("one token", "period two", "random", "two texts in turn")
 
 
@@ -37,17 +38,24 @@ def streams(tokens: int, seed: int) -> np.ndarray:
     return np.stack([*repeated[:2], random, repeated[2]]).astype(np.int32)
 
 
-def largest(config: ModelConfig, weights: dict) -> dict:
-    """Weights whose learning rates are at their largest; half of the heads never decay, half decay at once."""
+def largest(config: ModelConfig, weights: dict, swinging: bool = False) -> dict:
+    """Weights whose learning rates are at their largest; half of the heads never decay, half decay at once.
+
+    Momentum is 0.9, or swings from token to token between 0 and 1.
+    """
     mixer, heads = dict(weights["blocks"]["mixer"]), config.heads
     retention = jnp.where(jnp.arange(heads) % 2, -LARGE, LARGE)
-    for name, value in (("rate_bias", LARGE), ("retention_bias", retention)):
+    for name, value in (("rate_bias", LARGE), ("retention_bias", retention), ("momentum_bias", MOMENTUM)):
         if name in mixer:
             mixer[name] = jnp.broadcast_to(value, mixer[name].shape)
-    if "gates_bias" in mixer:  # those of rate come first, then those of retention, if there are any
-        gates = jnp.concatenate([jnp.full(heads, LARGE), retention])
-        bias = mixer["gates_bias"]
-        mixer["gates_bias"] = bias.at[:, : 2 * heads].set(gates[: min(2 * heads, bias.shape[1])])
+    if swinging:
+        shape = mixer["momentum"].shape
+        mixer["momentum"] = LARGE * jax.random.normal(jax.random.key(0), shape)
+        mixer["momentum_bias"] = jnp.zeros_like(mixer["momentum_bias"])
+    if "gates_bias" in mixer:  # of rate, then of retention, if there are any, and of Titans' momentum or omega's strengths
+        third = jnp.full(heads, MOMENTUM if config.mixer == "titans" else LARGE)
+        gates = jnp.concatenate([jnp.full(heads, LARGE), retention, third])
+        mixer["gates_bias"] = jnp.broadcast_to(gates[: mixer["gates_bias"].shape[1]], mixer["gates_bias"].shape)
     return weights | {"blocks": weights["blocks"] | {"mixer": mixer}}
 
 
@@ -61,7 +69,8 @@ def measure(config: settings.Config, option: str) -> dict:
     started = time.monotonic()
     sizes = {"width": config.width, "layers": config.layers, "heads": 2, "memory_hidden": 16}
     model = ModelConfig(**sizes, cms=CMSConfig(hidden=(2 * config.width,)), **settings.OPTIONS[option])
-    weights = largest(model, jax.jit(partial(init_weights, model))(jax.random.key(config.seed)))
+    weights = jax.jit(partial(init_weights, model))(jax.random.key(config.seed))
+    weights = largest(model, weights, option in settings.SWINGING)
 
     @jax.jit
     def read(state, tokens):

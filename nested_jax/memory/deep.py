@@ -84,10 +84,11 @@ class Rule:
             overflow.
         damped: writes with momentum have strength eta (1 - theta): S is a running mean of surprises. False: eta, the paper's
             sum, whose steps are 1 / (1 - theta) times as long. Errors of the boundary are bounded by `surprise`, and so is
-            their mean. Nothing bounds exact errors with momentum where theta swings from near 0 to near 1 between tokens:
-            what one token wrote is then added again at each of the next.
+            their mean. Exact errors have no bound of their own: their sum overflows at usual gates and is refused, but for
+            raw steps; and nothing bounds their mean where theta swings from near 0 to near 1 between tokens: what one token
+            wrote is then added again at each of the next.
 
-    Raises UserError for an option that is none of these; so does `assert_bounded` for a rate with which a layer grows.
+    Raises UserError for an option that is none of these; so does `assert_bounded` for choices with which a layer grows.
 
     Source: NL Eq. 89-93; Titans, arXiv 2501.00663; MIRAS, arXiv 2504.13173.
 
@@ -107,14 +108,18 @@ class Rule:
     def __post_init__(self):
         check_fields(self, "Rule: ")
 
-    def assert_bounded(self, label: str, max_rate: float, momentum: bool) -> None:
-        """Raises UserError where normalised steps at the largest rate, of that label, would expand what a layer holds along
-        its input; where exact errors add up as momentum, they do so from half of that rate on. Nothing bounds raw steps."""
-        terms, sums = (self.erase == "layer") + (self.errors == "exact"), momentum and not self.damped
-        most = (1 if sums and self.errors == "exact" else 2) / max(terms, 1)
+    def assert_bounded(self, prefix: str, max_rate: float, momentum: bool) -> None:
+        """Raises UserError, with that prefix to the option's name, where normalised steps at the largest rate would expand
+        what a layer holds along its input, and where exact errors add up as momentum. Nothing bounds raw steps."""
+        if momentum and not self.damped and self.errors == "exact" and self.step != "raw":
+            raise UserError(
+                f"{prefix}damped False makes what exact errors hold grow with momentum: give True, or momentum False"
+            )
+        terms = (self.erase == "layer") + (self.errors == "exact")
+        most = 2 / max(terms, 1)
         if self.step == "normalised" and terms and max_rate > most:
-            choices = f"with step normalised, errors {self.errors} and erase {self.erase}" + ", momentum not damped" * sums
-            raise UserError(f"{label} {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
+            choices = f"with step normalised, errors {self.errors} and erase {self.erase}"
+            raise UserError(f"{prefix}max_rate {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
 
 
 class Activations(NamedTuple):
@@ -300,8 +305,7 @@ def describe_memory(rule: Rule, momentum: bool, objective: str, context: str, kn
     """The description of a level of deep memories; its momentum is a memory of its own, of surprises."""
     kinds = {"layer": "delta gradient descent", "memory": "delta gradient descent in first layers alone"}
     descent = kinds.get(rule.erase, "gradient descent")
-    more = ["exact errors"] * (rule.errors == "exact") + [f"{rule.step} steps"] * (rule.step != "proximal")
-    descent += f" with {' and '.join(more)}" if more else ""
+    descent += f" with {'exact errors' if rule.errors == 'exact' else 'errors of the boundary'} and {rule.step} steps"
     descent += {"initial": ", decay to the start", "zero": ", decay to zero", "none": ", no decay"}[rule.retention]
     descent += {"after": "", "before": ", read before it writes", "boundary": ", read as at the last boundary"}[rule.read]
     descent += ", features of the last boundary" * (rule.features == "boundary" and rule.read != "boundary")

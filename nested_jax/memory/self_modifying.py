@@ -112,7 +112,7 @@ class SelfModifyingTitans(MemoryLayer):
 
     def __post_init__(self):
         super().__post_init__()
-        self.rule.assert_bounded("SelfModifyingTitans: max_rate", self.max_rate, self.momentum)
+        self.rule.assert_bounded("SelfModifyingTitans: ", self.max_rate, self.momentum)
         if self.period % self.chunk:
             raise UserError(
                 f"SelfModifyingTitans: projection_chunk {self.period} is not a multiple of chunk {self.chunk}: change one"

@@ -76,7 +76,7 @@ class Titans(MemoryLayer):
 
     def __post_init__(self):
         super().__post_init__()
-        self.rule.assert_bounded("Titans: max_rate", self.largest_rate, self.momentum)
+        self.rule.assert_bounded("Titans: ", self.largest_rate, self.momentum)
 
     @property
     def largest_rate(self) -> float:

@@ -177,7 +177,7 @@ class ModelConfig:
         if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
         if self.mixer in ("self-modifying", "titans"):
-            self.rule.assert_bounded("model.max_rate", self.largest_rate, self.momentum)
+            self.rule.assert_bounded("model.", self.largest_rate, self.momentum)
         if self.mixer in ("linear", "delta", "gated-delta", "oja"):
             assert_stable("model.", self.mixer, self.largest_rate, self.values)
 
@@ -222,7 +222,7 @@ def preset(name: str) -> ModelConfig:
     features of the last chunk boundary. From 140m on its heads and chunks are of 128, as a TPU's tiles are.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
-    erase by the memory's input alone, reads of the last boundary's weights. Nothing bounds its memories: from random weights
+    erase by the memory's input alone, reads of the last boundary's weights, a CMS that is not clipped. Nothing bounds its memories: from random weights
     they overflow within five chunks. With targets "l2" they do not.
 
     Args:
@@ -252,6 +252,7 @@ def preset(name: str) -> ModelConfig:
         activation="gelu" if hope else "swiglu",
         periods=(256, 64) if hope and size == "tiny" else (),
         blocks=1 if hope and size == "tiny" else None,
+        clip=0.0 if family == "hope-paper" else CMSConfig.clip,
     )
     return ModelConfig(
         **sizes,

@@ -55,7 +55,7 @@ class DeepMomentumState(NamedTuple):
     start: PyTree
     description = Description(
         "of an MLP m: -<m(z), P(z)>, or 1/2 |m(z) - P(z)|^2, z rows of g / |g|",
-        "gradient descent, decay to the start",
+        "gradient descent, decay to the start or to zero",
         knowledge="generation: back-propagation writes the gradients; initialisation: a start that can be learned",
     )
 

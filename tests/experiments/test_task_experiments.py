@@ -19,14 +19,18 @@ import scripts
 from matplotlib.image import imread
 from rich.console import Console
 
-from nested_jax import UserError, preset
+from nested_jax import ModelConfig, UserError, preset
 from nested_jax.data.tasks import TASKS
+from nested_jax.models.block import sequence_layer
+from nested_jax.models.language_model import init_weights
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.loop import train
 from nested_jax.train.optimizer import decayed
 from nested_jax.train.record import read_rows
 
 FOLDER = "formal_languages"
+LINEAR = ("linear", "delta", "gated-delta", "oja")
+LOW = {"rate": 0.0, "rate_bias": -1e9}  # of a rate that is 0
 
 
 @pytest.mark.parametrize("name", ["hope exact, chunk 16", "titans, chunk 16", "gated-delta", "transformer", "lstm"])
@@ -303,6 +307,23 @@ def test_the_token_loop_of_boundary_quantities_is_the_layer(load):
             assert difference[0] < 2e-5 < difference[1:].max(), exact
 
 
+def test_what_is_made_exact_is_that_quantity_alone(load):
+    """A memory that learns nothing makes the same at every token: refreshing it changes nothing, refreshing others does."""
+    boundary, networks = load("boundary", "chunks"), load("networks", "chunks")
+    fast = networks.network("hope exact, chunk 4", 2, 32, 2)
+    params = jax.jit(fast.init)(jax.random.key(0))
+    params = jax.tree.map(lambda w: w + 0.3 * jax.random.normal(jax.random.key(1), w.shape), params)
+    tokens, mixer = jax.random.randint(jax.random.key(2), (2, 12), 0, 2), params["blocks"]["mixer"]
+    names = ("keys", "values", "rates", "retention")  # in the order of the second layers' rates, after that of first layers
+    still = lambda i: mixer | {name: mixer[name].at[:, :, jnp.array([0, i + 1])].set(low) for name, low in LOW.items()}
+    for exact in names:
+        logits = jax.jit(boundary.token_loop(exact, 4).logits)
+        for i, name in enumerate(names):
+            held = params | {"blocks": params["blocks"] | {"mixer": still(i)}}
+            difference = jnp.abs(logits(held, tokens) - jax.jit(fast.logits)(held, tokens)).max()
+            assert (difference < 2e-5) == (name == exact), (name, exact, difference)
+
+
 def test_gates_start_where_a_start_says(load):
     """Rates and retention of the model at its start; all else is the default's."""
     starts, networks = load("starts", "chunks"), load("networks", "chunks")
@@ -330,6 +351,34 @@ def test_rows_of_the_ablation_are_models(load):
     sizes = {row: networks.count(networks.language_model(config)) for row, config in made.items() if row != "no CMS"}
     assert all(abs(size / sizes["hope"] - 1) < 0.3 for size in sizes.values())
     assert settings.PAPER.keys() <= settings.ROWS.keys()
+
+
+def test_gates_of_the_streams_are_at_their_largest(load):
+    """Rates are max_rate, one head never decays, one at once, momentum is 0.9 or swings; of every option."""
+    streams, settings = load("run", "streams"), load("config", "streams")
+    logistic = lambda x: 1 / (1 + np.exp(-np.asarray(x, float)))
+    for option, fields in settings.OPTIONS.items():
+        model = ModelConfig(width=8, heads=2, memory_hidden=4, layers=1, **fields)
+        layer, swinging = sequence_layer(model), option in settings.SWINGING
+        mixer = streams.largest(model, init_weights(model, jax.random.key(0)), swinging)["blocks"]["mixer"]
+        mixer = jax.tree.map(itemgetter(0), mixer)
+        if model.mixer == "self-modifying":
+            np.testing.assert_allclose(logistic(mixer["rate_bias"]), 1, rtol=1e-6)
+            theta = layer.project(mixer, jax.random.normal(jax.random.key(1), (1, 100, 8)))[2]
+            retain, gates = logistic(mixer["retention_bias"]), [] if theta is None else [theta]
+        else:
+            _, _, _, rate, *gates = layer.project(mixer, jnp.zeros((1, 1, 8)))
+            np.testing.assert_allclose(rate, getattr(layer, "max_rate", None) if model.mixer in LINEAR else 1, rtol=2e-4)
+            retain, *gates = [np.ravel(gate) for gate in gates] or [np.array([1, 0])]
+        np.testing.assert_allclose(retain, [1, 0], atol=1e-6)
+        assert len(gates) == (layer.momentum if hasattr(layer, "momentum") else model.mixer == "omega"), option
+        for gate in gates:
+            if swinging:
+                assert np.min(gate) < 0.01 < 0.99 < np.max(gate)
+            elif model.mixer != "self-modifying":
+                np.testing.assert_allclose(gate, 0.9 if model.mixer == "titans" else 1, rtol=1e-5)
+            else:
+                np.testing.assert_allclose(np.mean(gate), 0.9, atol=0.05)
 
 
 def test_streams_are_what_they_say(load):

@@ -24,7 +24,6 @@ D, H, F = 8, 2, 3
 T = 13  # a multiple of no chunk but 1
 BOUNDARY = 8  # of every chunk grid
 EXACT = Rule(errors="exact", step="normalised", read="before")
-SUMS = dataclasses.replace(EXACT, damped=False)
 HOPE = Rule(errors="exact", step="normalised", features="boundary")
 PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=math.inf, damped=False)
 LAYERS = {
@@ -394,8 +393,12 @@ def test_a_repeated_key_does_not_grow_at_a_rate_of_2():
         (lambda rate: Titans(D, H, F, max_rate=rate, rule=Rule(erase="none", errors="exact", step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=Rule(step="normalised")), 2),
         (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=EXACT), 1),
-        (lambda rate: SelfModifyingTitans(D, H, F, momentum=False, max_rate=rate, rule=SUMS), 1),
-        (lambda rate: SelfModifyingTitans(D, H, F, max_rate=rate, rule=SUMS), 0.5),
+        (
+            lambda rate: SelfModifyingTitans(
+                D, H, F, momentum=False, max_rate=rate, rule=dataclasses.replace(EXACT, damped=False)
+            ),
+            1,
+        ),
     ],
 )
 def test_a_rate_with_which_a_memory_grows_is_refused(make, most):

@@ -52,7 +52,7 @@ def read(layer, weights, x, **keywords):
                 dict(rule=Rule(retention="none", read="boundary"), projection_chunk=12, generated=("values", "rates")),
                 dict(rule=Rule("memory", "normalised", "exact", read="boundary"), generated=("rates", "retention")),
                 dict(rule=Rule("none", retention="none"), targets="rms", generated=(), projection_chunk=8),
-                dict(rule=Rule("memory", errors="exact", retention="none", damped=False), rates="own", generated=()),
+                dict(rule=Rule("memory", errors="exact", retention="none"), rates="own", generated=()),
             )
         ),
         pytest.param(dict(chunk=4, rule=Rule(surprise=0.3)), 13, marks=pytest.mark.slow),

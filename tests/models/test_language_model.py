@@ -274,13 +274,14 @@ def test_options_reach_the_memory():
     assert made("huber", huber_threshold=0.3) == OmegaMemory(8, 2, "huber", window=1, chunk=4, threshold=0.3)
     assert made("gated-delta", max_rate=2.0) == linear.LinearMemory(8, 2, "gated-delta", 2.0, chunk=4)
     assert made("huber", max_rate=0.1, surprise=1.0) == OmegaMemory(8, 2, "huber", 1, max_rate=0.1, surprise=1.0, chunk=4)
-    fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5, damped=False)
+    fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5)
     own = dict(max_rate=0.5, targets="rms", rates="own", generated=("keys",))
     layer = made("self-modifying", erase="memory", **own, **fields)
     own["rule"] = Rule(erase="memory", **fields)
     assert layer == SelfModifyingTitans(8, 2, 3, chunk=4, **own)
     rule = Rule(erase="none", **fields)
     assert made("titans", max_rate=0.5, values="raw", **fields) == Titans(8, 2, 3, True, 0.5, rule, "raw", chunk=4)
+    assert not made("titans", damped=False).rule.damped
     assert made("delta", values="unit").normalises and not made("delta").normalises and made("oja").normalises
     assert made("omega", values="raw").values == "raw"
     assert (made("self-modifying").rule.erase, made("titans").rule.erase) == ("layer", "none")
