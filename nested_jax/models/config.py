@@ -222,8 +222,8 @@ def preset(name: str) -> ModelConfig:
     features of the last chunk boundary. From 140m on its heads and chunks are of 128, as a TPU's tiles are.
 
     hope-paper is hope by the paper's equations to the letter: raw targets and steps, a sum as momentum, decay to zero, an
-    erase by the memory's input alone, reads of the last boundary's weights, a CMS that is not clipped. Nothing bounds its memories: from random weights
-    they overflow within five chunks. With targets "l2" they do not.
+    erase by the memory's input alone, reads of the last boundary's weights, a CMS that is not clipped. Nothing bounds its
+    memories: from random weights they overflow within five chunks. With targets "l2" they do not.
 
     Args:
         name: SIZE-FAMILY.
