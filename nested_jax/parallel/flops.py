@@ -14,21 +14,22 @@ def flops(function: Callable, *arguments: Any) -> int:
     """Operations of all matrix products and convolutions, two for each multiplication and its sum.
 
     A scan's body counts as often as it runs, of a cond the branch that has most, a while loop's body once. What a backward
-    pass computes again is counted; no other operations are. Inside `jax.shard_map` those of one device count.
+    pass computes again is counted; no other operations are.
 
     Args:
-        function: is traced, not run.
+        function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
     384
     """
-    return traced_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    alone = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with alone, jax.default_device("cpu"):
+        return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def traced_flops(jaxpr: core.Jaxpr) -> int:
-    """The same of what a function was traced to."""
+def _flops(jaxpr: core.Jaxpr) -> int:
     return sum(map(_of_equation, jaxpr.eqns))
 
 
@@ -42,7 +43,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
-    inner = [traced_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)

@@ -21,7 +21,7 @@ from nested_jax.data import Batch
 from nested_jax.errors import UserError
 from nested_jax.parallel import processes
 from nested_jax.parallel.chips import peak_flops
-from nested_jax.parallel.flops import traced_flops
+from nested_jax.parallel.flops import flops
 from nested_jax.train import folder as folders
 from nested_jax.train import layers, report
 from nested_jax.train.checkpoint import Checkpoints
@@ -192,8 +192,9 @@ class _Run:
         config, start = self.config, time.monotonic()
         if self.step == config.steps:
             return
+        step = train_step(config.model, optimizer(config), accumulate=config.accumulate)
         update = jax.jit(
-            train_step(config.model, optimizer(config), accumulate=config.accumulate),
+            step,
             donate_argnums=0,
             in_shardings=(self.places.state, self.places.batch),
             out_shardings=(self.places.state, None),
@@ -205,13 +206,13 @@ class _Run:
             print_line(self.console, words)
             waiting = contextlib.nullcontext()
         with waiting:
-            traced = update.trace(self.state, batch_shapes(config))
-            self._update = traced.lower().compile()
+            self._update = update.lower(self.state, batch_shapes(config)).compile()
             self.source.compile(self.state.params)
             if config.show_surprise:
                 self.source.layer_surprise(self.state.params)
         if peak := peak_flops(jax.devices()[0].device_kind):
-            self._work = traced_flops(traced.jaxpr.jaxpr) / (peak * math.prod(self.places.shape))
+            work = flops(step, *jax.eval_shape(lambda *both: both, self.state, batch_shapes(config)))
+            self._work = work / (peak * math.prod(self.places.shape))
         self.compiling += time.monotonic() - start
 
     def update(self) -> None:

@@ -1,7 +1,6 @@
 """Every family on a mesh: loss and gradients of one device; weights, memories and state are in parts."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax
@@ -92,18 +91,18 @@ def test_weights_are_gathered_a_block_at_a_time(family):
         program = hlo.parse(step.lower(state, batch()).compile().as_text())
     found = [one for one in hlo.collectives(program, MESHES["2x2x2"]) if "fsdp" in one.axes and one.kind == "all-gather"]
     assert any(one.runs >= 4 for one in found)
-    whole = re.compile(r"\[[45],\d+,\d+\]")  # of all blocks, or of all but the last, which learns
-    assert not [one for one in found if whole.search(one.shape)]
+    single = {leaf.size // 5 for leaf in jax.tree.leaves(state.params["blocks"])} | {V * model.width}  # and the embedding
+    assert {one.sent // one.runs // 4 for one in found} <= {size // 4 for size in single}  # halves, of parts along tensor
 
 
 @pytest.mark.parametrize("rule", cases(["adamw", "m3", "deep-momentum", "delta-gradient-descent"], ["adamw", "m3"]))
 def test_an_update_keeps_everything_in_parts(rule):
     """The same loss and parameters as on one device; each device has its part of weights and memories, before and after."""
-    given, finest = batch(), {"learning_rate": 1e-3, "slow_period": 2}
+    given, finest = batch(), {"learning_rate": 1e-3, "slow_period": 2, "warmup": 0}
     config = TrainConfig.from_preset("tiny-delta", model=small("delta"), batch_size=B, window=T, optimizer=rule, **finest)
     update = train_step(config.model, optimizer(config), accumulate=1)
     alone = jax.jit(lambda: init_train_state(config))()
-    expected, metrics = jax.jit(update)(alone, given)
+    once, metrics = jax.jit(update)(alone, given)
     mesh = make_mesh(MESHES["2x2x2"])
     with jax.set_mesh(mesh):
         places = places_of(mesh, alone, B)
@@ -112,14 +111,15 @@ def test_an_update_keeps_everything_in_parts(rule):
         step = jax.jit(
             update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None)
         )
-        state, got = step(state, given)
-        state, _ = step(state, given)
+        state, first = step(state, given)
+        state, second = step(state, given)
         assert step._cache_size() == 1
     assert_in_parts(state)
-    np.testing.assert_allclose(got.loss, metrics.loss, rtol=1e-5)
-    np.testing.assert_allclose(got.gradient_norm, metrics.gradient_norm, rtol=1e-5)
-    expected, _ = jax.jit(update)(expected, given)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, expected.params)
+    expected, metrics_then = jax.jit(update)(once, given)
+    for got, wanted in ((first, metrics), (second, metrics_then)):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), got, wanted)
+    moved = lambda a, b: max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    assert moved(state.params, expected.params) < 0.02 * moved(expected.params, alone.params)
 
 
 def assert_in_parts(state):

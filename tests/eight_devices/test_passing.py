@@ -12,6 +12,7 @@ from nested_jax.memory.attention import Attention
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.stream import convolve
 from nested_jax.parallel import hlo
+from nested_jax.parallel.flops import flops
 from nested_jax.parallel.mesh import MeshShape, make_mesh
 
 B, T, LAYER = 8, 512, LinearMemory(64, 4, "gated-delta", chunk=8)
@@ -126,3 +127,12 @@ def test_fewer_tokens_than_taps_on_a_device(tokens):
         places = (None, None, jax.NamedSharding(mesh, jax.P(None, "sequence")))
         got = jax.jit(convolve, in_shardings=places)(*given)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_products_of_all_devices_are_counted(weights):
+    """Under a mesh as without one: what a device does of a stream, and a kernel's inside, are not all."""
+    x = jax.ShapeDtypeStruct((B, T, 64), jnp.float32)
+    expected = flops(jax.grad(lambda *given: loss(*given)[0]), weights, x)
+    with jax.set_mesh(make_mesh(MeshShape(sequence=8))):
+        assert "shard_map" in str(jax.make_jaxpr(lambda *given: loss(*given)[0])(weights, x))
+        assert flops(jax.grad(lambda *given: loss(*given)[0]), weights, x) == expected

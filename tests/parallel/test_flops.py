@@ -1,9 +1,12 @@
 """Operations against hand counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from nested_jax import preset
+from nested_jax import CMSConfig, preset
+from nested_jax.models.block import sequence_layer
 from nested_jax.models.language_model import apply, init_state, init_weights
 from nested_jax.parallel.flops import flops
 
@@ -25,6 +28,21 @@ def test_a_transformer():
     by_hand = L * (2 * B * T * (4 * D * D + 3 * D * F) + 4 * B * T * T * D) + 2 * B * T * D * V
     assert 1 < flops(run, *given) / by_hand < 1.01
     assert 1 < flops(jax.grad(run), *given) / (3 * by_hand) < 1.01
+
+
+def test_chunks_of_hope():
+    """A memory's layer costs as much for every chunk; beside it stand its output, the feed-forward layer and the head."""
+    model = dataclasses.replace(preset("tiny-hope"), cms=CMSConfig(hidden=(64,)))
+    D, L, V, C = model.width, model.layers, model.vocabulary, model.chunk
+    run, weights, _ = forward(model)
+    two, four = (flops(run, weights, jax.ShapeDtypeStruct((B, n * C), jnp.int32)) for n in (2, 4))
+    assert four == 2 * two
+    layer = sequence_layer(model)
+    own = jax.eval_shape(lambda: layer.init_weights(jax.random.key(0)))
+    read = lambda own, x: layer(own, layer.init_state(own, B), x, 0)[1]
+    memories = flops(read, own, jax.ShapeDtypeStruct((B, 2 * C, D), jnp.float32))
+    by_hand = L * memories + 2 * B * 2 * C * (L * 2 * D * 64 + D * V)
+    assert 1 <= two / by_hand < 1.01 and L * memories > 0.9 * two
 
 
 def test_a_branch_a_loop_and_a_convolution():
