@@ -29,6 +29,7 @@ NETWORKS: dict[str, dict[str, Any] | None] = {
     **{f"hope, chunk {chunk}": _HOPE | {"chunk": chunk} for chunk in (1, 16, 64)},
     **{f"hope exact, chunk {chunk}": _HOPE | EXACT | {"chunk": chunk} for chunk in (1, 4, 16, 64, 128)},
     "hope exact without erase, chunk 16": _HOPE | EXACT | {"erase": "none", "chunk": 16},
+    "hope exact with momentum, chunk 16": _HOPE | EXACT | {"momentum": True, "chunk": 16},
     "hope-attention": _ATTENTION,
     "titans, chunk 16": {"mixer": "titans", "chunk": 16},
     "gated-delta": {"mixer": "gated-delta", "chunk": 16},
