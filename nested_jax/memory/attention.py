@@ -29,6 +29,7 @@ from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, lay, mesh_d
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 BLOCK = 128  # queries whose scores are in memory at once: few enough for a processor's cache
+KEYS = 4096  # keys of a block of queries whose scores are, too
 TURN = 2**30  # tokens after which every rotary angle is the same again
 
 
@@ -180,12 +181,17 @@ class Attention:
         step = jnp.arange(T, dtype=jnp.int32)
 
         def read(seen, keys, values, q, step, at):
-            mask = None
-            if not causal:
-                age = step[:, None] - where[seen][None]
-                mask = (((age >= 0) & (age < size))[None] & (age[None] <= at[..., None]))[:, None]
+            keys, values = keys[:, seen], values[:, seen]
+
+            def sees(where):
+                age = step[:, None] - where[None]
+                return (((age >= 0) & (age < size))[None] & (age[None] <= at[..., None]))[:, None]
+
+            if q.shape[1] * keys.shape[1] > BLOCK * KEYS:
+                return _in_pieces(q, keys, values, where[seen], sees)
+            mask = None if causal else sees(where[seen])
             return jax.nn.dot_product_attention(
-                q, keys[:, seen], values[:, seen], mask=mask, is_causal=causal, implementation=self.implementation
+                q, keys, values, mask=mask, is_causal=causal, implementation=self.implementation
             )
 
         if T <= 2 * BLOCK:
@@ -231,6 +237,34 @@ def _in_blocks(read, keys, values, q, step, at):
     if whole < T:
         outputs.append(some((q[:, whole:], step[whole:], at[:, whole:])))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _in_pieces(q, keys, values, where, sees):
+    """Attention of queries (B, T, H, K), a piece of the keys at a time: the largest score, the sum and the values so far.
+
+    where: place of each key (S,); sees: places (s,) -> whether queries see them (B, 1, T, s).
+    """
+    B, S, H, K = keys.shape
+    more = -S % KEYS
+    pieces = lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(B, -1, KEYS, H, K).swapaxes(0, 1)
+    there = jnp.pad(where, (0, more), constant_values=2**31 - 1).reshape(-1, KEYS)  # in the future: nobody sees them
+    dtype = upcast(q).dtype
+    product, lowest = partial(jnp.einsum, preferred_element_type=dtype), jnp.finfo(dtype).min
+
+    @jax.checkpoint
+    def add(carry, piece):
+        (largest, total, y), (keys, values, there) = carry, piece
+        seen = sees(there)
+        scores = jnp.where(seen, K**-0.5 * product("bthk,bshk->bhts", q, keys), lowest)
+        now = jax.lax.stop_gradient(jnp.maximum(largest, scores.max(-1)))  # no result depends on it
+        chances, fade = jnp.where(seen, jnp.exp(scores - now[..., None]), 0), jnp.exp(largest - now)
+        added = product("bhts,bshk->bhtk", chances.astype(values.dtype), values)
+        return (now, fade * total + chances.sum(-1), fade[..., None] * y + added), None
+
+    none = jnp.zeros((B, H, q.shape[1]), dtype)
+    start = vary((none + lowest, none, jnp.zeros((*none.shape, K), dtype)), q, keys, values, where)
+    (_, total, y), _ = jax.lax.scan(add, start, (pieces(keys), pieces(values), there))
+    return jnp.moveaxis(y / total[..., None], 1, 2).astype(q.dtype)
 
 
 def reserve(state: AttentionState, tokens: int) -> AttentionState:

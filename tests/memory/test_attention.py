@@ -53,6 +53,32 @@ def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", cases([None, 20], [20]))
+def test_pieces_of_keys_are_the_whole(x64, window, monkeypatch):
+    """Values, gradients and their own gradients; rows whose first pieces are of other documents, and after a cache."""
+    layer, weights, x = make(window, T=37, B=2)
+    reset = jnp.zeros((2, 37), bool).at[1, 30].set(True)
+    project = jax.random.normal(jax.random.key(5), x.shape, jnp.float64)
+
+    def slope(x):
+        loss = lambda x: jnp.sum(jnp.sin(read(layer, weights, x, reset=reset)[1]))
+        return jnp.vdot(project, jax.grad(loss)(x))
+
+    def both():
+        jax.clear_caches()
+        state, first = read(layer, weights, x[:, :11])
+        return jax.jit(jax.value_and_grad(slope))(x), first, layer(weights, state, x[:, 11:], 11)[1]
+
+    whole = both()
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "KEYS", 5)
+    attend = attention._in_pieces
+    monkeypatch.setattr(attention, "_in_pieces", lambda *given: called.append(given[1].shape[1]) or attend(*given))
+    called: list[int] = []
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), both(), whole)
+    assert max(called) > 20 and any(n % 5 for n in called)
+
+
 @pytest.mark.parametrize("window, max_length", [(None, 13), (None, 6), (4, None), (4, 13), (6, 3)])
 @pytest.mark.parametrize("pieces", [(1,) * 13, (3, 1, 6, 2, 1), (9, 4)], ids=str)
 def test_any_split(x64, window, max_length, pieces):
