@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -232,9 +233,14 @@ def _read(
         misplaced = starts & ((position + jnp.arange(x.shape[1])) % config.alignment != 0)[None]
         x = jnp.where(misplaced.any(axis=1)[:, None, None], jnp.nan, x)
 
+    # what no inner gradient passes may have a kernel without a second derivative
+    outside = dataclasses.replace(
+        config, cms=dataclasses.replace(config.cms, meta_gradient="first-order")
+    )  # inner gradients
+
     def block(x, weights_and_mixer):
         weights, mixer = weights_and_mixer
-        mixer, x = mix(config, weights, mixer, x, position, starts, aligned)
+        mixer, x = mix(outside, weights, mixer, x, position, starts, aligned)
         return cms.apply(config.cms, weights["cms"], (), x), mixer
 
     frozen, mixers, learning = config.layers - config.adapting, state.mixers, state.learning
@@ -243,7 +249,7 @@ def _read(
     if learning is None:
         mixers = after
     else:  # the first block that learns: its sequence layer comes before all CMS that learn
-        last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
+        last, x = mix(outside, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
         last = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], last)
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
         reader = cms_reader(config, weights, x.shape[0], rules)

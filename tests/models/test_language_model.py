@@ -16,11 +16,11 @@ from tiny import config, differentiable, model, read, tokens
 from nested_jax import PRESETS, CMSConfig, LanguageModel, cms, preset
 from nested_jax.cms.in_context import restart
 from nested_jax.errors import UserError
-from nested_jax.memory import SelfModifyingTitans, Titans, linear, reference
+from nested_jax.memory import SelfModifyingTitans, Titans, attention, linear, reference
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.models.block import sequence_layer
-from nested_jax.models.language_model import init_state, init_weights
+from nested_jax.models.language_model import apply, init_state, init_weights
 
 IN_CONTEXT = dict(periods=(8, 4))
 MODELS = {
@@ -379,3 +379,20 @@ def test_inputs_of_another_shape_or_type_are_refused(name):
         made(np.ones((1, 3), int), state)
     with pytest.raises(UserError, match=r"model: reset is bool\[1, 3\]: give bools \[2, 3\]"):
         made(np.ones((2, 3), int), state, reset=np.zeros((1, 3), bool))
+
+
+@pytest.mark.parametrize(("blocks", "fused"), [(1, 2), (None, 1)])
+def test_attention_outside_of_inner_gradients_may_be_fused(monkeypatch, blocks, fused):
+    """Of three blocks: those before the first that learns, in one loop, and its own; those inside its CMS have no kernel."""
+    traced = []
+
+    def kernel(q, k, v, document, window):
+        traced.append(q.shape)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    monkeypatch.setattr(attention, "fits", lambda shape: True)
+    monkeypatch.setattr(attention, "splash", kernel)
+    made = config("attention", layers=3, periods=(8, 4), blocks=blocks)
+    weights = init_weights(made, jax.random.key(0))
+    jax.eval_shape(lambda: apply(made, weights, jnp.zeros((1, 16), int), init_state(made, weights, 1), multiple=16))
+    assert len(traced) == fused
