@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nested_jax.data import Tokenizer
+    from nested_jax.parallel.mesh import Divided
     from nested_jax.serve.learner import Learner, LearnFrom
     from nested_jax.train.trained import Trained
 
@@ -41,9 +42,14 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measure a trained model on held-out text, or on sequences of its task."""
     flags = parse(Evaluation(), "eval", argv)
     from nested_jax.train import trained
+    from nested_jax.train.state import divided_by_reader
+
+    def divided(config: TrainConfig) -> Divided:
+        """Windows of text, all of a length; sequences of a task have several."""
+        return divided_by_reader(config.model, config.batch_size, 1 if config.task else config.window)
 
     _join(flags)
-    with trained.opened(flags.run_dir, flags.mesh, lambda config: config.batch_size, _warn) as run:
+    with trained.opened(flags.run_dir, flags.mesh, divided, _warn) as run:
         (_evaluate_task if run.tokenizer is None else _evaluate_text)(flags, run)
 
 
@@ -100,9 +106,10 @@ def generate(argv: Sequence[str]) -> None:
     from nested_jax.serve.until import until
     from nested_jax.train import sample, trained
     from nested_jax.train.progress import announced
+    from nested_jax.train.state import divided_by_reader
 
     _join(flags)
-    with trained.opened(flags.run_dir, flags.mesh, lambda config: 1, _warn) as run:
+    with trained.opened(flags.run_dir, flags.mesh, lambda config: divided_by_reader(config.model, rows=1), _warn) as run:
         config, params, tokenizer = run.config, run.params, _text_only(run, flags.run_dir)
         options = {"tokens": flags.tokens, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
         learner = _learner(flags.learner, run, flags.learn_from) if flags.learner else None

@@ -18,13 +18,15 @@ class Chip(NamedTuple):
     """Bytes a second to other chips, all links together."""
     clock: float
     """Cycles a second, from its operations and those of its matrix units a cycle."""
+    largest: tuple[int, ...]
+    """Shape of the largest slice."""
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 1.05e9),
-    "v5e": Chip(16e9, 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(95e9, 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(32e9, 918e12, 1640e9, 448e9, 1.75e9),
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 1.05e9, (16, 16, 16)),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9, 1.5e9, (16, 16)),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9, 1.75e9, (16, 16, 24)),
+    "v6e": Chip(32e9, 918e12, 1640e9, 448e9, 1.75e9, (16, 16)),
 }
 """TPUs, by the names of topologies. Source: cloud.google.com/tpu/docs/system-architecture-tpu-vm."""
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}

@@ -113,9 +113,8 @@ def choose(text: str | None, devices: int, divided: Divided, *, slices: int = 1)
         sizes += f"{', '.join(map(str, divided.tensor))} heads, hidden units and vocabulary (tensor) "
         fault = f"does not divide {sizes}and {divided.tokens} tokens (sequence)"
     far = lambda one: (sum(abs(math.log(a / b)) for a, b in zip(one, shape, strict=True)), one.sequence, one.tensor)
-    fitting = [one for one in _shapes(devices) if divided.by(one)]
-    remedy = f"give {min(fitting, key=far)}" if fitting else "give another --batch-size"
-    raise UserError(f"--mesh {shape} {fault}: {remedy}")
+    fitting = ([one for one in _shapes(n) if divided.by(one)] for n in range(devices, 0, -1))  # one device always fits
+    raise UserError(f"--mesh {shape} {fault}: give {min(next(filter(None, fitting)), key=far)}")
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:

@@ -5,6 +5,7 @@ Counted: bytes in memory, operations of matrix products, bytes that devices send
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -156,9 +157,16 @@ def table(plan: Plan) -> str:
 
 def _devices(topology: str) -> Sequence[Any]:
     """The devices of a topology."""
-    kind = topology.partition(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise UserError(f"--topology {shown(topology)}: give one of {', '.join(CHIPS)} and a shape, such as v5e:4x4")
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS:
+        near = next(iter(difflib.get_close_matches(kind, CHIPS, 1, 0.3)), "v5e")
+        example = f"{near}:{'x'.join('4' for _ in CHIPS[near].largest)}"
+        raise UserError(f"--topology {shown(topology)}: give one of {', '.join(CHIPS)} and a shape, such as {example}")
+    most = CHIPS[kind].largest
+    sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"[1-9]\d?(x[1-9]\d?)*", shape) else []
+    if len(sizes) != len(most) or any(n > size for n, size in zip(sorted(sizes), sorted(most), strict=True)):
+        shapes = f"{kind}:{'x'.join('4' for _ in most)}, up to {kind}:{'x'.join(map(str, most))}"
+        raise UserError(f"--topology {shown(topology)}: give a shape such as {shapes}")
     # No machine of Google's is asked for its chips, and another process may use libtpu too.
     alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     for name, value in (alone | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
@@ -175,7 +183,8 @@ def _devices(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **named).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2][:150]
-        raise UserError(f"--topology {topology}: {reason}; give a shape that there is, such as v5e:4x4") from None
+        example = f"{kind}:{'x'.join('4' for _ in most)}"
+        raise UserError(f"--topology {topology}: {reason}; give a shape that there is, such as {example}") from None
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> int:

@@ -110,12 +110,12 @@ def open_mesh(mesh: str | None, divided: Divided) -> Mesh | None:
 
 def divided(config: TrainConfig) -> Divided:
     """What the axes of a run's mesh divide."""
-    return divided_by_reader(config.model, config.batch_size // config.accumulate)._replace(tokens=config.window)
+    return divided_by_reader(config.model, config.batch_size // config.accumulate, config.window)
 
 
-def divided_by_reader(model: ModelConfig, rows: int) -> Divided:
-    """What the axes of a mesh divide on which rows of any length are read."""
-    return Divided(rows, model.width, (model.heads, *model.cms.hidden, model.vocabulary), 1)
+def divided_by_reader(model: ModelConfig, rows: int, tokens: int = 1) -> Divided:
+    """What the axes of a mesh divide on which rows are read; 1: of any number of tokens."""
+    return Divided(rows, model.width, (model.heads, *model.cms.hidden, model.vocabulary), tokens)
 
 
 def size_of(tree: PyTree) -> int:

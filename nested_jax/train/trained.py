@@ -18,10 +18,11 @@ from nested_jax.errors import UserError
 from nested_jax.models.language_model import init_state
 from nested_jax.models.module import LanguageModel
 from nested_jax.parallel import rules
+from nested_jax.parallel.mesh import Divided
 from nested_jax.train.checkpoint import Checkpoints
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.folder import read_config
-from nested_jax.train.state import divided_by_reader, init_params, open_mesh, shapes_of
+from nested_jax.train.state import init_params, open_mesh, shapes_of
 from nested_jax.train.text import TOKENIZER
 from nested_jax.typing import PyTree
 
@@ -82,14 +83,14 @@ def load_run(
 
 @contextlib.contextmanager
 def opened(
-    run_dir: str, mesh: str | None, rows: Callable[[TrainConfig], int], say: Callable[[str], None]
+    run_dir: str, mesh: str | None, divided: Callable[[TrainConfig], Divided], say: Callable[[str], None]
 ) -> Iterator[Trained]:
     """A context with a run read back, on devices that read rows together: their mesh is JAX's current one.
 
     Args:
         run_dir: the folder.
         mesh: of a flag, see `train.state.open_mesh`.
-        rows: of a run's config, how many are read at a time.
+        divided: of a run's config, what is read at a time.
         say: as of `load_run`.
 
     Raises:
@@ -98,7 +99,7 @@ def opened(
     with contextlib.ExitStack() as stack:
 
         def lay(config: TrainConfig) -> Mesh | None:
-            if chosen := open_mesh(mesh, divided_by_reader(config.model, rows(config))):
+            if chosen := open_mesh(mesh, divided(config)):
                 stack.enter_context(jax.set_mesh(chosen))
             return chosen
 

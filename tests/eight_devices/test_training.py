@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from nested_jax import UserError
+from nested_jax.cli import main
 from nested_jax.models.config import preset
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.loop import train
@@ -64,6 +65,29 @@ def test_what_was_trained_on_a_mesh_is_read_on_one_device(tmp_path):
     done = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(float(done.stdout), float(state.params["head"].sum()), rtol=1e-5)
+
+
+def test_meshes_read_as_one_device_does(tmp_path, capsys):
+    """Bits per byte of eval by three axes, text that generate writes by heads; generate's one row is not split."""
+    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question.\n" * 100)
+    run = str(tmp_path / "run")
+    model = dataclasses.replace(preset("tiny-hope"), vocabulary=264, width=16, layers=2, heads=2, chunk=8, memory_hidden=4)
+    cms = dataclasses.replace(model.cms, hidden=(16, 16), periods=(16, 8))
+    text = {"task": None, "data": str(tmp_path / "text.txt"), "tokenizer": "bytes", "window": 32, "eval_bytes": 500}
+    fields = {"model": dataclasses.replace(model, cms=cms), "eval_sequences": TrainConfig.eval_sequences}
+    train(config(tmp_path / "run", None, **text, **fields), Console(file=StringIO()))
+
+    def said(line):
+        capsys.readouterr()
+        assert main(line.split()) == 0
+        return capsys.readouterr().out
+
+    bits, three = (said(f"eval --run-dir {run} {mesh}") for mesh in ("--mesh data=1", "--mesh fsdp=2,tensor=2,sequence=2"))
+    assert three == bits and "bits per byte" in bits
+    generate = f"generate --run-dir {run} --prompt to --tokens 12 --temperature 0"
+    assert said(f"{generate} --mesh tensor=2") == said(generate)
+    assert main(f"{generate} --mesh fsdp=2,tensor=2".split()) == 2
+    assert "does not divide 1 rows (data, fsdp)" in (error := capsys.readouterr().err) and "give tensor=2" in error
 
 
 def test_devices_without_a_part_are_told(tmp_path):

@@ -26,7 +26,8 @@ def test_what_is_no_mesh(text):
         ("data=4,fsdp=4", 8, "is 16 devices, there are 8: give data=2,fsdp=4"),
         ("data=16", 16, "give data=8,tensor=2"),
         ("tensor=8", 8, "give fsdp=2,tensor=4"),
-        ("sequence=3", 3, "give another --batch-size"),
+        ("sequence=3", 3, "give sequence=2"),
+        ("data=7", 7, "give data=4"),
     ],
 )
 def test_the_nearest_mesh_is_named(text, devices, remedy):

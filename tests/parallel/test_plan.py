@@ -20,9 +20,21 @@ SMALL = dataclasses.replace(preset("tiny-transformer"), layers=3, width=128, hea
 CONFIG = TrainConfig.from_preset("tiny-transformer", model=SMALL, batch_size=4, window=128, mesh="fsdp=2,tensor=2")
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2", "v5e:2x2x2x2", "v5e:axb", "", "v5e:2x2 "])
-def test_what_is_no_topology(topology):
-    with pytest.raises(UserError, match=r"--topology .*: give one of v4, v5e, v5p, v6e and a shape, such as v5e:4x4"):
+@pytest.mark.parametrize(
+    ("topology", "remedy"),
+    [
+        *((text, "one of v4, v5e, v5p, v6e and a shape, such as v5e:4x4") for text in ("v9:2x2", "", "tpu:2x2")),
+        ("v5:4x4x4", "one of v4, v5e, v5p, v6e and a shape, such as v5[ep]:4x4"),
+        *(
+            (f"v5e{text}", "a shape such as v5e:4x4, up to v5e:16x16$")
+            for text in ("", ":2", ":2x2x2", ":axb", ":2x2 ", ":0x2")
+        ),
+        ("v5e:32x32", "a shape such as v5e:4x4, up to v5e:16x16$"),
+        ("v5p:4x4", "a shape such as v5p:4x4x4, up to v5p:16x16x24$"),
+    ],
+)
+def test_what_is_no_topology(topology, remedy):
+    with pytest.raises(UserError, match=rf"--topology .*: give {remedy}"):
         plan(CONFIG, topology)
 
 
