@@ -67,8 +67,8 @@ class Reading(Program):
     """What reads a run folder."""
 
     mesh: str | None = None
-    """Devices that the model and its rows lie on, as of train, such as tensor=2; generate has one row. None: of all devices as
-    many as divide the rows; one for generate."""
+    """Devices that the model and its rows lie on, as of train, such as tensor=2; generate has one row. None: of all devices
+    as many as divide the rows; one for generate."""
 
 
 @dataclass(frozen=True)
