@@ -48,6 +48,7 @@ def compiled(job: settings.Job) -> dict:
     }
     row |= {"milliseconds": {name: 1e3 * value for name, value in made.seconds.items()}}
     row |= {"loops": [[runs, 1e3 * cycles / made.chip.clock] for runs, cycles in made.cycles[:6]]}
+    row |= {"costly": [[name, runs, 1e3 * cycles / made.chip.clock] for name, runs, cycles in made.costly]}
     row |= {"collectives": [[kind, list(axes), runs, sent] for kind, axes, runs, sent in hlo.by_kind(made.collectives)]}
     row |= {"kept": [[turns, laid.shape, laid.padded * n, n] for turns, laid, n in made.kept[:4]]}
     return row | {"seconds": round(time.monotonic() - started, 1)}

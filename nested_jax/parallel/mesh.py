@@ -138,14 +138,18 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(f"mesh {shape} is {count} devices, there are {len(devices)}: give a smaller one")
     each, kinds = _by_slice(devices[:count]), (AxisType.Auto,) * len(shape)
     if (slices := len(each)) == 1:
-        return jax.make_mesh(shape, MeshShape._fields, kinds, devices=devices[:count])
+        try:
+            laid = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
+        except AssertionError:  # chips that are no box, such as three of four: as they are numbered
+            laid = np.asarray(devices[:count]).reshape(shape)
+        return Mesh(laid, MeshShape._fields, axis_types=kinds)
     if len({*each.values()}) > 1:
         sizes = " and ".join(map(str, each.values()))
         raise UserError(f"mesh {shape} takes {sizes} devices of {slices} slices: give one that takes all, or those of one")
     if shape.data % slices:
         raise UserError(f"mesh {shape} on {slices} slices: give a multiple of {slices} as data")
     inner, outer = shape._replace(data=shape.data // slices), MeshShape(data=slices)
-    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count])
+    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count], allow_split_physical_axes=True)
     return Mesh(np.asarray(laid), MeshShape._fields, axis_types=kinds)
 
 

@@ -6,12 +6,14 @@ Counted: bytes in memory, operations of matrix products, bytes that devices send
 from __future__ import annotations
 
 import difflib
+import heapq
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import requires, version
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +55,8 @@ class Plan(NamedTuple):
     """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
     kernels: int = 0
     """Runs of Pallas kernels, whose cycles nothing estimates."""
+    costly: Sequence[tuple[str, int, int]] = ()
+    """(operation and its result, runs, cycles of all runs) of the ten that take most cycles, as the compiler estimates."""
 
     @property
     def chip(self) -> Chip:
@@ -115,9 +119,8 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     program = hlo.parse(compiled.as_text() or "")
     made |= {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes, "excess": ""}
     made |= {"arguments": memory.argument_size_in_bytes, "collectives": hlo.collectives(program, shape)}
-    return Plan(
-        **made, cycles=_cycles(program), kernels=_kernels(program), traffic=hbm.traffic(program), kept=hbm.carried(program)
-    )
+    made |= {"cycles": _cycles(program), "kernels": _kernels(program), "costly": _costly(program)}
+    return Plan(**made, traffic=hbm.traffic(program), kept=hbm.carried(program))
 
 
 def table(plan: Plan) -> str:
@@ -144,6 +147,10 @@ def table(plan: Plan) -> str:
         lines += [
             f"  {'the step' if runs == 1 else f'a loop of {runs:,} turns':<21} {cycles / 1e6:,.2f} million cycles, estimated"
         ]
+    total = sum(cycles for _, cycles in plan.cycles)
+    lines += ["  the most costly operations:"] * bool(plan.costly)
+    for name, runs, cycles in plan.costly:
+        lines += [f"    {100 * cycles / total:>4.1f} % of the cycles, {runs:,} runs: {name}"]
     if plan.kernels:
         lines += [f"  Pallas kernels        {plan.kernels:,} runs, whose cycles are in no estimate"]
     lines += ["least milliseconds of a step by"]
@@ -212,12 +219,31 @@ def _kernels(program: hlo.Program) -> int:
     return sum(times * sum(map(ours, program.computations[name])) for name, times in hlo.runs(program).items())
 
 
+def _estimated(program: hlo.Program) -> Iterator[tuple[str, hlo.Instruction, int]]:
+    """(computation, instruction, cycles of one run) of all that the compiler estimates."""
+    for name, lines in program.computations.items():
+        for line in lines:
+            if match := re.search(r'"estimated_cycles":"(\d+)"', line.attributes):
+                yield name, line, int(match[1])
+
+
 def _cycles(program: hlo.Program) -> list[tuple[int, int]]:
     """(runs, cycles of all runs) of the step itself and of its loops' bodies, the most cycles first."""
     found: Counter[str] = Counter()
     runs = hlo.runs(program)
-    for name, lines in program.computations.items():
-        for line in lines:
-            if match := re.search(r'"estimated_cycles":"(\d+)"', line.attributes):
-                found[name] += int(match[1]) * runs[name]
+    for name, _, cycles in _estimated(program):
+        found[name] += cycles * runs[name]
     return [(runs[name], cycles) for name, cycles in found.most_common() if cycles]
+
+
+def _costly(program: hlo.Program) -> list[tuple[str, int, int]]:
+    """The ten operations with the most cycles: what JAX and what the compiler calls them, and the arrays that they make."""
+
+    def label(line: hlo.Instruction) -> str:
+        path = re.search(r'op_name="([^"]*)"', line.attributes)
+        shapes = re.sub(r"{[^{}]*}", "", line.shapes)
+        return f"{path[1].rpartition('/')[2] if path else line.name}, {line.opcode} -> {shapes}"
+
+    runs = hlo.runs(program)
+    found = [(label(line), runs[name], cycles * runs[name]) for name, line, cycles in _estimated(program)]
+    return heapq.nlargest(10, found, key=itemgetter(2))

@@ -1,18 +1,19 @@
 """What a step takes on TPUs: read from what libtpu compiles, where it is installed; words and bad input without it."""
 
 import dataclasses
+import re
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from nested_jax import UserError, preset
+from nested_jax import CMSConfig, UserError, preset
 from nested_jax.cli import main
 from nested_jax.parallel import hbm, hlo
 from nested_jax.parallel.chips import CHIPS
-from nested_jax.parallel.mesh import MeshShape
-from nested_jax.parallel.plan import Plan, plan, table
+from nested_jax.parallel.mesh import MeshShape, _shapes, make_mesh
+from nested_jax.parallel.plan import Plan, _devices, plan, table
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.state import init_train_state, size_of
 
@@ -95,7 +96,49 @@ def test_a_small_step_is_compiled_for_tpus(topology):
     assert 3 < made.flops / forward < 3.1
     kinds = {(one.kind, one.axes, one.runs) for one in made.collectives}
     assert ("all-gather", ("fsdp",), 3) in kinds and any(axes == ("tensor",) for _, axes, _ in kinds)
+    most = [cycles for *_, cycles in made.costly]
+    assert len(most) == 10 and most == sorted(most, reverse=True) and sum(most) < sum(cycles for _, cycles in made.cycles)
+    named = re.compile(r"\w+, [\w-]+ -> \(?\w+\[[\d,]+\]")
+    assert all(named.match(name) and runs in (1, 3) for name, runs, _ in made.costly)
     assert {runs for runs, _ in made.cycles} == {1, 3} and all(seconds > 0 for seconds in made.seconds.values())
+
+
+HOPE = dataclasses.replace(preset("tiny-hope"), layers=2, width=128, heads=1, vocabulary=256, chunk=128, memory_hidden=32)
+IN_CONTEXT = CMSConfig(hidden=(128, 128), periods=(256, 128), blocks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4", "v6e:2x4"])
+def test_every_mesh_lies_on_every_slice(topology):
+    """Of all its chips, of half of them, and of three, which are no box."""
+    pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
+    devices = _devices(topology)
+    for count in (len(devices), len(devices) // 2, 3):
+        for shape in _shapes(count):
+            assert {chip.id for chip in make_mesh(shape, devices).devices.ravel()} == {*range(count)} or count < len(devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh", "cms"),
+    [
+        ("v5e:4x4", "data=2,fsdp=8", CMSConfig(hidden=(128,))),
+        ("v5p:4x4x4", "data=8,fsdp=8", IN_CONTEXT),
+        ("v6e:4x4", "fsdp=16", dataclasses.replace(IN_CONTEXT, scope="batch")),
+        ("v6e:4x4", "data=4,fsdp=2,sequence=2", CMSConfig(hidden=(128,))),
+    ],
+    ids=str,
+)
+def test_hope_is_compiled_for_pods(topology, mesh, cms):
+    """Frozen, learning in context for each sequence or for the batch, and with its stream on two devices."""
+    pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
+    model = dataclasses.replace(HOPE, cms=cms)
+    sizes = {"batch_size": 64, "window": 256, "mesh": mesh}
+    made = plan(TrainConfig.from_preset("tiny-hope", model=model, **sizes), topology)
+    assert made.fits and not made.kernels and all(seconds > 0 for seconds in made.seconds.values())
+    gathers = {axes for kind, axes in {(one.kind, one.axes) for one in made.collectives} if kind == "all-gather"}
+    assert any("fsdp" in axes for axes in gathers)
+    assert any("sequence" in one.axes for one in made.collectives) == ("sequence" in mesh)
 
 
 @pytest.mark.slow
