@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -35,8 +36,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             return Titans(D, H, F, config.momentum, config.max_rate, rule, values, **chunks)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
-            differentiated_twice = config.cms.periods and config.cms.meta_gradient == "full"
-            return Attention(D, H, window, "xla" if differentiated_twice else None, config.rotary_base)
+            return Attention(D, H, window, None, config.rotary_base)
         case "lp":
             return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **omega)
         case "huber":
@@ -45,6 +45,14 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, **omega)
         case linear:
             return LinearMemory(D, H, linear, rate, config.values, **chunks)
+
+
+@cache
+def inner_layer(config: ModelConfig) -> SequenceLayer:
+    """The same between MLPs that learn in context: full meta-gradients differentiate it twice, as kernels cannot be."""
+    layer = sequence_layer(config)
+    twice = isinstance(layer, Attention) and config.cms.meta_gradient == "full"
+    return dataclasses.replace(layer, implementation="xla") if twice else layer
 
 
 def init_block(key: Array, config: ModelConfig) -> dict[str, Any]:

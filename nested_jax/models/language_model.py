@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -27,7 +26,7 @@ from nested_jax.cms.reader import InContext, Reader
 from nested_jax.errors import UserError, shown
 from nested_jax.memory.attention import AttentionState, reserve
 from nested_jax.memory.stream import bounded, check_documents, check_rows, check_size
-from nested_jax.models.block import init_block, sequence_layer
+from nested_jax.models.block import init_block, inner_layer, sequence_layer
 from nested_jax.models.config import PRESETS, ModelConfig
 from nested_jax.numerics import BATCH, HEADS, KEPT, TOKENS, lay, nats, normal, rms_norm, upcast, vary
 from nested_jax.remat import LOOP
@@ -233,14 +232,9 @@ def _read(
         misplaced = starts & ((position + jnp.arange(x.shape[1])) % config.alignment != 0)[None]
         x = jnp.where(misplaced.any(axis=1)[:, None, None], jnp.nan, x)
 
-    # what no inner gradient passes may have a kernel without a second derivative
-    outside = dataclasses.replace(
-        config, cms=dataclasses.replace(config.cms, meta_gradient="first-order")
-    )  # inner gradients
-
     def block(x, weights_and_mixer):
         weights, mixer = weights_and_mixer
-        mixer, x = mix(outside, weights, mixer, x, position, starts, aligned)
+        mixer, x = mix(config, weights, mixer, x, position, starts, aligned)
         return cms.apply(config.cms, weights["cms"], (), x), mixer
 
     frozen, mixers, learning = config.layers - config.adapting, state.mixers, state.learning
@@ -249,7 +243,7 @@ def _read(
     if learning is None:
         mixers = after
     else:  # the first block that learns: its sequence layer comes before all CMS that learn
-        last, x = mix(outside, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
+        last, x = mix(config, _cut(weights["blocks"], frozen), _cut(mixers, frozen), x, position, starts, aligned)
         last = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], last)
         mixers = jax.tree.map(lambda *parts: jnp.concatenate(parts), after, last) if frozen else last
         reader = cms_reader(config, weights, x.shape[0], rules)
@@ -276,10 +270,11 @@ def mix(
     position: Position,
     reset: Bool[Array, "B T"] | None = None,
     aligned: bool = False,
+    inner: bool = False,
 ) -> tuple[PyTree, Float[Array, "B T D"]]:
-    """The sequence layer's half of a block: (state, x)."""
-    x_normed = rms_norm(weights["norm"], x)
-    state, y = sequence_layer(config)(weights["mixer"], state, x_normed, position, reset=reset, aligned=aligned)
+    """The sequence layer's half of a block: (state, x). inner: as of `inner_layer`."""
+    x_normed, layer = rms_norm(weights["norm"], x), (inner_layer if inner else sequence_layer)(config)
+    state, y = layer(weights["mixer"], state, x_normed, position, reset=reset, aligned=aligned)
     return state, lay(x + y, BATCH, TOKENS)
 
 
@@ -329,7 +324,7 @@ def cms_reader(
 
         def block(x, weights_and_mixer):
             weights, fast, mixer = weights_and_mixer
-            mixer, x = mix(config, weights, mixer, x, position, reset, aligned)
+            mixer, x = mix(config, weights, mixer, x, position, reset, aligned, inner=True)
             return cms.apply(config.cms, weights["cms"], fast, x), mixer
 
         if config.adapting > 1:

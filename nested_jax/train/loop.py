@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from nested_jax.data import Batch
@@ -91,7 +92,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if state is not None and state.step == config.steps and report.written(folder, config.steps):
                 print_line(console, f"{folder} is finished: give more --steps to go on with it, or --fresh to start over")
                 return state
-        first = _first_weights(config) if state is None and config.init_from else None
+        first = _first_weights(config, mesh) if state is None and config.init_from else None
         source = source or open_own(folder if saved else Path(config.init_from) if config.init_from else None)
         processes.assert_same(source.name, [source.fingerprint, *source.lines()])  # these depend on the tokenizer too
         if saved:
@@ -117,7 +118,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             state, progress = checkpoints.restore(shapes)
             print_line(console, f"goes back to step {step}, before the loss rose, with a lower learning rate")
         if state is None:
-            state = jax.jit(lambda: init_train_state(config, first), out_shardings=places.state)()
+            state = jax.jit(partial(init_train_state, config), out_shardings=places.state)(first)
         else:
             source.batches.set_state(progress["data"])
             state = jax.device_put(state, places.state)
@@ -355,9 +356,9 @@ def _last_good(folder: Path, checkpoints: Checkpoints) -> int | None:
     return checkpoints.last_before(good + 1)
 
 
-def _first_weights(config: TrainConfig) -> PyTree:
-    """The weights of the run `config.init_from`, which must be one of the same model."""
-    theirs, weights, *_ = load_run(config.init_from or "")
+def _first_weights(config: TrainConfig, mesh: Mesh | None) -> PyTree:
+    """The weights of the run `config.init_from`, which must be one of the same model, in parts on the mesh."""
+    theirs, weights, *_ = load_run(config.init_from or "", lay=lambda _: mesh)
     for (name, value), (_, own) in zip(flatten(theirs.model), flatten(config.model), strict=True):
         if value != own and name != "memory_policy":
             raise UserError(

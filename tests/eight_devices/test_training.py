@@ -8,6 +8,7 @@ import subprocess
 import sys
 from io import StringIO
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -15,8 +16,10 @@ from rich.console import Console
 from nested_jax import UserError
 from nested_jax.cli import main
 from nested_jax.models.config import preset
+from nested_jax.train import loop
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.loop import train
+from nested_jax.train.trained import load_run
 
 
 def config(folder, mesh, **fields):
@@ -88,6 +91,18 @@ def test_meshes_read_as_one_device_does(tmp_path, capsys):
     assert said(f"{generate} --mesh tensor=2") == said(generate)
     assert main(f"{generate} --mesh fsdp=2,tensor=2".split()) == 2
     assert "does not divide 1 rows (data, fsdp)" in (error := capsys.readouterr().err) and "give tensor=2" in error
+
+
+def test_what_a_run_starts_from_is_read_in_parts(tmp_path, monkeypatch):
+    """No device ever holds the other run's weights whole; the first loss is that of its weights."""
+    first = train(config(tmp_path / "first", None, steps=2), Console(file=StringIO()))
+    read = []
+    monkeypatch.setattr(loop, "load_run", lambda *given, **how: read.append(load_run(*given, **how)) or read[0])
+    fields = {"steps": 1, "init_from": str(tmp_path / "first"), "learning_rate": 0.0, "weight_decay": 0.0}
+    state = train(config(tmp_path / "second", "fsdp=4,tensor=2", **fields), Console(file=StringIO()))
+    matrices = [leaf for leaf in jax.tree.leaves(read[0].params) if leaf.ndim > 1 and min(leaf.shape[-2:]) >= 16]
+    assert matrices and all(leaf.addressable_shards[0].data.nbytes * 4 <= leaf.nbytes for leaf in matrices)
+    jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
 
 
 def test_devices_without_a_part_are_told(tmp_path):
