@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from nested_jax.cms.in_context import fast_weights
 from nested_jax.errors import UserError
+from nested_jax.models import reference
 from nested_jax.models.convert import Llama, convert, read_llama
 from nested_jax.models.language_model import apply, init_state
 
@@ -40,39 +41,6 @@ def llama(tied=True):
     return Llama(V, D, L, H, KV, F, BASE, EPSILON, tied, weights.__getitem__)
 
 
-def forward(weights, tokens):
-    """A Llama by NumPy, token after token and head after head."""
-    norm = lambda x, name: x / np.sqrt(np.mean(x**2) + EPSILON) * weights[name + ".weight"]
-    matrix = lambda x, name: weights[name + ".weight"].astype(float) @ x
-
-    def turn(x, position):
-        pairs = x.reshape(-1, 2, K // 2)
-        angle = position * BASE ** (-2 * np.arange(K // 2) / K)
-        a, b = pairs[:, 0], pairs[:, 1]
-        return np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1).reshape(-1, K)
-
-    keys, values, logits = [[] for _ in range(L)], [[] for _ in range(L)], []
-    for position, token in enumerate(tokens):
-        x = weights["model.embed_tokens.weight"][token].astype(float)
-        for i in range(L):
-            at = f"model.layers.{i}"
-            y = norm(x, f"{at}.input_layernorm")
-            q = turn(matrix(y, f"{at}.self_attn.q_proj"), position)
-            keys[i].append(turn(matrix(y, f"{at}.self_attn.k_proj"), position))
-            values[i].append(matrix(y, f"{at}.self_attn.v_proj").reshape(KV, K))
-            read = []
-            for head in range(H):
-                scores = np.array([k[head // (H // KV)] @ q[head] for k in keys[i]]) / np.sqrt(K)
-                chances = np.exp(scores - scores.max())
-                read.append(sum(p * v[head // (H // KV)] for p, v in zip(chances / chances.sum(), values[i], strict=True)))
-            x = x + matrix(np.concatenate(read), f"{at}.self_attn.o_proj")
-            y = norm(x, f"{at}.post_attention_layernorm")
-            gate = matrix(y, f"{at}.mlp.gate_proj")
-            x = x + matrix(gate / (1 + np.exp(-gate)) * matrix(y, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
-        logits.append(matrix(norm(x, "model.norm"), "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"))
-    return np.stack(logits)
-
-
 WAYS = {
     "frozen": dict(),
     "dealt": dict(periods=(8, 4)),
@@ -92,10 +60,10 @@ def read(config, weights):
 def test_logits_are_those_of_the_source(way, tied):
     source, name = llama(tied), way.partition(",")[0]
     config, weights = convert(source, name, **WAYS[way])
-    np.testing.assert_allclose(read(config, weights), forward(named(tied), TOKENS), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(read(config, weights), reference.llama(llama(tied), TOKENS), rtol=1e-4, atol=1e-5)
     if name != "frozen":  # and not with rates
         config, weights = convert(source, name, **WAYS[way], rate=3.0)
-        assert np.abs(read(config, weights) - forward(named(tied), TOKENS)).max() > 1e-3
+        assert np.abs(read(config, weights) - reference.llama(llama(tied), TOKENS)).max() > 1e-3
 
 
 def saved(path, changes=None, dtype=np.float32, **extra):
@@ -166,7 +134,8 @@ def test_a_gguf_file_is_read(tmp_path):
     assert dataclasses.astuple(source)[:7] == (V, D, L, H, KV, F, BASE) and not source.tied
     for name, w in named(False).items():
         np.testing.assert_array_equal(source.get(name), w.astype(np.float16 if "up_proj" in name else np.float32))
-    np.testing.assert_allclose(read(*convert(source)), forward(named(False), TOKENS), rtol=3e-3, atol=1e-3)  # float16
+    expected = reference.llama(llama(False), TOKENS)
+    np.testing.assert_allclose(read(*convert(source)), expected, rtol=3e-3, atol=1e-3)  # one of its matrices is float16
     with pytest.raises(UserError, match="scales its positions"):
         read_llama(written(tmp_path / "b.gguf", {"llama.rope.scaling.type": "linear"}))
     with pytest.raises(UserError, match="has rope_freqs.weight, which models here have not"):

@@ -1,0 +1,102 @@
+"""Small runs of converted: what is read, by which rate, and what is chosen on which documents."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import save_file
+
+from nested_jax import UserError
+from nested_jax.models import reference
+
+FOLDER = "converted"
+SIZES = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+MORE = dict(model_type="llama", intermediate_size=12, rms_norm_eps=1e-5, rope_theta=1e4)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a random Llama of two layers and a tokenizer of bytes and pairs."""
+    folder, rng = tmp_path / "model", np.random.default_rng(0)
+    folder.mkdir()
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    made.train_from_iterator(["to be, or not to be " * 20], trainer)
+    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "config.json").write_text(json.dumps(SIZES | MORE))
+    draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+    weights = {"model.embed_tokens.weight": draw(300, 16), "model.norm.weight": 1 + 0.1 * draw(16)}
+    for i in range(2):
+        shapes = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16)}
+        shapes |= {"self_attn.o_proj": (16, 16), "mlp.up_proj": (12, 16), "mlp.gate_proj": (12, 16)}
+        shapes |= {"mlp.down_proj": (16, 12), "input_layernorm": (16,), "post_attention_layernorm": (16,)}
+        weights |= {f"model.layers.{i}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_documents_are_read_frozen_and_learning(load, source, tmp_path, monkeypatch):
+    """Frozen bits are those of the independent forward pass; a rate lowers those of a text that repeats itself."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"to be, or not to be: {i} " * 200 for i in range(60)))
+    settings, script = load("config"), load("run")
+    forms = {"frozen": {"way": "frozen"}, "deltas": {"way": "deltas", "periods": (64, 32), "blocks": 1}}
+    for module in (settings, script.settings):
+        monkeypatch.setattr(module, "FORMS", forms)
+    fields = {"source": str(source), "text": str(tmp_path / "text.txt"), "tokens": 512, "documents": 2, "tuning": 1}
+    config = settings.Config(**fields, forms=tuple(forms), rates=(0.1, 1.0))
+    cell = lambda form, rate, split="heldout": {"form": form, "rate": rate, "split": split}
+    model, tokenizer = script.opened(str(source))
+    (ids, _), (other,) = (script.texts(config, tokenizer, split) for split in ("heldout", "train"))
+    assert len(ids) == 513 and not np.array_equal(ids, other)
+    (frozen,) = script.run(config, [cell("frozen", 0.0)])
+    logits = reference.llama(model, ids[:-1])
+    shifted = logits - logits.max(-1, keepdims=True)
+    nats = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(512), ids[1:]]
+    np.testing.assert_allclose(frozen["bits"][0], nats.reshape(8, 64).sum(1) / np.log(2), rtol=1e-4)
+    assert np.sum(frozen["bytes"][0]) == len(tokenizer.decode(ids[1:]).encode())
+    zero, *learned = script.run(config, [cell("deltas", rate) for rate in (0.0, 0.1, 1.0)])
+    np.testing.assert_allclose(zero["bits"], frozen["bits"], rtol=1e-4)
+    assert min(script.second_half(row).mean() for row in learned) < script.second_half(frozen).mean() - 0.05
+    faithful = script.faithful(config)
+    assert all(faithful[form]["difference"] < 1e-3 * faithful["largest logit"] for form in forms)
+    assert faithful["frozen"]["completions"] == faithful["deltas"]["completions"]
+
+
+def test_forms_are_chosen_on_tuning_documents(load):
+    """By the second half alone; the table compares held-out documents one by one."""
+    script, settings = load("run"), load("config")
+    config = dataclasses.asdict(settings.Config(forms=("frozen", "deltas, 2 blocks"), documents=3))
+
+    def row(form, rate, split, last):
+        halves = {"bits": [[1.0] * 4 + [one] * 4 for one in last], "bytes": [[1] * 8] * len(last)}
+        return {"form": form, "rate": rate, "split": split} | halves
+
+    rows = [row("frozen", 0.0, "train", [4.0]), row("deltas, 2 blocks", 0.03, "train", [3.0])]
+    rows += [row("deltas, 2 blocks", 0.3, "train", [3.5]), row("deltas, 2 blocks", 3.0, "train", [np.nan])]
+    rows += [row("frozen", 0.0, "heldout", [4.0, 4.0, 4.0]), row("deltas, 2 blocks", 0.03, "heldout", [3.0, 2.0, 4.5])]
+    results = {"config": config, "runs": rows}
+    assert script.chosen(results) == {"frozen": 0.0, "deltas, 2 blocks": 0.03}
+    line = next(line for line in script.table(results).splitlines() if line.startswith("| deltas"))
+    assert "| 0.03 | 3.000 |" in line and "| 3.167 | -0.833 (-3.959 to +2.292) | 2 of 3 |" in line
+
+
+def test_what_is_wrong_is_told(load, source, tmp_path):
+    settings, script = load("config"), load("run")
+    for fields, message in (
+        (dict(forms=("frozen",)), "--forms 'frozen': give frozen and one or more that learn"),
+        (dict(forms=("frozen", "more")), "--forms 'more': give one of frozen"),
+        (dict(tokens=600), "--tokens 600: give a multiple of 512"),
+        (dict(documents=1), "--documents 1: give two or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings.Config(**fields)
+    with pytest.raises(UserError, match="--source: give a GGUF file"):
+        script.opened("")
+    (tmp_path / "text.txt").write_text("to be\n\n" * 400)
+    config = settings.Config(source=str(source), text=str(tmp_path / "text.txt"))
+    with pytest.raises(UserError, match="has 0 documents of 2,048 tokens to train, not 4: give fewer"):
+        script.texts(config, script.opened(str(source))[1], "train")
