@@ -171,8 +171,8 @@ class Conversion(Program):
     """Hidden width of each level; none: equal shares of the MLP, or of a delta an eighth of it."""
     blocks: Count | None = None
     """How many of the last blocks learn. None: all."""
-    rate: NonNegative = 0.0
-    """Start of the levels' learning rates."""
+    rates: tuple[NonNegative, ...] = (0.0,)
+    """Start of the learning rates: one of all levels, or one of each that learns, slow to fast."""
     seed: Seed = 0
     """Seed of what deltas read."""
 

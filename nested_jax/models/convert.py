@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -96,7 +96,7 @@ def convert(
     periods: tuple[int, ...] = (),
     hidden: tuple[int, ...] = (),
     blocks: int | None = None,
-    rate: float = 0.0,
+    rates: tuple[float, ...] = (0.0,),
     seed: int = 0,
 ) -> tuple[ModelConfig, PyTree]:
     """The model's config and weights here: with rates of 0 its logits are the source's.
@@ -112,14 +112,14 @@ def convert(
             periods, the first are frozen; (): equal shares. Of deltas one for each period; (): an eighth of the MLP's.
             Others have none.
         blocks: the last blocks, which learn; None: all.
-        rate: start of the levels' rates.
+        rates: start of the learning rates: one of all levels that learn, or one of each, slow to fast.
         seed: of the deltas' inputs.
 
     Returns:
         (config, weights), float32.
 
     Raises:
-        UserError: a way, periods and widths that do not fit one another or the source.
+        UserError: a way, periods, widths and rates that do not fit one another or the source.
 
     Source: NL section 7.3, ad-hoc level stacking.
     """
@@ -143,8 +143,10 @@ def convert(
         if len(hidden) != len(periods):
             raise UserError(f"convert: hidden {hidden} of deltas: give one for each of the {len(periods)} periods")
         hidden = (F, *hidden)
+    if not rates or len(rates) not in (1, len(periods)):
+        raise UserError(f"convert: rates {rates}: give one, or one for each of the {len(periods)} periods")
     variant = "independent" if way == "split" else "sequential"
-    cms = CMSConfig(hidden, periods, variant, activation="swiglu", blocks=blocks if periods else None, rate=rate)
+    cms = CMSConfig(hidden, periods, variant, activation="swiglu", blocks=blocks if periods else None, rate=rates[0])
     config = ModelConfig(
         vocabulary=source.vocabulary,
         width=source.width,
@@ -155,10 +157,11 @@ def convert(
         tie_embeddings=source.tied,
         cms=cms,
     )
-    return config, _weights(source, way, cms, np.random.default_rng(seed))
+    rates = rates * (len(periods) // len(rates))
+    return config, _weights(source, way, cms, rates, np.random.default_rng(seed))
 
 
-def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) -> PyTree:
+def _weights(source: Llama, way: Way, cms: CMSConfig, rates: Sequence[float], rng: np.random.Generator) -> PyTree:
     D, scale = source.width, math.sqrt(EPSILON / source.epsilon)
 
     def mlp(i: int, part: slice) -> dict[str, np.ndarray]:
@@ -179,7 +182,8 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rng: np.random.Generator) 
             else:
                 own = delta(width) if way == "deltas" and n else mlp(i, slice(begin, begin + width))
             begin += width
-            levels[f"level{n + 1}"] = own | {"norm": norm} | ({"rate": np.array(cms.rate)} if n >= cms.frozen else {})
+            rate = {"rate": np.array(rates[n - cms.frozen])} if n >= cms.frozen else {}
+            levels[f"level{n + 1}"] = own | {"norm": norm} | rate
         mixer = {
             "query": get("self_attn.q_proj").T,
             "key": spread(get("self_attn.k_proj")).T,

@@ -43,7 +43,7 @@ def write_run(flags: Conversion) -> tuple[TrainConfig, int]:
     source = read_llama(flags.source)
     gguf = Path(flags.source).is_file()
     tokenizer = pretrained.of_gguf(source.about) if gguf else pretrained.of_folder(Path(flags.source))
-    choices = {name: getattr(flags, name) for name in ("periods", "hidden", "blocks", "rate", "seed")}
+    choices = {name: getattr(flags, name) for name in ("periods", "hidden", "blocks", "rates", "seed")}
     model, weights = convert(source, flags.way, **choices)
     family = "hope-attention" if model.adapting else "transformer"  # whose other choices a further training starts from
     config = TrainConfig.from_preset(f"140m-{family}", model=model, run_dir=str(folder))

@@ -1,42 +1,20 @@
 """Small runs of converted: what is read, by which rate, and what is chosen on which documents."""
 
 import dataclasses
-import json
 
+import llama_folder
 import numpy as np
 import pytest
-import tokenizers
-from safetensors.numpy import save_file
 
 from nested_jax import UserError
 from nested_jax.models import reference
 
 FOLDER = "converted"
-SIZES = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-MORE = dict(model_type="llama", intermediate_size=12, rms_norm_eps=1e-5, rope_theta=1e4)
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder with a random Llama of two layers and a tokenizer of bytes and pairs."""
-    folder, rng = tmp_path / "model", np.random.default_rng(0)
-    folder.mkdir()
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    made.train_from_iterator(["to be, or not to be " * 20], trainer)
-    (folder / "tokenizer.json").write_text(made.to_str())
-    (folder / "config.json").write_text(json.dumps(SIZES | MORE))
-    draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
-    weights = {"model.embed_tokens.weight": draw(300, 16), "model.norm.weight": 1 + 0.1 * draw(16)}
-    for i in range(2):
-        shapes = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16)}
-        shapes |= {"self_attn.o_proj": (16, 16), "mlp.up_proj": (12, 16), "mlp.gate_proj": (12, 16)}
-        shapes |= {"mlp.down_proj": (16, 12), "input_layernorm": (16,), "post_attention_layernorm": (16,)}
-        weights |= {f"model.layers.{i}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
-    save_file(weights, folder / "model.safetensors")
-    return folder
+    return llama_folder.write(tmp_path / "model")
 
 
 def test_documents_are_read_frozen_and_learning(load, source, tmp_path, monkeypatch):

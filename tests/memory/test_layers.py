@@ -47,7 +47,8 @@ LAYERS = {
     "self-modifying-4": SelfModifyingTitans(D, H, F, chunk=4),
     "self-modifying-exact-4": SelfModifyingTitans(D, H, F, chunk=4, max_rate=0.9, rule=EXACT),
     "self-modifying-hope-4": SelfModifyingTitans(D, H, F, chunk=4, rates="own", rule=HOPE),
-    "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
+    "self-modifying-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8, momentum=False, rates="own", rule=HOPE),
+    "self-modifying-momentum-4-8": SelfModifyingTitans(D, H, F, chunk=4, projection_chunk=8),
     "self-modifying-paper-4-8": SelfModifyingTitans(
         D, H, F, chunk=4, projection_chunk=8, max_rate=0.3, targets="raw", generated=("queries", "rates"), rule=PAPER
     ),
@@ -63,6 +64,7 @@ RARE = (
     "titans-exact-4",
     "self-modifying-exact-4",
     "self-modifying-hope-4",
+    "self-modifying-momentum-4-8",
     "lp-4",
     "lp-1.5-1",
     "omega-2-7",
@@ -117,9 +119,9 @@ def gradients(layer):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
 
-def assert_close(got, expected, rtol=1e-9):
+def assert_close(got, expected, rtol=1e-12):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-12, err_msg=jax.tree_util.keystr(path))
 
 
 RARELY_COMPARED = {"lp-1.5-1", "omega-2-7", "titans-1", "titans-undecayed-4", "delta-unit"}

@@ -77,7 +77,7 @@ def test_chunked_is_tokenwise(x64, number):
     batch = ((), (2,), (2, 3))[number % 3]
     C = (1, 2, 3, 7, 8, 13, 16, 33)[(number ^ number >> 3) % 8]
     slow, fast = both(*problem(rng, batch, C, *rng.integers(1, 6, 2), **options))
-    assert_close(slow, fast, 1e-10)
+    assert_close(slow, fast, 1e-12)
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_chunked_is_tokenwise(x64, number):
 )
 def test_chunked_is_tokenwise_over_random_shapes(seed, batch, C, K, V, options):
     with jax.enable_x64(True):
-        assert_close(*both(*problem(np.random.default_rng(seed), batch, C, K, V, **options)), 1e-10)
+        assert_close(*both(*problem(np.random.default_rng(seed), batch, C, K, V, **options)), 1e-12)
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -107,12 +107,12 @@ def test_exactly_zero_gates(x64, momentum):
         zero(gates.write, [0, 5]), zero(gates.erase, [1, 5]), zero(gates.retain, [4, 5, 9]), zero(gates.momentum, [5, 15])
     )
     slow, fast = both(arrays, keywords, None)
-    assert_close(slow, fast, 1e-10)
+    assert_close(slow, fast, 1e-12)
     assert float(jnp.min(jnp.abs(slow[1][0][3].retain[..., np.array([4, 5, 9])]))) > 0  # not trivially zero
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("dtype,tolerance", [(np.float64, 1e-10), (np.float32, 2e-5)])
+@pytest.mark.parametrize("dtype,tolerance", [(np.float64, 1e-12), (np.float32, 2e-5)])
 def test_identical_keys_with_erase_near_one(x64, dtype, tolerance, momentum):
     """The hardest triangular system, every entry near 1: values and gradients with respect to every input.
 
@@ -233,7 +233,7 @@ def test_leading_axes_broadcast(x64):
     )
     arrays[1], arrays[3], arrays[4] = jax.tree.map(lambda x: x[:1], (arrays[1], arrays[3], arrays[4]))
     mask = mask[:1]
-    assert_close(*both(arrays, keywords, mask), 1e-10)
+    assert_close(*both(arrays, keywords, mask), 1e-12)
 
 
 def test_empty_slots_leave_the_state_untouched(x64):
@@ -256,7 +256,7 @@ def test_any_split_of_a_chunk(x64):
         cut = jax.tree.map(lambda g: g[:, piece], gates)  # noqa: B023
         state, y = read(state, inputs[:, piece], errors[:, piece], cut, queries[:, piece], **keywords)
         outputs.append(y)
-    assert_close(whole, (state, jnp.concatenate(outputs, 1)), 1e-10)
+    assert_close(whole, (state, jnp.concatenate(outputs, 1)), 1e-12)
 
 
 def test_a_momentum_needs_its_decay():

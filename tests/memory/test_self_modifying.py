@@ -76,7 +76,7 @@ def test_layer_is_its_reference(x64, options, length):
             jax.value_and_grad(lambda w, x: jnp.sum(jnp.sin(reference.self_modifying_titans(layer, w, x[0]))), (0, 1))
         )(weights, x)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slow), jax.tree.leaves(fast), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("options", cases([dict(chunk=4), dict(chunk=4, projection_chunk=8)], [dict(chunk=4)]), ids=str)

@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_source(way, tied):
     config, weights = convert(source, name, **WAYS[way])
     np.testing.assert_allclose(read(config, weights), reference.llama(llama(tied), TOKENS), rtol=1e-4, atol=1e-5)
     if name != "frozen":  # and not with rates
-        config, weights = convert(source, name, **WAYS[way], rate=3.0)
+        config, weights = convert(source, name, **WAYS[way], rates=(3.0,))
         assert np.abs(read(config, weights) - reference.llama(llama(tied), TOKENS)).max() > 1e-3
 
 
@@ -88,7 +88,7 @@ def test_a_folder_is_read(tmp_path, dtype):
 
 def test_dealt_layers_learn_at_their_level_alone():
     """Layers 0 and 2 are of the slow level, 1 of the fast one; in each, what the other level has stays zero."""
-    config, weights = convert(llama(), "dealt", periods=(16, 8), rate=1.0)
+    config, weights = convert(llama(), "dealt", periods=(16, 8), rates=(1.0,))
     start = init_state(config, weights, 1)
     for read_so_far, expected in ((12, [[0, 0, 0], [0, 1, 0]]), (18, [[1, 0, 1], [0, 1, 0]])):
         state = apply(config, weights, TOKENS[None, :read_so_far], start)[1]
@@ -96,6 +96,13 @@ def test_dealt_layers_learn_at_their_level_alone():
         for now, before, changed in zip(*levels, expected, strict=True):
             for name, w in now.matrices.items():
                 assert [int((w[i] != before.matrices[name][i]).any()) for i in range(L)] == changed, name
+
+
+def test_each_level_has_its_rate():
+    blocks = convert(llama(), "deltas", periods=(16, 8), rates=(0.5, 0.25))[1]["blocks"]["cms"]
+    assert [np.unique(blocks[f"level{n}"]["rate"]).tolist() for n in (2, 3)] == [[0.5], [0.25]] and "rate" not in blocks[
+        "level1"
+    ]
 
 
 def written(path, fields=None, **extra):
@@ -181,6 +188,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
         (("split", dict(periods=(8, 4), hidden=(10, 9))), "give widths that sum to 20"),
         (("deltas", dict(periods=(8, 4), hidden=(3,))), "give one for each of the 2 periods"),
         (("frozen", dict(periods=(8,))), "a frozen CMS has none"),
+        (("split", dict(periods=(8, 4), rates=(0.1, 0.2, 0.3))), "give one, or one for each of the 2 periods"),
+        (("frozen", dict(rates=())), "give one, or one for each of the 0 periods"),
         (("frozen", dict(hidden=(F,))), "as wide as the MLPs, leave it out"),
     ):
         with pytest.raises(UserError, match=message):
