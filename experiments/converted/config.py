@@ -36,13 +36,13 @@ class Config(Runs):
     """Documents, as of `nested-jax train --data`: those for training choose a form and its rate, held-out ones are read."""
     forms: tuple[str, ...] = tuple(FORMS)
     """Names of `config.FORMS`."""
-    rates: Rates = (0.03, 0.3, 3.0)
+    rates: Rates = (0.3, 3.0, 30.0)
     """Inner learning rates that every form tries."""
     tokens: Count = 2048
     """Tokens of a document that are read; shorter documents are left out."""
-    tuning: Count = 4
+    tuning: Count = 3
     """Documents that forms and rates are chosen on."""
-    documents: Count = 24
+    documents: Count = 20
     """Held-out documents."""
 
     def __post_init__(self):

@@ -57,7 +57,10 @@ def test_forms_are_chosen_on_tuning_documents(load):
     rows += [row("deltas, 2 blocks", 0.3, "train", [3.5]), row("deltas, 2 blocks", 3.0, "train", [np.nan])]
     rows += [row("frozen", 0.0, "heldout", [4.0, 4.0, 4.0]), row("deltas, 2 blocks", 0.03, "heldout", [3.0, 2.0, 4.5])]
     results = {"config": config, "runs": rows}
-    assert script.chosen(results) == {"frozen": 0.0, "deltas, 2 blocks": 0.03}
+    assert script.chosen(results) == script.best(results) == {"frozen": 0.0, "deltas, 2 blocks": 0.03}
+    more = [*rows, row("deltas, 6 blocks", 0.3, "train", [2.0])]
+    config["forms"] = (*config["forms"], "deltas, 6 blocks")
+    assert script.best(results | {"runs": more}) == {"frozen": 0.0, "deltas, 6 blocks": 0.3}
     line = next(line for line in script.table(results).splitlines() if line.startswith("| deltas"))
     assert "| 0.03 | 3.000 |" in line and "| 3.167 | -0.833 (-3.959 to +2.292) | 2 of 3 |" in line
 
@@ -76,5 +79,5 @@ def test_what_is_wrong_is_told(load, source, tmp_path):
         script.opened("")
     (tmp_path / "text.txt").write_text("to be\n\n" * 400)
     config = settings.Config(source=str(source), text=str(tmp_path / "text.txt"))
-    with pytest.raises(UserError, match="has 0 documents of 2,048 tokens to train, not 4: give fewer"):
+    with pytest.raises(UserError, match="has 0 documents of 2,048 tokens to train, not 3: give fewer"):
         script.texts(config, script.opened(str(source))[1], "train")
