@@ -59,7 +59,7 @@ def table(results: dict) -> str:
     cells = []
     for name in results["config"]["rows"]:
         for row in rows_of(results, row=name):
-            gb, ms = lambda n: f"{n / 1e9:,.2f}", row["milliseconds"]
+            gb, ms = lambda n: f"{n / 1e9:,.2f}", {name: n for name, n in row["milliseconds"].items() if "tiles" not in name}
             bound = max(ms, key=ms.__getitem__)
             memory = [
                 gb(row["arguments"]),

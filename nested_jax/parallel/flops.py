@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 
 
-def flops(function: Callable, *arguments: Any) -> int:
+def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
     """Operations of all matrix products and convolutions, two for each multiplication and its sum.
 
     A scan's body counts as often as it runs, of a cond the branch that has most, a while loop's body once. What a backward
@@ -19,6 +19,7 @@ def flops(function: Callable, *arguments: Any) -> int:
     Args:
         function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
+        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
@@ -26,24 +27,30 @@ def flops(function: Callable, *arguments: Any) -> int:
     """
     alone = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
     with alone, jax.default_device("cpu"):
-        return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return _flops(jax.make_jaxpr(function)(*arguments).jaxpr, padded)
 
 
-def _flops(jaxpr: core.Jaxpr) -> int:
-    return sum(map(_of_equation, jaxpr.eqns))
+def _flops(jaxpr: core.Jaxpr, padded: bool) -> int:
+    return sum(_of_equation(equation, padded) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn) -> int:
+def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        rows = _shape(equation.invars[0])
-        return 2 * _size(equation.outvars[0]) * math.prod(rows[axis] for axis in contracted)
+        (contracted, _), (batch, _) = params["dimension_numbers"]
+        left = _shape(equation.invars[0])
+        sums, maps = (math.prod(left[axis] for axis in axes) for axes in (contracted, batch))
+        if not padded:
+            return 2 * _size(equation.outvars[0]) * sums
+        one = _size(equation.invars[0]) // max(sums * maps, 1)
+        columns, rows = sorted((one, _size(equation.outvars[0]) // max(one * maps, 1)))
+        up = lambda n, tile: -(-n // tile) * tile
+        return 2 * maps * up(rows, 8) * up(columns, 128) * up(sums, 128)
     if name == "conv_general_dilated":
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
-    inner = [_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_flops(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)

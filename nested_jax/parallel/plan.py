@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     """Runs of Pallas kernels, whose cycles nothing estimates."""
     costly: Sequence[tuple[str, int, int]] = ()
     """(operation and its result, runs, cycles of all runs) of the ten that take most cycles, as the compiler estimates."""
+    padded: int = 0
+    """As `flops`, with products padded to the matrix unit's tiles."""
 
     @property
     def chip(self) -> Chip:
@@ -73,7 +75,9 @@ class Plan(NamedTuple):
         """Least seconds of a step by each of what it takes."""
         devices, sent = math.prod(self.shape), sum(one.sent for one in self.collectives)
         total = sum(cycles for _, cycles in self.cycles)
-        products = {"matrix products at the chip's speed": self.flops / devices / self.chip.flops}
+        speed = devices * self.chip.flops
+        products = {"matrix products at the chip's speed": self.flops / speed}
+        products |= {"the same in tiles of 128": self.padded / speed} if self.padded else {}
         if self.excess:
             return products
         return products | {
@@ -105,7 +109,8 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     update = train_step(config.model, optimizer(config), accumulate=config.accumulate)
     step = jax.jit(update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
     arguments = sum(_bytes(*pair) for pair in zip(jax.tree.leaves(state), jax.tree.leaves(places.state), strict=True))
-    made: dict[str, Any] = {"topology": topology, "shape": shape, "flops": flops(update, state, batch)}
+    made: dict[str, Any] = {"topology": topology, "shape": shape}
+    made |= {name: flops(update, state, batch, padded=name == "padded") for name in ("flops", "padded")}
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
         try:
@@ -140,6 +145,10 @@ def table(plan: Plan) -> str:
             lines += [f"    {size(count * laid.padded)} in tiles{more}: {count} x {laid.shape} in a loop of {turns:,} turns"]
         lines += [f"  bytes to and fro      {size(plan.traffic)} of the chip's memory, counted"]
     lines += [f"  matrix products       {plan.flops / devices / 1e12:,.3f} TFLOP, counted"]
+    if plan.padded:
+        lines += [
+            f"    in tiles of 128     {plan.padded / devices / 1e12:,.3f} TFLOP, counted for arrays that are not split"
+        ]
     for kind, axes, runs, sent in hlo.by_kind(plan.collectives):
         along = ", ".join(axes) or "no axis"
         lines += [f"  {kind:<21} {size(sent)} along {along}, {runs:,} runs, counted"]

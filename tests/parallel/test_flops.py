@@ -45,6 +45,17 @@ def test_chunks_of_hope():
     assert 1 <= two / by_hand < 1.01 and L * memories > 0.9 * two
 
 
+def test_products_in_tiles():
+    """Of a batch of five: 20 rows by 3 columns and sums over 7 are 24 by 128 by 128; whole tiles are as they are."""
+    left, right = jnp.ones((5, 3, 7)), jnp.ones((5, 7, 20))
+    assert flops(jnp.matmul, left, right) == 2 * 5 * 3 * 7 * 20
+    assert flops(jnp.matmul, left, right, padded=True) == 2 * 5 * 24 * 128 * 128
+    whole = jnp.ones((8, 128)), jnp.ones((128, 256))
+    assert flops(jnp.matmul, *whole, padded=True) == 2 * 256 * 128 * 128  # eight rows are the columns then
+    square = jnp.ones((256, 128)), whole[1]
+    assert flops(jnp.matmul, *square, padded=True) == flops(jnp.matmul, *square)
+
+
 def test_a_branch_a_loop_and_a_convolution():
     x = jnp.ones((4, 4))
     both = lambda x, on: jax.lax.cond(on, lambda x: x @ x @ x, lambda x: x @ x, x)

@@ -73,6 +73,9 @@ def test_a_table_says_what_bounds_a_step():
         assert line in text.splitlines()
     assert "  does not fit: 20.000 GB of 16.000 GB" in table(made._replace(temporaries=16 * 10**9))
     assert "Pallas" not in text
+    padded = table(made._replace(padded=8 * 197 * 10**12)).splitlines()
+    assert "   4,000.00  the same in tiles of 128" in padded
+    assert "so at most 12.5 % of the chip's products; bound by the same in tiles of 128" in padded
     kernels = table(made._replace(kernels=36)).splitlines()
     assert "  Pallas kernels        36 runs, whose cycles are in no estimate" in kernels
     lacking = table(made._replace(excess="27.32G of 15.75G", cycles=[]))
