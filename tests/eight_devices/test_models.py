@@ -20,7 +20,10 @@ from nested_jax.train.optimizer import optimizer
 from nested_jax.train.state import init_train_state, places_of
 from nested_jax.train.step import train_step
 
-FAMILIES = ("hope", "hope-attention", "transformer", "titans", "omega", "gated-delta", "delta", "linear")
+FAMILIES = (
+    *("hope", "hope-attention", "transformer", "titans", "omega"),
+    *("gated-delta", "delta", "linear", "oja", "lp", "huber"),
+)
 MESHES = {
     "8 rows": MeshShape(data=8),
     "2x2x2": MeshShape(data=2, fsdp=2, tensor=2),

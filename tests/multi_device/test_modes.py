@@ -10,9 +10,11 @@ from rare import cases
 
 from nested_jax import CMSConfig, ModelConfig
 from nested_jax.memory import Attention, LinearMemory, OmegaMemory, SelfModifyingTitans, Titans
+from nested_jax.memory.deep import Rule
 from nested_jax.models.language_model import apply, init_state, init_weights
 
 D, H, C, T = 4, 2, 4, 7
+HOPE = Rule(errors="exact", step="normalised", features="boundary")  # the presets'
 LAYERS = {
     "attention": Attention(D, H),
     "sliding-window": Attention(D, H, window=3),
@@ -26,6 +28,7 @@ LAYERS = {
     "titans": Titans(D, H, 3, chunk=C),
     "self-modifying": SelfModifyingTitans(D, H, 3, chunk=C),
     "self-modifying, two chunks": SelfModifyingTitans(D, H, 3, projection_chunk=2 * C, chunk=C),
+    "hope": SelfModifyingTitans(D, H, 3, chunk=C, momentum=False, rates="own", rule=HOPE),
 }
 
 
@@ -37,11 +40,12 @@ def model(mixer, layers=2, **cms):
 MODELS = {
     "a model that learns": model("gated-delta", layers=1, hidden=(3,), periods=(4,)),
     "a model that learns, in its last block": model("self-modifying", blocks=1),
+    "a model that learns, a sum of levels": model("gated-delta", variant="independent"),
     "a model that learns, attention": model("attention", rule="momentum"),  # Adam multiplies the rounding of softmax
     "a model that learns, every block": model("titans", variant="nested", meta_gradient="first-order"),
     "a model that is frozen": model("omega", hidden=(3,), periods=()),
 }
-CALLS = cases([*LAYERS, *MODELS], ["attention", "omega"])
+CALLS = cases([*LAYERS, *MODELS], ["attention", "hope"])
 CLOSE = dict(rtol=2e-4, atol=2e-6)
 
 
