@@ -51,8 +51,9 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
 def inner_layer(config: ModelConfig) -> SequenceLayer:
     """The same between MLPs that learn in context: full meta-gradients differentiate it twice, as kernels cannot be."""
     layer = sequence_layer(config)
-    twice = isinstance(layer, Attention) and config.cms.meta_gradient == "full"
-    return dataclasses.replace(layer, implementation="xla") if twice else layer
+    if isinstance(layer, Attention) and config.cms.meta_gradient == "full":
+        return dataclasses.replace(layer, implementation="xla")
+    return layer
 
 
 def init_block(key: Array, config: ModelConfig) -> dict[str, Any]:
