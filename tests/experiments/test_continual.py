@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import struct
+import sysconfig
+import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +270,26 @@ def test_languages_are_read_one_after_another(load, data):
         assert scores[1, 1] > scores[0, 1] + 0.05  # it has learned of the language that it met
     results = {"config": {"seeds": [0], "tuning_seed": 100, "methods": [names[0]]}}
     assert f"| {names[0]} | learned |" in reading.table(results | {"runs": [cells[0] | learner]})
+
+
+def test_domains_are_written_from_packages(load, tmp_path):
+    """Prose and manuals as they are, scripture without notes from blocks, code of this Python; all of them cut."""
+    domains = load("domains")
+    for name, data in {
+        "share/anarchism/markdown/a.md.gz": gzip.compress(b"An essay."),
+        "share/python3.11/html/_sources/library/a.rst.txt": b"A page.",
+    }.items():
+        (tmp_path / "packages" / name).parent.mkdir(parents=True)
+        (tmp_path / "packages" / name).write_bytes(data)
+    with pytest.raises(UserError, match="has no text of scripture: see the first lines of domains.py"):
+        domains.write(tmp_path / "packages", tmp_path / "domains", 100)
+    books = tmp_path / "packages/share/texts/ztext/kjv"
+    books.mkdir(parents=True)
+    for name, verse in (("ot", "In the beginning<note>or, x</note> God"), ("nt", "The <w>book</w> of")):
+        block = zlib.compress(verse.encode())
+        (books / f"{name}.bzz").write_bytes(b"..." + block)
+        (books / f"{name}.bzs").write_bytes(struct.pack("<III", 3, len(block), len(verse)))
+    domains.write(tmp_path / "packages", tmp_path / "domains", 100)
+    text = {file.stem: file.read_text() for file in (tmp_path / "domains").iterdir()}
+    assert text.pop("code") == Path(sysconfig.get_path("stdlib"), "__future__.py").read_text()[:100]
+    assert text == {"prose": "An essay.", "manuals": "A page.", "scripture": "In the beginning God\n\nThe book of"}
