@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_jax import LanguageModel, ModelConfig
+from nested_jax import LanguageModel, ModelConfig, UserError
 from nested_jax.serve import Learner
 
 FOLDER = "learners"
@@ -55,3 +55,13 @@ def test_learners_side_by_side_are_timed_once_and_shown(parts, tmp_path):
     table = module.table(results)
     assert table.count("| text | 128 |") == 1 and "| 2 | " in table
     module.plt.close(module.figure(results))
+
+
+def test_what_a_picture_needs_is_told(load, tmp_path, monkeypatch):
+    page = load("page")
+    with pytest.raises(UserError, match="--text gone is no file: give one of text"):
+        page.Config("gone")
+    (tmp_path / "text").write_text("text")
+    monkeypatch.setattr(page, "CHROMIUM", None)
+    with pytest.raises(UserError, match="the picture needs a Chromium: apt-get install chromium"):
+        page.Config(str(tmp_path / "text"))
