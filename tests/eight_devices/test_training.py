@@ -9,6 +9,7 @@ import sys
 from io import StringIO
 
 import jax
+import llama_folder
 import numpy as np
 import pytest
 from rich.console import Console
@@ -103,6 +104,24 @@ def test_what_a_run_starts_from_is_read_in_parts(tmp_path, monkeypatch):
     matrices = [leaf for leaf in jax.tree.leaves(read[0].params) if leaf.ndim > 1 and min(leaf.shape[-2:]) >= 16]
     assert matrices and all(leaf.addressable_shards[0].data.nbytes * 4 <= leaf.nbytes for leaf in matrices)
     jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
+
+
+@pytest.mark.slow
+def test_a_converted_model_is_trained_on_in_parts(tmp_path, monkeypatch):
+    """The README's recipe, on a mesh and on one device: the same losses, of a model that learns in context."""
+    monkeypatch.chdir(tmp_path)
+    llama_folder.write(tmp_path / "model")
+    ways = "--way deltas --periods 16 8 --hidden 4 4 --blocks 1 --rates 0.1"
+    assert main(f"convert model --run-dir from {ways}".split()) == 0
+    (tmp_path / "text.txt").write_text("to be, or not to be: that is the question.\n" * 100)
+    found = []
+    for mesh in ("fsdp=4,tensor=2", "data=1"):
+        sizes = "--window 32 --batch-size 8 --steps 3 --warmup 1 --log-every 1 --eval-bytes 500 --learning-rate 1e-3"
+        line = f"train --init-from from --data text.txt --run-dir {mesh} --mesh {mesh} {sizes} --sample-tokens 0"
+        assert main(line.split()) == 0
+        found.append(losses(tmp_path / mesh))
+    assert found[0].keys() == found[1].keys() and len(found[0]) >= 3
+    np.testing.assert_allclose([*found[0].values()], [*found[1].values()], rtol=1e-4)
 
 
 def test_devices_without_a_part_are_told(tmp_path):
