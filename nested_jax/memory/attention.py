@@ -58,6 +58,7 @@ class Attention:
             stream. A fused kernel (splash, "cudnn") has no second derivative and no forward mode: a model that
             differentiates through inner gradients needs "xla".
         rotary_base: of the positions' frequencies, see `rotate`.
+        biased: whether queries, keys and values have biases.
 
     Source: NL Eq. 62-63.
 
@@ -73,6 +74,7 @@ class Attention:
     window: Count | None = None
     implementation: Literal["xla", "cudnn"] | None = None
     rotary_base: Positive = 10_000.0
+    biased: bool = False
 
     def __post_init__(self):
         check_fields(self, "Attention: ")
@@ -87,7 +89,7 @@ class Attention:
         return {
             **init_qkv(project, D),
             "out": normal(out, (D, D)) * D**-0.5,
-        }
+        } | ({"bias": jnp.zeros((3, D))} if self.biased else {})
 
     def init_state(self, weights: PyTree, batch_size: int, max_length: int | None = None) -> AttentionState:
         """An empty cache for at most `max_length` tokens, or the window if that is less; None and None: it grows."""

@@ -39,9 +39,15 @@ def init_qkv(key: Array, width: int) -> dict[str, Array]:
 def qkv(
     weights: PyTree, x: Float[Array, "B T D"], heads: int, tokens: str | None = None
 ) -> tuple[Float[Array, "B T H K"], ...]:
-    """Queries, keys and values of tokens, of x's type, laid along the mesh's axis of heads, and of tokens if it is given."""
+    """Queries, keys and values of tokens, of x's type, laid along the mesh's axis of heads, and of tokens if it is given.
+
+    weights: query, key and value (D, D); bias (3, D) of them, where there is one.
+    """
     split = lambda y: lay(y.reshape(*x.shape[:2], heads, -1), BATCH, tokens, HEADS)
-    q, k, v = (split(x @ weights[name].astype(x.dtype)) for name in ("query", "key", "value"))
+    made = [x @ weights[name].astype(x.dtype) for name in ("query", "key", "value")]
+    if "bias" in weights:
+        made = [y + bias.astype(x.dtype)[None, None] for y, bias in zip(made, weights["bias"], strict=True)]
+    q, k, v = map(split, made)
     return q, k, v
 
 

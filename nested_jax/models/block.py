@@ -36,7 +36,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             return Titans(D, H, F, config.momentum, config.max_rate, rule, values, **chunks)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
-            return Attention(D, H, window, None, config.rotary_base)
+            return Attention(D, H, window, None, config.rotary_base, config.attention_bias)
         case "lp":
             return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **omega)
         case "huber":

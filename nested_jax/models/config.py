@@ -101,6 +101,8 @@ class ModelConfig:
     """Tokens that sliding-window attention sees, the query's own included."""
     rotary_base: Positive = 10_000.0
     """Base of the frequencies of attention's rotary positions."""
+    attention_bias: bool = False
+    """Whether attention's queries, keys and values have biases."""
     omega_window: Count = 16
     """Tokens that every update of an omega memory learns from."""
     omega_features: Literal["identity", "polynomial"] = "polynomial"

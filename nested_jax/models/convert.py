@@ -39,6 +39,7 @@ class Llama:
         rotary_base: of the frequencies of positions.
         epsilon: of the RMS norms.
         tied: whether the head is the embedding.
+        biased: whether queries, keys and values have biases, as in Qwen2.
         get: (name in the way of Hugging Face, such as "model.layers.0.mlp.up_proj.weight") -> its matrix (out, in), float32.
         about: what else the file says, such as its tokenizer.
     """
@@ -53,21 +54,23 @@ class Llama:
     epsilon: float
     tied: bool
     get: Callable[[str], np.ndarray]
+    biased: bool = False
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def matrix(self, name: str) -> np.ndarray:
-        """`get(f"{name}.weight")`, of the shape that the sizes ask for. Raises UserError where it is none."""
+    def matrix(self, name: str, kind: Literal["weight", "bias"] = "weight") -> np.ndarray:
+        """`get(f"{name}.{kind}")`, of the shape that the sizes ask for. Raises UserError where it is none."""
         D, F, narrow = self.width, self.hidden, self.width // self.heads * self.kv_heads
         shapes = {"q_proj": (D, D), "k_proj": (narrow, D), "v_proj": (narrow, D), "o_proj": (D, D)}
         shapes |= {"up_proj": (F, D), "gate_proj": (F, D), "down_proj": (D, F)}
         shapes |= dict.fromkeys(("embed_tokens", "lm_head"), (self.vocabulary, D))
         try:
-            found, wanted = self.get(f"{name}.weight"), shapes.get(name.rpartition(".")[2], (D,))
+            found, wanted = self.get(f"{name}.{kind}"), shapes.get(name.rpartition(".")[2], (D,))
         except KeyError:
-            raise UserError(f"the model has no {name}.weight: give all of its files") from None
+            raise UserError(f"the model has no {name}.{kind}: give all of its files") from None
+        wanted = wanted if kind == "weight" else wanted[:1]
         if found.shape != wanted:
             raise UserError(
-                f"{name}.weight is {shown(found)}, not {list(wanted)} as its config says: give the model as it was"
+                f"{name}.{kind} is {shown(found)}, not {list(wanted)} as its config says: give the model as it was"
             )
         return found
 
@@ -154,6 +157,7 @@ def convert(
         heads=source.heads,
         mixer="attention",
         rotary_base=source.rotary_base,
+        attention_bias=source.biased,
         tie_embeddings=source.tied,
         cms=cms,
     )
@@ -174,7 +178,9 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rates: Sequence[float], rn
 
     def block(i: int) -> dict[str, Any]:
         get = lambda name: source.matrix(f"model.layers.{i}.{name}")
-        spread = lambda w: np.repeat(w.reshape(source.kv_heads, -1, D), source.heads // source.kv_heads, 0).reshape(-1, D)
+        copies, K = source.heads // source.kv_heads, D // source.heads
+        spread = lambda w: np.repeat(w.reshape(source.kv_heads, K, -1), copies, 0).reshape(D, -1)
+        bias = lambda part: source.matrix(f"model.layers.{i}.self_attn.{part}_proj", "bias")
         norm, levels, begin = get("post_attention_layernorm"), {}, 0
         for n, width in enumerate(cms.hidden):
             if way == "dealt":
@@ -190,6 +196,8 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rates: Sequence[float], rn
             "value": spread(get("self_attn.v_proj")).T,
             "out": scale * get("self_attn.o_proj").T,
         }
+        if source.biased:
+            mixer["bias"] = np.stack([bias("q"), spread(bias("k"))[:, 0], spread(bias("v"))[:, 0]])
         mix = {"mix": np.ones(len(cms.hidden))} if cms.variant == "independent" else {}
         return {"norm": get("input_layernorm"), "mixer": mixer, "cms": levels | mix}
 
@@ -236,7 +244,7 @@ def _of_folder(path: Path) -> Llama:
     if (activation := about.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"{path} has MLPs with {activation}: give a model with silu")
     buffers = {name for name in where if name.endswith("rotary_emb.inv_freq")}  # rotary_base says the same
-    _assert_known(path, where.keys() - buffers, _GGUF_WHOLE, "model.layers.", _GGUF)
+    _assert_known(path, where.keys() - buffers, _GGUF_WHOLE, "model.layers.", _GGUF, "self_attn.[qkv]_proj")
     if missing := [name for name in _SIZES if not isinstance(about.get(name), int | float)]:
         raise UserError(f"{path / 'config.json'} has no {missing[0]}: give a model's folder")
     return _checked(
@@ -252,6 +260,7 @@ def _of_folder(path: Path) -> Llama:
             epsilon=float(about["rms_norm_eps"]),
             tied="lm_head.weight" not in where,
             get=get,
+            biased="model.layers.0.self_attn.q_proj.bias" in where,
             about=about,
         ),
         about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"],
@@ -283,17 +292,17 @@ def _of_gguf(path: Path) -> Llama:
         raise UserError(f"{path} is damaged, or no GGUF file ({' '.join(str(error).split())[:80]}): give another") from None
     about = {name: each.contents() for name, each in reader.fields.items()}
     kind = about.get("general.architecture")
-    if kind != "llama":
-        raise UserError(f"{path} is of architecture {kind!r}: give a model of architecture llama")
+    if kind not in ("llama", "qwen2"):
+        raise UserError(f"{path} is of architecture {kind!r}: give a model of architecture llama or qwen2")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
-    names = (*(f"llama.{name}" for name in names), "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens")
+    names = (*(f"{kind}.{name}" for name in (*names, "attention.layer_norm_rms_epsilon")), "tokenizer.ggml.tokens")
     if missing := [name for name in names if name not in about]:
         raise UserError(f"{path} has no {missing[0]}: give a whole model")
-    of = lambda name: about[f"llama.{name}"]
-    if about.get("llama.rope.scaling.type", "none") != "none":
+    of = lambda name: about[f"{kind}.{name}"]
+    if about.get(f"{kind}.rope.scaling.type", "none") != "none":
         raise UserError(f"{path} scales its positions: give a model that does not")
-    _assert_known(path, tensors, _GGUF_WHOLE.values(), "blk.", _GGUF.values())
+    _assert_known(path, tensors, _GGUF_WHOLE.values(), "blk.", _GGUF.values(), "attn_[qkv]")
     heads, kv_heads = of("attention.head_count"), of("attention.head_count_kv")
 
     def get(name: str) -> np.ndarray:
@@ -304,9 +313,9 @@ def _of_gguf(path: Path) -> Llama:
         else:
             part, tensor = "", tensors[f"{_GGUF_WHOLE[stem]}.{ending}"]
         found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if part in ("self_attn.q_proj", "self_attn.k_proj"):  # pairs that are turned are neighbours there
+        if kind == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):  # pairs that are turned are neighbours
             each = heads if part == "self_attn.q_proj" else kv_heads
-            found = found.reshape(each, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
+            found = found.reshape(each, -1, 2, *found.shape[1:]).swapaxes(1, 2).reshape(found.shape)
         return found
 
     return _checked(
@@ -318,21 +327,25 @@ def _of_gguf(path: Path) -> Llama:
             heads=heads,
             kv_heads=kv_heads,
             hidden=of("feed_forward_length"),
-            rotary_base=float(about.get("llama.rope.freq_base", 10_000.0)),
+            rotary_base=float(about.get(f"{kind}.rope.freq_base", 10_000.0)),
             epsilon=float(of("attention.layer_norm_rms_epsilon")),
             tied="output.weight" not in tensors,
             get=get,
+            biased="blk.0.attn_q.bias" in tensors,
             about=about,
         ),
-        about.get("llama.rope.dimension_count", of("embedding_length") // heads),
+        about.get(f"{kind}.rope.dimension_count", of("embedding_length") // heads),
     )
 
 
-def _assert_known(path: Path, names: Iterable[str], whole: Iterable[str], layer: str, parts: Iterable[str]) -> None:
+def _assert_known(
+    path: Path, names: Iterable[str], whole: Iterable[str], layer: str, parts: Iterable[str], biased: str
+) -> None:
     """Whatever else a file has would change the logits."""
-    known = re.compile(rf"({'|'.join(whole)}|{layer}\d+\.({'|'.join(parts)}))\.weight")
+    of_layers = rf"{layer}\d+\.(({'|'.join(parts)})\.weight|{biased}\.bias)"
+    known = re.compile(rf"({'|'.join(whole)})\.weight|{of_layers}")
     if wrong := [name for name in names if not known.fullmatch(name)]:
-        raise UserError(f"{path} has {wrong[0]}, which models here have not: give a Llama without biases and norms of heads")
+        raise UserError(f"{path} has {wrong[0]}, which models here have not: give a Llama, or a Qwen without norms of heads")
 
 
 def _checked(path: Path, found: Llama, head_width: int) -> Llama:

@@ -45,6 +45,7 @@ def llama(source: Llama, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
     """Logits of a Llama-family decoder by its definition, token after token and head after head, in float64."""
     H, KV, K = source.heads, source.kv_heads, source.width // source.heads
     matrix = lambda name, x: source.matrix(name).astype(float) @ x
+    affine = lambda name, x: matrix(name, x) + (source.matrix(name, "bias") if source.biased else 0)
     norm = lambda name, x: x / np.sqrt(np.mean(x**2) + source.epsilon) * source.matrix(name)
 
     def turn(x, position):
@@ -59,9 +60,10 @@ def llama(source: Llama, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
         for i in range(source.layers):
             at = f"model.layers.{i}"
             y = norm(f"{at}.input_layernorm", x)
-            q = turn(matrix(f"{at}.self_attn.q_proj", y), position)
-            keys[i].append(turn(matrix(f"{at}.self_attn.k_proj", y), position))
-            values[i].append(matrix(f"{at}.self_attn.v_proj", y).reshape(KV, K))
+            q, k, v = (affine(f"{at}.self_attn.{part}_proj", y) for part in "qkv")
+            q = turn(q, position)
+            keys[i].append(turn(k, position))
+            values[i].append(v.reshape(KV, K))
             read = []
             for h in range(H):
                 scores = np.array([k[h * KV // H] @ q[h] for k in keys[i]]) / np.sqrt(K)

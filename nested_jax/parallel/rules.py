@@ -27,6 +27,7 @@ WEIGHTS: dict[str, P] = {
     "norm": P(),  # (D,)
     "blocks/norm": P(),  # (L, D)
     "blocks/mixer/(query|key|value)": P(None, "fsdp", "tensor"),  # (L, D, D)
+    "blocks/mixer/bias": P(None, None, "tensor"),  # (L, 3, D)
     "blocks/mixer/out": P(None, "tensor", "fsdp"),  # (L, D, D)
     "blocks/mixer/(gates|momentum)": P(None, "fsdp"),  # (L, D, n H)
     "blocks/mixer/(gates|momentum)_bias": P(),  # (L, n H)

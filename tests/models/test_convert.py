@@ -20,7 +20,7 @@ V, D, L, H, KV, F, BASE, EPSILON = 37, 24, 3, 6, 2, 20, 5_000.0, 1e-3
 K = D // H
 
 
-def named(tied, seed=0):
+def named(tied, seed=0, biased=False):
     """Weights by name, with outputs that are small beside epsilon, so that it matters."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
@@ -33,12 +33,15 @@ def named(tied, seed=0):
             weights[f"{at}.mlp.{name}_proj.weight"] = draw(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{at}.{name}.weight"] = 1 + draw(D)
+        if biased:
+            for name, n in zip("qkv", (D, KV * K, KV * K), strict=True):
+                weights[f"{at}.self_attn.{name}_proj.bias"] = 3 * draw(n)
     return weights if tied else weights | {"lm_head.weight": draw(V, D)}
 
 
-def llama(tied=True):
-    weights = named(tied)
-    return Llama(V, D, L, H, KV, F, BASE, EPSILON, tied, weights.__getitem__)
+def llama(tied=True, biased=False):
+    weights = named(tied, biased=biased)
+    return Llama(V, D, L, H, KV, F, BASE, EPSILON, tied, weights.__getitem__, biased)
 
 
 WAYS = {
@@ -55,20 +58,20 @@ def read(config, weights):
     return jax.jit(lambda: apply(config, weights, TOKENS[None], init_state(config, weights, 1))[0][0])()
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "biased"), [(True, False), (False, True)])
 @pytest.mark.parametrize("way", WAYS)
-def test_logits_are_those_of_the_source(way, tied):
-    source, name = llama(tied), way.partition(",")[0]
+def test_logits_are_those_of_the_source(way, tied, biased):
+    source, name = llama(tied, biased), way.partition(",")[0]
     config, weights = convert(source, name, **WAYS[way])
-    np.testing.assert_allclose(read(config, weights), reference.llama(llama(tied), TOKENS), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(read(config, weights), reference.llama(source, TOKENS), rtol=1e-4, atol=1e-5)
     if name != "frozen":  # and not with rates
         config, weights = convert(source, name, **WAYS[way], rates=(3.0,))
-        assert np.abs(read(config, weights) - reference.llama(llama(tied), TOKENS)).max() > 1e-3
+        assert np.abs(read(config, weights) - reference.llama(source, TOKENS)).max() > 1e-3
 
 
-def saved(path, changes=None, dtype=np.float32, **extra):
+def saved(path, changes=None, dtype=np.float32, biased=False, **extra):
     """A folder with a model in two files."""
-    weights = {name: w.astype(dtype) for name, w in (named(True) | extra).items()}
+    weights = {name: w.astype(dtype) for name, w in (named(True, biased=biased) | extra).items()}
     about = dict(model_type="llama", vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=H)
     about |= dict(num_key_value_heads=KV, intermediate_size=F, rope_theta=BASE, rms_norm_eps=EPSILON) | (changes or {})
     names = sorted(weights)
@@ -84,6 +87,22 @@ def test_a_folder_is_read(tmp_path, dtype):
     assert dataclasses.astuple(source)[:9] == (V, D, L, H, KV, F, BASE, EPSILON, True)
     for name, w in named(True).items():
         np.testing.assert_array_equal(source.get(name), w.astype(dtype).astype(np.float32))
+
+
+def test_biases_of_queries_keys_and_values_are_read(tmp_path):
+    """From a folder and from GGUF, where Qwen2's pairs lie as in the folder and a Llama's are neighbours."""
+    for source in (
+        read_llama(saved(tmp_path, {"model_type": "qwen2"}, biased=True)),
+        read_llama(written(tmp_path / "a.gguf", kind="qwen2", biased=True)),
+        read_llama(written(tmp_path / "b.gguf", biased=True)),
+    ):
+        assert source.biased
+        for name, w in named(True, biased=True).items():
+            kept = np.float16 if "up" in name and not source.tied else np.float32
+            np.testing.assert_array_equal(source.get(name), w.astype(kept))
+    (weights := named(True, biased=True)).pop("model.layers.1.self_attn.k_proj.bias")
+    with pytest.raises(UserError, match="the model has no model.layers.1.self_attn.k_proj.bias"):
+        convert(dataclasses.replace(llama(biased=True), get=weights.__getitem__))
 
 
 def test_dealt_layers_learn_at_their_level_alone():
@@ -105,9 +124,9 @@ def test_each_level_has_its_rate():
     ]
 
 
-def written(path, fields=None, **extra):
-    """The model as a GGUF file, where the two numbers that a position turns are neighbours."""
-    writer = gguf.GGUFWriter(path, "llama")
+def written(path, fields=None, kind="llama", biased=False, **extra):
+    """The model as a GGUF file; of a Llama the two numbers that a position turns are neighbours there."""
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_embedding_length(D)
     writer.add_block_count(L)
     writer.add_feed_forward_length(F)
@@ -122,13 +141,14 @@ def written(path, fields=None, **extra):
     parts = dict(q_proj="attn_q", k_proj="attn_k", v_proj="attn_v", o_proj="attn_output", up_proj="ffn_up")
     parts |= dict(gate_proj="ffn_gate", down_proj="ffn_down")
     parts |= dict(input_layernorm="attn_norm", post_attention_layernorm="ffn_norm")
-    for name, w in (named(False) | extra).items():
-        stem, part = name.removesuffix(".weight"), name.removesuffix(".weight").split(".")[-1]
-        if part in ("q_proj", "k_proj"):
+    for name, w in (named(False, biased=biased) | extra).items():
+        stem, _, ending = name.rpartition(".") if "." in name else (name, "", "weight")
+        part = stem.split(".")[-1]
+        if part in ("q_proj", "k_proj") and kind == "llama":
             w = np.concatenate([w[at + np.ravel([range(K // 2), range(K // 2, K)], "F")] for at in range(0, len(w), K)])
         kept = w.astype(np.float16) if part == "up_proj" else w
         place = whole.get(stem) or (f"blk.{stem.split('.')[2]}.{parts[part]}" if "." in stem else stem)
-        writer.add_tensor(f"{place}.weight", kept)
+        writer.add_tensor(f"{place}.{ending}", kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -165,8 +185,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_llama(saved(tmp_path, changes))
-    with pytest.raises(UserError, match="has model.layers.0.self_attn.q_proj.bias, which models here have not"):
-        read_llama(saved(tmp_path, **{"model.layers.0.self_attn.q_proj.bias": np.zeros(D)}))
+    with pytest.raises(UserError, match="has model.layers.0.self_attn.o_proj.bias, which models here have not"):
+        read_llama(saved(tmp_path, **{"model.layers.0.self_attn.o_proj.bias": np.zeros(D)}))
     with pytest.raises(UserError, match="embed_tokens.weight is float32\\[37, 24\\], not \\[38, 24\\] as its config says"):
         convert(read_llama(saved(tmp_path, {"vocab_size": V + 1})))
     (saved(tmp_path) / "model-2.safetensors").unlink()
