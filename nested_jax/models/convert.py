@@ -146,8 +146,8 @@ def convert(
         if len(hidden) != len(periods):
             raise UserError(f"convert: hidden {hidden} of deltas: give one for each of the {len(periods)} periods")
         hidden = (F, *hidden)
-    if not rates or len(rates) not in (1, len(periods)):
-        raise UserError(f"convert: rates {rates}: give one, or one for each of the {len(periods)} periods")
+    if not isinstance(rates, tuple) or not rates or len(rates) not in (1, len(periods)):
+        raise UserError(f"convert: rates {rates}: give a tuple of one, or one for each of the {len(periods)} periods")
     variant = "independent" if way == "split" else "sequential"
     cms = CMSConfig(hidden, periods, variant, activation="swiglu", blocks=blocks if periods else None, rate=rates[0])
     config = ModelConfig(

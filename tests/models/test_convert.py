@@ -208,8 +208,10 @@ def test_what_cannot_be_converted_is_told(tmp_path):
         (("split", dict(periods=(8, 4), hidden=(10, 9))), "give widths that sum to 20"),
         (("deltas", dict(periods=(8, 4), hidden=(3,))), "give one for each of the 2 periods"),
         (("frozen", dict(periods=(8,))), "a frozen CMS has none"),
-        (("split", dict(periods=(8, 4), rates=(0.1, 0.2, 0.3))), "give one, or one for each of the 2 periods"),
-        (("frozen", dict(rates=())), "give one, or one for each of the 0 periods"),
+        (("split", dict(periods=(8, 4), rates=(0.1, 0.2, 0.3))), "give a tuple of one, or one for each of the 2 periods"),
+        (("split", dict(periods=(8, 4), rates=0.1)), "rates 0.1: give a tuple"),
+        (("split", dict(periods=(8, 4), rates=(-0.1,))), "model.cms.rate -0.1: give a finite number of at least 0"),
+        (("frozen", dict(rates=())), "give a tuple of one, or one for each of the 0 periods"),
         (("frozen", dict(hidden=(F,))), "as wide as the MLPs, leave it out"),
     ):
         with pytest.raises(UserError, match=message):
