@@ -114,7 +114,9 @@ def best(results: dict) -> dict[str, float]:
     """The frozen form, and of those that learn the best on the tuning documents, with their rates."""
     rates = chosen(results)
     on_tuning = lambda form: second_half(rows_of(results, form=form, rate=rates[form], split="train")[0]).mean()
-    form = min(rates.keys() - {settings.FROZEN}, key=on_tuning)
+    if not (learned := rates.keys() - {settings.FROZEN}):
+        raise UserError("there is no form that learns with finite readings of the tuning documents: make some")
+    form = min(learned, key=on_tuning)
     return {settings.FROZEN: 0.0, form: rates[form]}
 
 
@@ -124,8 +126,10 @@ def measure(path: Path, config: settings.Config, results: dict) -> dict:
     learning = [form for form in config.forms if form != settings.FROZEN]
     tried = [{"form": form, "rate": rate, "split": "train"} for form in learning for rate in config.rates]
     make(choices=[{"form": settings.FROZEN, "rate": 0.0, "split": "train"}, *tried])
+    if config.report:
+        return results
     make(choices=[{"form": form, "rate": rate, "split": "heldout"} for form, rate in best(results).items()])
-    if "faithful" not in results and not config.report:
+    if "faithful" not in results:
         results["faithful"] = faithful(config)
     return results
 

@@ -183,11 +183,11 @@ def _weights(source: Llama, way: Way, cms: CMSConfig, rates: Sequence[float], rn
         bias = lambda part: source.matrix(f"model.layers.{i}.self_attn.{part}_proj", "bias")
         norm, levels, begin = get("post_attention_layernorm"), {}, 0
         for n, width in enumerate(cms.hidden):
-            if way == "dealt":
-                own = mlp(i, slice(None)) if i % len(cms.hidden) == n else jax.tree.map(np.zeros_like, mlp(i, slice(None)))
+            if way == "dealt" and i % len(cms.hidden) != n:
+                own = {"up": np.zeros((D, width)), "gate": np.zeros((D, width)), "down": np.zeros((width, D))}
             else:
                 own = delta(width) if way == "deltas" and n else mlp(i, slice(begin, begin + width))
-            begin += width
+            begin += width if way != "dealt" else 0
             rate = {"rate": np.array(rates[n - cms.frozen])} if n >= cms.frozen else {}
             levels[f"level{n + 1}"] = own | {"norm": norm} | rate
         mixer = {
@@ -238,7 +238,10 @@ def _of_folder(path: Path) -> Llama:
             return np.asarray(tensors.get_tensor(name), np.float32)
 
     rope = about.get("rope_parameters") or {"rope_theta": about.get("rope_theta", 10_000.0)}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path / 'config.json'} has rope_parameters {shown(rope)}: give a model's folder as it was")
     scaled = about.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+    scaled = scaled or any(each.get("partial_rotary_factor", 1) != 1 for each in (about, rope))
     if scaled or about.get("sliding_window") and about.get("use_sliding_window", True):
         raise UserError(f"{path} scales its positions or slides a window: give a model that does neither")
     if (activation := about.get("hidden_act", "silu")) not in ("silu", "swish"):

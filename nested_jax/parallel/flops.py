@@ -25,12 +25,18 @@ def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
     384
     """
+    return count(trace(function, *arguments), padded)
+
+
+def trace(function: Callable, *arguments: Any) -> core.Jaxpr:
+    """What `flops` counts."""
     alone = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
     with alone, jax.default_device("cpu"):
-        return _flops(jax.make_jaxpr(function)(*arguments).jaxpr, padded)
+        return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
-def _flops(jaxpr: core.Jaxpr, padded: bool) -> int:
+def count(jaxpr: core.Jaxpr, padded: bool) -> int:
+    """The operations of what was traced; padded: as of `flops`."""
     return sum(_of_equation(equation, padded) for equation in jaxpr.eqns)
 
 
@@ -50,7 +56,7 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
-    inner = [_flops(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [count(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)

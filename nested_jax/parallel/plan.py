@@ -21,9 +21,8 @@ from jax.experimental import topologies
 from packaging.requirements import Requirement
 
 from nested_jax.errors import UserError, shown
-from nested_jax.parallel import hbm, hlo
+from nested_jax.parallel import flops, hbm, hlo
 from nested_jax.parallel.chips import CHIPS, Chip
-from nested_jax.parallel.flops import flops
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -109,8 +108,9 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     update = train_step(config.model, optimizer(config), accumulate=config.accumulate)
     step = jax.jit(update, donate_argnums=0, in_shardings=(places.state, places.batch), out_shardings=(places.state, None))
     arguments = sum(_bytes(*pair) for pair in zip(jax.tree.leaves(state), jax.tree.leaves(places.state), strict=True))
+    traced = flops.trace(update, state, batch)
     made: dict[str, Any] = {"topology": topology, "shape": shape}
-    made |= {name: flops(update, state, batch, padded=name == "padded") for name in ("flops", "padded")}
+    made |= {"flops": flops.count(traced, False), "padded": flops.count(traced, True)}
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
         try:

@@ -58,6 +58,8 @@ def test_forms_are_chosen_on_tuning_documents(load):
     rows += [row("frozen", 0.0, "heldout", [4.0, 4.0, 4.0]), row("deltas, 2 blocks", 0.03, "heldout", [3.0, 2.0, 4.5])]
     results = {"config": config, "runs": rows}
     assert script.chosen(results) == script.best(results) == {"frozen": 0.0, "deltas, 2 blocks": 0.03}
+    with pytest.raises(UserError, match="there is no form that learns with finite readings"):
+        script.best(results | {"runs": [rows[0], rows[3]]})
     more = [*rows, row("deltas, 6 blocks", 0.3, "train", [2.0])]
     config["forms"] = (*config["forms"], "deltas, 6 blocks")
     assert script.best(results | {"runs": more}) == {"frozen": 0.0, "deltas, 6 blocks": 0.3}

@@ -181,6 +181,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
         ({"num_key_value_heads": 4}, "has 6 heads and 4 of keys"),
         ({"rope_scaling": {"type": "linear"}}, "scales its positions"),
         ({"rope_parameters": {"rope_theta": BASE, "rope_type": "llama3"}}, "scales its positions"),
+        ({"rope_parameters": {"rope_theta": BASE, "partial_rotary_factor": 0.5}}, "scales its positions"),
+        ({"rope_parameters": [1]}, "has rope_parameters .*: give a model's folder as it was"),
         ({"hidden_act": "gelu"}, "has MLPs with gelu: give a model with silu"),
     ):
         with pytest.raises(UserError, match=message):
