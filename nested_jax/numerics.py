@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from nested_jax.typing import Array, Float, Int, PyTree
 
-_AXES = attrgetter("manual_axis_type.varying")  # of an array's type: mesh axes over which `jax.shard_map` has it varying
+varying = attrgetter("manual_axis_type.varying")  # of an array's type: mesh axes over which `jax.shard_map` has it varying
 
 # A product of float32 in full: a TPU's default is bfloat16.
 _exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -40,12 +40,12 @@ def vary(state: PyTree, *inputs: PyTree, rank: int = 0) -> PyTree:
     Args:
         rank: fewest axes of the arrays that vary; those of fewer are counts, which are the same on all devices.
     """
-    axes = frozenset().union(*map(_AXES, map(jax.typeof, jax.tree.leaves(inputs))))
+    axes = frozenset().union(*map(varying, map(jax.typeof, jax.tree.leaves(inputs))))
     if not axes:
         return state
 
     def cast(x):
-        more = axes - _AXES(jax.typeof(x))
+        more = axes - varying(jax.typeof(x))
         return jax.lax.pcast(x, tuple(more), to="varying") if more and jnp.ndim(x) >= rank else x
 
     return jax.tree.map(cast, state)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read_trans
 from nested_jax.memory.stream import MemoryLayer
 from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
+
+if TYPE_CHECKING:
+    from nested_jax.memory.pallas.stream import Form
 
 LARGEST = 2 - 2**-12
 """Rate of a rule that erases: at 2 itself, a sigmoid's in float32, rounding makes what a repeated key holds grow."""
@@ -52,7 +55,7 @@ class LinearMemory(MemoryLayer):
     """A matrix per head that learns while reading. The call is that of `SequenceLayer`.
 
     Args:
-        width, heads, chunk, checkpoint: as of `MemoryLayer`.
+        width, heads, chunk, checkpoint, implementation: as of `MemoryLayer`.
         rule: see above.
         max_rate: largest eta. Beyond 1 the delta rules turn the sign of what they hold along a key, with which a memory
             tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2, Oja's rule beyond 1, it would grow.
@@ -78,10 +81,17 @@ class LinearMemory(MemoryLayer):
         super().__post_init__()
         assert_stable("LinearMemory: ", self.rule, self.max_rate, self.values)
 
-    @property
-    def normalises(self) -> bool:
-        """Whether values are of unit norm."""
-        return self.values == "unit" or self.rule == "oja"
+    def normalised(self, values: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+        """Values by the layer's option."""
+        return l2norm(values) if self.values == "unit" or self.rule == "oja" else values
+
+    def form(self, dtype: jnp.dtype) -> Form | str:
+        """See `MemoryLayer`."""
+        if self.rule == "oja":
+            return "no kernel of Oja's rule, whose reads are transposed"
+        from nested_jax.memory.pallas.linear import form_of
+
+        return form_of(self, dtype)
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
@@ -107,7 +117,7 @@ class LinearMemory(MemoryLayer):
         def step(memory, context, slower):
             (q, k, v, *gates), mask, _ = jax.tree.map(itemgetter(0), context)
             mask = None if mask is None else mask[None, None]
-            v = l2norm(v) if self.normalises else v
+            v = self.normalised(v)
             if self.rule == "oja":
                 written = write(memory, v, -k, self.gates(*gates), mask=mask)
                 return written.state, read_transposed(written, q)

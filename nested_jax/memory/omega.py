@@ -56,7 +56,7 @@ class OmegaMemory(MemoryLayer):
     """A matrix per head that learns from a window of tokens. The call is that of `SequenceLayer`.
 
     Args:
-        width, heads, checkpoint: as of `MemoryLayer`; V = D / H.
+        width, heads, checkpoint, implementation: as of `MemoryLayer`; V = D / H.
         objective: the attentional bias: l2, lp or huber.
         window: c, tokens that every update learns from.
         features: phi, "identity", or "polynomial" for (k, k^2) entry by entry, of twice the width; of unit norm.

@@ -32,7 +32,7 @@ def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) 
 
     def token(memory, now):
         q, k, v, rate, *retain = now
-        v = l2norm(v) if layer.normalises else v
+        v = layer.normalised(v)
         if layer.rule == "oja":
             erased = jnp.einsum("h,hv,hu,huk->hvk", rate, v, v, memory)
             memory = retain[0][:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)

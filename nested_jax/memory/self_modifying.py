@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,9 @@ from nested_jax.memory.stream import CONVOLUTION, MemoryLayer
 from nested_jax.numerics import l2norm, normal, upcast
 from nested_jax.typing import Array, Bool, Float, PyTree
 
+if TYPE_CHECKING:
+    from nested_jax.memory.pallas.stream import Form
+
 Quantity = Literal["keys", "values", "rates", "retention", "queries"]  # in the order of their memories
 _FIXED = {"queries": "query", "keys": "key", "values": "value"}  # weights (D, D) of what no memory generates
 _MAIN, _PROJECTING = slice(-1, None), slice(None, -1)  # along the axis M of memories
@@ -73,7 +76,7 @@ class SelfModifyingTitans(MemoryLayer):
     """The sequence layer of Hope. The call is that of `SequenceLayer`.
 
     Args:
-        width, heads, checkpoint: as of `MemoryLayer`; a head's memories read and write vectors of K = D / H.
+        width, heads, checkpoint, implementation: as of `MemoryLayer`; a head's memories read and write vectors of K = D / H.
         hidden: hidden width F of every memory.
         chunk: C_mem, tokens between two refreshes of the main memory's errors.
         projection_chunk: C_proj, the same for the other memories, a multiple of `chunk`; None: equal.
@@ -127,6 +130,14 @@ class SelfModifyingTitans(MemoryLayer):
     def period(self) -> int:
         """Tokens of the longest chunk."""
         return self.projection_chunk or self.chunk if self.generated else self.chunk
+
+    def form(self, dtype: jnp.dtype) -> Form | str:
+        """See `MemoryLayer`."""
+        if self.period != self.chunk:
+            return f"projection_chunk {self.period} is not chunk {self.chunk}"
+        from nested_jax.memory.pallas.self_modifying import form_of
+
+        return form_of(self, dtype)
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start holds the memories' initial states."""

@@ -13,7 +13,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,15 @@ from jax.export import is_symbolic_dim
 from nested_jax.checks import Count, check_fields
 from nested_jax.errors import UserError, shown
 from nested_jax.level import Level, run
+from nested_jax.memory.kernels import kernel_of
 from nested_jax.memory.layer import LayerState
 from nested_jax.memory.passing import read_passing
 from nested_jax.numerics import TOKENS, devices_along, rms_norm, shifted, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
+
+if TYPE_CHECKING:
+    from nested_jax.memory.pallas.stream import Form
 
 CONVOLUTION = 4  # taps W of the causal depthwise convolution
 
@@ -62,6 +66,9 @@ class MemoryLayer(abc.ABC):
         heads: H; the width per head is K = D / H.
         chunk: tokens C of one parallel product; where a memory's errors are taken at boundaries, tokens between two.
         checkpoint: what the backward pass keeps, in chunks, see `nested_jax.meta.unroll`.
+        implementation: of whole chunks: "xla"; "pallas", by kernels where there are any, which run slowly where there is no
+            TPU; "auto", by kernels on TPUs, see `kernels`. Values and derivatives are the same; second ones, and forward
+            mode, are XLA's.
 
     Raises UserError for options of another type or out of range, and for a width that is no multiple of the heads.
     """
@@ -70,6 +77,7 @@ class MemoryLayer(abc.ABC):
     heads: Count
     chunk: Count = field(default=64, kw_only=True)
     checkpoint: Checkpoint = field(default="full", kw_only=True)
+    implementation: Literal["auto", "xla", "pallas"] = field(default="auto", kw_only=True)
     snapshots: ClassVar[Snapshots] = NO_SNAPSHOTS
     memory_state: ClassVar[type | tuple[type, ...]] = object  # of the level, for errors
 
@@ -86,6 +94,10 @@ class MemoryLayer(abc.ABC):
     @abc.abstractmethod
     def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> PyTree:
         """What the level reads: a tuple of arrays (B, T, H, ...)."""
+
+    def form(self, dtype: jnp.dtype) -> Form | str:
+        """How kernels read the memory, whose products are of tokens of that type; or why they do not, in words."""
+        return f"no kernel of {type(self).__name__}"
 
     @abc.abstractmethod
     def level(self, weights: PyTree, batch_size: int) -> Level:
@@ -112,13 +124,14 @@ class MemoryLayer(abc.ABC):
         check_call(name, (LayerState, self.memory_state), weights, state, position)
         check_tokens(name, (state.recent.shape[0], self.width), x, reset)
         state = vary(state, x, weights, reset, rank=1)
-        level = self.level(weights, x.shape[0])
+        level, form = self.level(weights, x.shape[0]), kernel_of(self, x.shape, x.dtype)
         check_documents(name, level.period * level.tokens, position, reset)
         recent, x = convolve(weights["taps"], state.recent, x, reset)
         tokens = self.project(weights, x)
         memory, y = read_stream(
             level, state.memory, tokens, position,
             reset=reset, aligned=aligned, checkpoint=self.checkpoint, snapshots=self.snapshots, remade=(self.level, weights),
+            form=None if isinstance(form, str) else form,
         )  # fmt: skip
         return LayerState(memory, recent), project_out(weights, y, x.dtype)
 
@@ -218,6 +231,7 @@ def read_stream(
     checkpoint: Checkpoint = "full",
     snapshots: Snapshots = NO_SNAPSHOTS,
     remade: tuple[Callable[[PyTree, int], Level], PyTree] | None = None,
+    form: Form | None = None,
 ) -> tuple[PyTree, Float[Array, "B T H V"]]:
     """Lets a memory's level read T more tokens, wherever the last piece ended.
 
@@ -230,12 +244,13 @@ def read_stream(
         aligned: the piece starts on the grid, though its position does not say so while tracing.
         checkpoint: what the backward pass keeps, in periods of the level, see `nested_jax.remat.scan`.
         remade: (weights, B) -> the level of B rows, and the weights: where devices share the stream. None: they do not.
+        form: how kernels read whole periods of it, with `remade`; None: XLA compiles all.
         snapshots: of the level's state; the scan over whole periods carries none, so that its backward pass keeps none.
 
     Returns:
         (state, outputs).
     """
-    length, C, period = jax.tree.leaves(tokens)[0].shape[1], level.tokens, level.period * level.tokens
+    (B, length), C, period = jax.tree.leaves(tokens)[0].shape[:2], level.tokens, level.period * level.tokens
     known = not isinstance(position, jax.Array)
     if not (aligned or length == 1 or (known and position % period == 0)):
         return _read_off_grid(level, state, tokens, position, reset, checkpoint)
@@ -259,6 +274,12 @@ def read_stream(
             make, weights = remade
             of_rows = lambda weights, rows: partial(read_periods, make(weights, rows))
             state, y = read_passing(of_rows, weights, state, stream)
+        elif remade is not None and form is not None:
+            from nested_jax.memory.pallas.stream import read  # Pallas is imported where it is used
+
+            make, weights = remade
+            twin = lambda weights, state, stream: read_periods(make(weights, B), state, stream)
+            state, y = read(form, twin, weights, state, stream)
         else:
             state, y = read_periods(level, state, stream)
         state = snapshots.take(state)

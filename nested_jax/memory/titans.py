@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
+import jax.numpy as jnp
 
 from nested_jax.checks import Count, Positive, check_key
 from nested_jax.level import Level
@@ -30,6 +31,9 @@ from nested_jax.memory.stream import MemoryLayer
 from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
+if TYPE_CHECKING:
+    from nested_jax.memory.pallas.stream import Form
+
 
 def titans_rate(chunk: int, max_rate: float | None) -> float:
     """eta_max of Titans: errors are those of the chunk's start, so its steps must not add up to much more than one.
@@ -49,7 +53,7 @@ class Titans(MemoryLayer):
     with keys and queries of unit norm.
 
     Args:
-        width, heads, checkpoint: as of `MemoryLayer`; K = D / H.
+        width, heads, checkpoint, implementation: as of `MemoryLayer`; K = D / H.
         hidden: hidden width F of the memory.
         chunk: tokens between two refreshes of the errors.
         momentum: writes carry momentum; their strength is then eta (1 - theta), see `Rule.damped`.
@@ -82,6 +86,12 @@ class Titans(MemoryLayer):
     def largest_rate(self) -> float:
         """eta_max."""
         return titans_rate(self.chunk, self.max_rate)
+
+    def form(self, dtype: jnp.dtype) -> Form | str:
+        """See `MemoryLayer`."""
+        from nested_jax.memory.pallas.titans import form_of
+
+        return form_of(self, dtype)
 
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state."""

@@ -15,6 +15,7 @@ from nested_jax.memory.layer import SequenceLayer
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.omega import OmegaMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.stream import MemoryLayer
 from nested_jax.memory.titans import Titans
 from nested_jax.models.config import ModelConfig
 from nested_jax.typing import Array
@@ -24,7 +25,7 @@ from nested_jax.typing import Array
 def sequence_layer(config: ModelConfig) -> SequenceLayer:
     """The config's sequence layer."""
     D, H, F = config.width, config.heads, config.memory_hidden
-    chunks: dict[str, Any] = {"chunk": config.chunk, "checkpoint": config.checkpoint}
+    chunks: dict[str, Any] = {name: getattr(config, name) for name in ("chunk", "checkpoint", "implementation")}
     values = config.values or "unit"
     omega: dict[str, Any] = {"max_rate": config.max_rate, "surprise": config.surprise, "values": values, **chunks}
     rate, rule = config.largest_rate, config.rule
@@ -36,7 +37,8 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
             return Titans(D, H, F, config.momentum, config.max_rate, rule, values, **chunks)
         case "attention" | "sliding-window":
             window = config.window if config.mixer == "sliding-window" else None
-            return Attention(D, H, window, None, config.rotary_base, config.attention_bias)
+            own = "xla" if config.implementation == "xla" else None
+            return Attention(D, H, window, own, config.rotary_base, config.attention_bias)
         case "lp":
             return OmegaMemory(D, H, "lp", window=1, power=config.lp_power, **omega)
         case "huber":
@@ -51,7 +53,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
 def inner_layer(config: ModelConfig) -> SequenceLayer:
     """The same between MLPs that learn in context: full meta-gradients differentiate it twice, as kernels cannot be."""
     layer = sequence_layer(config)
-    if isinstance(layer, Attention) and config.cms.meta_gradient == "full":
+    if isinstance(layer, Attention | MemoryLayer) and config.cms.meta_gradient == "full":
         return dataclasses.replace(layer, implementation="xla")
     return layer
 

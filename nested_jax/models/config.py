@@ -119,6 +119,10 @@ class ModelConfig:
     those states and what they emit, so that a block made again runs none; blocks, what every block reads, and of the block
     that it computes again what full keeps; sqrt, log or a number, as full, with the states that `unroll` keeps by these.
     Values and gradients are the same; `jax.jvp` through a CMS that learns in context needs none."""
+    implementation: Literal["auto", "xla", "pallas"] = "auto"
+    """What reads memories' whole chunks and attention's tokens: on TPUs Pallas' kernels where there are (auto), always XLA's
+    form (xla), or kernels of memories on any machine, slowly but on TPUs (pallas). Blocks inside full meta-gradients have
+    XLA's."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"

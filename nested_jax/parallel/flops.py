@@ -19,7 +19,8 @@ def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
     Args:
         function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
-        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights.
+        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights; of its own form
+            where there are several.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
@@ -56,6 +57,9 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
+    if padded and (platforms := params.get("branches_platforms")):
+        here = next((i for i, names in enumerate(platforms) if names is None or "tpu" in names), 0)
+        return count(params["branches"][here].jaxpr, padded)
     inner = [count(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)

@@ -282,7 +282,9 @@ def test_options_reach_the_memory():
     rule = Rule(erase="none", **fields)
     assert made("titans", max_rate=0.5, values="raw", **fields) == Titans(8, 2, 3, True, 0.5, rule, "raw", chunk=4)
     assert not made("titans", damped=False).rule.damped
-    assert made("delta", values="unit").normalises and not made("delta").normalises and made("oja").normalises
+    norm = lambda layer: float(jnp.linalg.norm(layer.normalised(jnp.full((1, 4), 2.0))))
+    norms = [norm(layer) for layer in (made("delta", values="unit"), made("oja"), made("delta"))]
+    assert norms == pytest.approx([1, 1, 4], rel=1e-6)
     assert made("omega", values="raw").values == "raw"
     assert (made("self-modifying").rule.erase, made("titans").rule.erase) == ("layer", "none")
     for features in ("identity", "polynomial"):

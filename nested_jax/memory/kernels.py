@@ -1,0 +1,55 @@
+"""Which memories are read by Pallas' kernels, and why others are not."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.memory.splash import on_tpu
+from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, mesh_divides, mesh_of_four
+
+if TYPE_CHECKING:
+    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.stream import MemoryLayer
+
+_LANES, _ROWS = 128, 16  # of a TPU's tiles of bfloat16
+
+
+def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | str:
+    """How kernels read the layer's whole chunks of tokens (B, T, D) of a type, or why XLA compiles them, in words."""
+    B, T, _ = shape
+    H, K = layer.heads, layer.width // layer.heads
+    mesh, tpu = mesh_of_four(), on_tpu()
+    if layer.implementation == "xla":
+        return "implementation is xla"
+    if layer.implementation == "auto" and not tpu:
+        return "there is no TPU"
+    if tpu and dtype not in (jnp.float32, jnp.bfloat16):
+        return f"its tokens are {jnp.dtype(dtype).name}"
+    if devices_along(TOKENS, max(1, T // layer.chunk)) > 1:
+        return "its tokens lie along the mesh's sequence"
+    around = jax.sharding.get_abstract_mesh()
+    if mesh is None and not around.empty and not (tpu and set(around.manual_axes) == set(around.axis_names)):
+        return "the mesh around is neither one of nested_jax.parallel nor a TPU's in jax.shard_map"
+    if mesh is not None and not mesh_divides((B, H), BATCH, HEADS):
+        return f"the mesh does not divide {B} rows and {H} heads"
+    form = layer.form(dtype)
+    if isinstance(form, str) or not tpu:
+        return form
+    if layer.chunk % _ROWS:
+        return f"chunk {layer.chunk} is no multiple of {_ROWS}"
+    if form.hidden is not None and form.hidden % 8:
+        return f"its hidden width {form.hidden} is no multiple of 8"
+    heads = H // (1 if mesh is None else mesh.shape[HEADS])
+    if heads_at_once(heads, K) * K % _LANES and heads_at_once(heads, K) != heads:
+        return f"heads of {K} do not fill lanes of {_LANES}"
+    return form
+
+
+def heads_at_once(heads: int, width: int) -> int:
+    """Heads that one program reads: the fewest whose vectors of K = `width` fill a tile's lanes, else all."""
+    few = _LANES // math.gcd(width, _LANES)
+    return few if heads % few == 0 else heads

@@ -1,0 +1,5 @@
+"""Memories' chunks as kernels of TPUs, by Pallas: their weights stay in the chip's fast memory from chunk to chunk.
+
+`tiles`: arithmetic on matrices there. `recurrence`: one chunk of linear maps. `linear`, `deep`, `titans`, `self_modifying`:
+one chunk of the memories. `stream`: a scan over chunks as one kernel, and its derivatives.
+"""

@@ -1,0 +1,41 @@
+"""Linear memories' chunk on tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.memory.pallas.recurrence import Map, decays, read, write
+from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
+from nested_jax.memory.pallas.tiles import column, dot, square
+from nested_jax.memory.recurrence import MemoryState
+
+if TYPE_CHECKING:
+    from nested_jax.memory.linear import LinearMemory
+
+
+def form_of(layer: LinearMemory, dtype) -> Form:
+    """How a kernel reads the layer's memory of tokens of a type: products of bfloat16 tokens are of bfloat16."""
+    fast = dtype == jnp.bfloat16
+
+    def step(_, weights, wide, gates):
+        q, k, v = wide
+        write_rate, erase, retain = (column(gates[i : i + 1]) for i in range(3))
+        no_erase = layer.rule == "linear"
+        if not no_erase:  # a key of bfloat16 may be longer than 1, and rates near 2 would make what it holds grow
+            over = jax.lax.stop_gradient(jnp.maximum(square(k), 1.0))
+            write_rate, erase = write_rate / over, erase / over
+        decay = decays(retain, None, fast)
+        one = Map(k, -v, dot(k, weights, 1, 1, fast), write_rate, None if no_erase else erase, weights)
+        (written,) = write([one], decay, fast)
+        return written.weights, read(one, written, decay, q, fast)
+
+    def lay(weights, memory, tokens) -> Tiled:
+        q, k, v, *gates = tokens
+        v = layer.normalised(v)
+        wide = [x.reshape(*x.shape[:2], -1).astype(dtype) for x in (q, k, v)]
+        return Tiled(weights["start"], memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
+
+    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads)

@@ -1,0 +1,154 @@
+"""`nested_jax.memory.recurrence` on tiles: one chunk of linear maps that share gates of retention and momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, later, row_of, solve
+from nested_jax.typing import Array, Float
+
+Column = Float[Array, "C 1"]
+
+
+class Coasting(NamedTuple):
+    """What momentum leaves, as of `nested_jax.memory.recurrence.Decays`."""
+
+    inertia: Column
+    inertia_before: Column
+    inertia_last: Float[Array, "1 1"]
+    last: Column
+    coasting: Float[Array, "1 1"]
+
+
+class Decays(NamedTuple):
+    """As of `nested_jax.memory.recurrence.Decays`, of one chunk."""
+
+    retained: Float[Array, "C C"]
+    retained_before: Float[Array, "C C"]
+    retained_last: Column
+    retention: Column
+    retention_before: Column
+    retention_last: Float[Array, "1 1"]
+    carried: Float[Array, "C C"]
+    carried_before: Float[Array, "C C"]
+    carried_last: Column
+    momentum: Coasting | None
+
+
+def decays(retain: Column, momentum: Column | None, fast: bool) -> Decays:
+    """What `write` and `read` make of the gates."""
+    C = retain.shape[0]
+    retained = decay(retain)
+    retention = column_of(retained, 0) * row_of(retain, 0)
+    before, last = later(retained, 0.0), column(row_of(retained, C - 1))
+    of_retention = (retained, before, last, retention, later(retention, 1.0), row_of(retention, C - 1))
+    if momentum is None:
+        return Decays(*of_retention, retained, before, last, None)
+    coast = decay(momentum)
+    from_start = column_of(coast, 0) * row_of(momentum, 0)
+    carried, inertia = dot(retained, coast, 1, 0, fast), dot(retained, from_start, 1, 0, False)
+    coasting = Coasting(
+        inertia, later(inertia, 0.0), row_of(inertia, C - 1), column(row_of(coast, C - 1)), row_of(from_start, C - 1)
+    )  # fmt: skip
+    return Decays(*of_retention, carried, later(carried, 0.0), column(row_of(carried, C - 1)), coasting)
+
+
+class Map(NamedTuple):
+    """One linear map before a chunk. Weights, momentum and anchor are W (V, K), or W^T where `flipped`."""
+
+    inputs: Float[Array, "C K"]
+    errors: Float[Array, "C V"]
+    held: Float[Array, "C V"]  # W_0 x
+    push: Column  # write strength eta
+    erase: Column | None  # erase strength beta; None for none
+    weights: Array
+    momentum: Array | None = None
+    anchor: Array | None = None
+    exact: bool = False
+    flipped: bool = False
+
+    def at(self, weights: Array, inputs: Float[Array, "C K"], fast: bool) -> Float[Array, "C V"]:
+        """W x of every row."""
+        return dot(inputs, weights, 1, 0 if self.flipped else 1, fast)
+
+    def outer(self, change: Float[Array, "C V"], fast: bool) -> Array:
+        """sum_t change_t x_t^T, as the weights lie."""
+        return dot(self.inputs, change, 0, 0, fast) if self.flipped else dot(change, self.inputs, 0, 0, fast)
+
+
+class Written(NamedTuple):
+    """One map after a chunk, and what `read` needs for the states inside it."""
+
+    weights: Array
+    momentum: Array | None
+    written: Float[Array, "C V"]  # without momentum that and what is erased
+    erased: Float[Array, "C V"] | None
+
+
+def write(maps: list[Map], decay: Decays, fast: bool) -> list[Written]:
+    """The maps after a chunk, in step: see `nested_jax.memory.recurrence.write`."""
+    lowers, rights, alone = [], [], decay.momentum is None
+    for each in maps:
+        if each.erase is None and not each.exact:
+            continue
+        parts = [(decay.retained_before, strength) for strength in _strengths(each, alone)]
+        if each.exact and not alone:
+            parts.append((decay.carried_before, each.push))
+        grams = [before * dot(each.inputs, strength * each.inputs, 1, 1, fast) for before, strength in parts]
+        overlap = decay.carried_before * dot(each.inputs, each.inputs, 1, 1, fast)
+        right = decay.retention_before * each.held - dot(overlap, each.push * each.errors, 1, 0, fast)
+        if each.anchor is not None:
+            right += (1 - decay.retention_before) * each.at(each.anchor, each.inputs, fast)
+        if each.momentum is not None and decay.momentum is not None:
+            right += decay.momentum.inertia_before * each.at(each.momentum, each.inputs, fast)
+        lowers.append(sum(grams[1:], grams[0]))
+        rights.append(right)
+    solved = iter(solve(lowers, rights, fast) if lowers else [])
+    return [_finish(each, solved, decay, fast) for each in maps]
+
+
+def _strengths(each: Map, alone: bool) -> list[Column]:
+    """By what the triangular system's retained part is multiplied: what is erased, and exact errors without momentum."""
+    some = [each.erase] * (each.erase is not None) + [each.push] * (each.exact and alone)
+    return [sum(some[1:], some[0])] if some else []  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
+
+
+def _finish(each: Map, solved: Iterator[Array], decay: Decays, fast: bool) -> Written:
+    written, erased = each.push * each.errors, None
+    if each.erase is not None or each.exact:
+        held = next(solved)
+        written = written + each.push * held if each.exact else written
+        erased = None if each.erase is None else each.erase * held
+    if decay.momentum is None and erased is not None:
+        written, erased = written + erased, None
+    change = decay.carried_last * written
+    if erased is not None:
+        change += decay.retained_last * erased
+    weights = decay.retention_last * each.weights - each.outer(change, fast)
+    if each.anchor is not None:
+        weights += (1 - decay.retention_last) * each.anchor
+    if each.momentum is None or decay.momentum is None:
+        return Written(weights, None, written, erased)
+    weights += decay.momentum.inertia_last * each.momentum
+    momentum = decay.momentum.coasting * each.momentum - each.outer(decay.momentum.last * written, fast)
+    return Written(weights, momentum, written, erased)
+
+
+def read(
+    each: Map, chunk: Written, decay: Decays, queries: Float[Array, "C K"], fast: bool, *, before: bool = False
+) -> Float[Array, "C V"]:
+    """Reads at every token: see `nested_jax.memory.recurrence.read`."""
+    retained, carried, retention = decay.retained, decay.carried, decay.retention
+    if before:
+        retained, carried, retention = decay.retained_before, decay.carried_before, decay.retention_before
+    overlap = dot(queries, each.inputs, 1, 1, fast)
+    outputs = retention * each.at(each.weights, queries, fast) - dot(carried * overlap, chunk.written, 1, 0, fast)
+    if each.anchor is not None:
+        outputs += (1 - retention) * each.at(each.anchor, queries, fast)
+    if each.momentum is not None and decay.momentum is not None:
+        inertia = decay.momentum.inertia_before if before else decay.momentum.inertia
+        outputs += inertia * each.at(each.momentum, queries, fast)
+    if chunk.erased is not None:
+        outputs -= dot(retained * overlap, chunk.erased, 1, 0, fast)
+    return outputs

@@ -1,0 +1,185 @@
+"""Arithmetic on tiles, matrices of two axes in a kernel's memory: what Mosaic lowers, with derivatives that it lowers too.
+
+Columns (C, 1) and rows (1, C) hold a number a token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.typing import Array, Float
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def dot(a: Array, b: Array, along_a: int, along_b: int, fast: bool) -> Array:
+    """The product of two tiles over one axis of each, summed in float32 (or float64); so are those of its derivatives.
+
+    Args:
+        fast: operands are rounded to bfloat16, else every product is of full float32.
+    """
+    return _dot(a, b, along_a, along_b, fast)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _dot(a, b, along_a, along_b, fast) -> Any:
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    if fast:
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    axes, precision = (((along_a,), (along_b,)), ((), ())), None if fast else _EXACT
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=dtype)
+
+
+def _dot_forward(a, b, along_a, along_b, fast):
+    return _dot(a, b, along_a, along_b, fast), (a, b)
+
+
+def _dot_backward(along_a, along_b, fast, operands, g):
+    a, b = operands
+    of_a = (g, b, 1, 1 - along_b) if along_a else (b, g, 1 - along_b, 1)
+    of_b = (g, a, 0, 1 - along_a) if along_b else (a, g, 1 - along_a, 0)
+    return dot(*of_a, fast), dot(*of_b, fast)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def shift(x: Float[Array, "C N"], by: int, fill: float) -> Float[Array, "C N"]:
+    """Rows `by` later, `fill` before them."""
+    return jnp.concatenate([jnp.full((by, x.shape[1]), fill, x.dtype), x[:-by]], axis=0)
+
+
+def later(x: Float[Array, "C N"], fill: float) -> Float[Array, "C N"]:
+    """One row later, `fill` in the first."""
+    return _later(x, fill)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _later(x, fill) -> Any:
+    return shift(x, 1, fill)
+
+
+def _later_backward(fill, _, g):
+    return (jnp.concatenate([g[1:], jnp.zeros_like(g[:1])], axis=0),)
+
+
+_later.defvjp(lambda x, fill: (_later(x, fill), None), _later_backward)
+
+
+def numbers(size: int) -> tuple[Array, Array]:
+    """The row and the column of every element of a square tile."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))  # pyright: ignore[reportReturnType]
+
+
+def column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
+    """A row as a column."""
+    i, j = numbers(row.shape[1])
+    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+def row_of(x: Float[Array, "C N"], at: int) -> Float[Array, "1 N"]:
+    """One row, by a sum, whose derivative is a mask."""
+    i = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.sum(jnp.where(i == at, x, 0.0), axis=0, keepdims=True)
+
+
+def column_of(x: Float[Array, "C N"], at: int) -> Float[Array, "C 1"]:
+    """One column, by a sum."""
+    i = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.sum(jnp.where(i == at, x, 0.0), axis=1, keepdims=True)
+
+
+def square(x: Float[Array, "C K"]) -> Float[Array, "C 1"]:
+    """|x|^2 of every row."""
+    return jnp.sum(x * x, axis=1, keepdims=True)
+
+
+def decay(gate: Float[Array, "C 1"]) -> Float[Array, "C C"]:
+    """Lower triangle of products of gates: [t, s] = gate_{s+1} ... gate_t, 1 on the diagonal; exact at zero gates."""
+    return _decay(gate)
+
+
+@jax.custom_vjp
+def _decay(gate) -> Any:
+    i, j = numbers(gate.shape[0])
+    products, by = jnp.where(i > j, gate, 1.0), 1
+    while by < gate.shape[0]:
+        products, by = products * shift(products, by, 1.0), 2 * by
+    return jnp.where(i >= j, products, 0.0)
+
+
+def _decay_forward(gate):
+    products = _decay(gate)
+    return products, products
+
+
+def _decay_backward(products, g):
+    """d[t, s] = sum_u [t, u] dgate_u [u - 1, s]."""
+    return (jnp.sum(dot(products, g, 0, 0, False) * shift(products, 1, 0.0), axis=1, keepdims=True),)
+
+
+_decay.defvjp(_decay_forward, _decay_backward)
+
+
+def _three_passes(a: Array, b: Array) -> Array:
+    """A product of float32 by three of bfloat16: the last bits of both at once are left out."""
+    high = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    a_high, b_high = high(a), high(b)
+    product = partial(dot, along_a=1, along_b=0, fast=True)
+    return product(a_high, b_high) + (product(a_high, b - b_high) + product(a - a_high, b_high))
+
+
+def inverses(lowers: list[Float[Array, "C C"]], fast: bool) -> list[Float[Array, "C C"]]:
+    """(I + L)^-1 of strictly lower triangular matrices, all in step, so that one's products hide the others' latency.
+
+    As `numerics.solve_unit_lower` does on TPUs. Fast ones are of one bfloat16 pass, refined twice by what they leave over.
+    """
+    size = lowers[0].shape[0]
+    i, j = numbers(size)
+    one = (i == j).astype(lowers[0].dtype)
+    product = partial(dot, along_a=1, along_b=0, fast=fast)
+    every = lambda of, *lists: [of(*each) for each in zip(*lists, strict=True)]
+    eights = [jnp.where((i >> 3) == (j >> 3), lower, 0.0) for lower in lowers]
+    squared = every(product, eights, eights)
+    first = every(lambda a, b: product(one - a, one + b), eights, squared)
+    fourth = every(product, squared, squared)
+    found = every(lambda a, b: product(a, one + b), first, fourth)
+    for bits in range(3, max(3, (size - 1).bit_length())):  # of blocks of 8, 16, 32, ... rows
+        where = ((i >> bits) != (j >> bits)) & ((i >> (bits + 1)) == (j >> (bits + 1)))
+        half = every(lambda x, lower, where=where: product(x, jnp.where(where, lower, 0.0)), found, lowers)
+        found = every(lambda x, y: x - product(y, x), found, half)
+    for _ in range(2 if fast else 0):
+        left = every(lambda x, lower: one - x - _three_passes(lower, x), found, lowers)
+        found = every(lambda x, y: x + product(x, y), found, left)
+    return found
+
+
+def solve(lowers: list[Float[Array, "C C"]], rights: list[Float[Array, "C V"]], fast: bool) -> list[Float[Array, "C V"]]:
+    """(I + L)^-1 R of each."""
+    return _solve(lowers, rights, fast)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _solve(lowers, rights, fast) -> Any:
+    return _solve_forward(lowers, rights, fast)[0]
+
+
+def _solve_forward(lowers, rights, fast) -> Any:
+    found = inverses(lowers, fast)
+    solved = [dot(x, right, 1, 0, fast) for x, right in zip(found, rights, strict=True)]
+    return solved, (found, solved)
+
+
+def _solve_backward(fast, kept, gs):
+    found, solved = kept
+    rights = [dot(x, g, 0, 0, fast) for x, g in zip(found, gs, strict=True)]
+    i, j = numbers(found[0].shape[0])
+    lowers = [-jnp.where(i > j, dot(r, x, 1, 1, fast), 0.0) for r, x in zip(rights, solved, strict=True)]
+    return lowers, rights
+
+
+_solve.defvjp(_solve_forward, _solve_backward)

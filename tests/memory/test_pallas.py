@@ -1,0 +1,110 @@
+"""Memories' kernels, interpreted, against the form that XLA compiles, which the token loops are tests of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.memory.deep import Rule
+from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.self_modifying import SelfModifyingTitans
+from nested_jax.memory.titans import Titans
+
+D, C = 8, 8
+EXACT = Rule(errors="exact", step="normalised", features="boundary")
+PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=jnp.inf, damped=False)
+HOPE = dict(momentum=False, rates="own", rule=EXACT)
+
+
+def hope(heads=1, **options):
+    return SelfModifyingTitans(D, heads, 4, chunk=C, **options)
+
+
+LAYERS = {
+    "hope": hope(**HOPE),
+    "hope, two heads": hope(2, **HOPE),
+    "hope, errors of the boundary": hope(),
+    "hope, by the paper": hope(rule=PAPER, max_rate=0.02),
+    "hope, exact errors and momentum": hope(rule=dataclasses.replace(EXACT, features="token")),
+    "hope, queries alone": hope(generated=("queries",), targets="rms", rule=Rule("none", read="before", retention="none")),
+    "titans": Titans(D, 1, 4, chunk=C),
+    "titans, two heads": Titans(D, 2, 4, False, chunk=C, rule=EXACT, values="raw"),
+    "linear": LinearMemory(D, 1, "linear", chunk=C),
+    "delta": LinearMemory(D, 2, "delta", chunk=C, values="unit"),
+    "gated delta, rates to 2": LinearMemory(D, 1, "gated-delta", chunk=C, max_rate=2.0),
+}
+
+
+def weights_of(layer, dtype):
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    jitter = lambda w: (w + 0.2 * jax.random.normal(next(keys), w.shape)).astype(dtype)
+    return jax.tree.map(jitter, layer.init_weights(jax.random.key(0)))
+
+
+def kernels(layer):
+    return dataclasses.replace(layer, implementation="pallas")
+
+
+def tokens(length, dtype, batch=2):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(batch, length, D)), dtype)
+
+
+def result(layer, reset=None):
+    """Outputs, states and the gradients of a function of both, jitted."""
+
+    def loss(weights, x, start):
+        state = layer.init_state(weights, len(x))
+        scaled = lambda leaf: leaf * (1 + start) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        state, y = layer(weights, jax.tree.map(scaled, state), x, 0, reset=reset)
+        leaves = [y, *(leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))]
+        return sum(jnp.sum(jnp.sin(leaf + jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), (state, y)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+
+
+def assert_close(got, expected, rtol):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all(), path
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-30), err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("hope", "delta") else pytest.mark.slow) for name in LAYERS]
+)
+def test_kernels_are_the_same_memory(x64, name):
+    """Outputs, states, and gradients by weights, tokens and the first state: whole chunks, a rest, a document's start."""
+    layer = LAYERS[name]
+    weights, x = weights_of(layer, jnp.float64), tokens(3 * C + 3, jnp.float64)
+    reset = jnp.zeros(x.shape[:2], bool).at[0, C].set(True)
+    got, expected = (result(form, reset)(weights, x, jnp.asarray(0.1)) for form in (kernels(layer), layer))
+    assert_close(got, expected, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["gated delta, rates to 2", pytest.param("hope", marks=pytest.mark.slow)])
+def test_other_derivatives_are_those_of_the_twin(x64, name):
+    """Forward mode, forward over reverse, reverse over reverse, and all of it for several streams at once."""
+    layer = LAYERS[name]
+    weights, x = weights_of(layer, jnp.float64), tokens(2 * C, jnp.float64, batch=1)
+    way = jax.random.normal(jax.random.key(3), x.shape, jnp.float64)
+
+    def every(layer):
+        def loss(weights, x):
+            state, y = layer(weights, layer.init_state(weights, 1), x, 0)
+            return jnp.sum(jnp.sin(y + jnp.arange(y.size).reshape(y.shape)))
+
+        gradient = jax.grad(loss, (0, 1))
+        return jax.jit(
+            lambda weights, x: (
+                jax.jvp(loss, (weights, x), (weights, way)),
+                jax.jvp(gradient, (weights, x), (weights, way)),
+                jax.grad(lambda weights, x: jnp.vdot(gradient(weights, x)[1], way), (0, 1))(weights, x),
+                jax.vmap(gradient, (None, 0))(weights, jnp.stack([x, way])),
+            )
+        )
+
+    assert_close(every(kernels(layer))(weights, x), every(layer)(weights, x), 1e-10)
