@@ -19,8 +19,8 @@ def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
     Args:
         function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
-        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights; of its own form
-            where there are several.
+        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights; of its own
+            form where there are several.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))

@@ -139,6 +139,7 @@ def learn(
                 momentum.second[m],
                 anchor.second[m],
                 exact=error,
+                turns=error or step != "proximal",
                 flipped=True,
             )  # fmt: skip
         )

@@ -28,14 +28,16 @@ def form_of(layer: LinearMemory, dtype) -> Form:
             over = jax.lax.stop_gradient(jnp.maximum(square(k), 1.0))
             write_rate, erase = write_rate / over, erase / over
         decay = decays(retain, None, fast)
-        one = Map(k, -v, dot(k, weights, 1, 1, fast), write_rate, None if no_erase else erase, weights)
+        one = Map(
+            k, -v, dot(k, weights, 1, 1, fast), write_rate, None if no_erase else erase, weights, turns=layer.max_rate > 1
+        )
         (written,) = write([one], decay, fast)
         return written.weights, read(one, written, decay, q, fast)
 
     def lay(weights, memory, tokens) -> Tiled:
         q, k, v, *gates = tokens
         v = layer.normalised(v)
-        wide = [x.reshape(*x.shape[:2], -1).astype(dtype) for x in (q, k, v)]
+        wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         return Tiled(weights["start"], memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
 
     return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads)

@@ -66,6 +66,7 @@ class Map(NamedTuple):
     momentum: Array | None = None
     anchor: Array | None = None
     exact: bool = False
+    turns: bool = False  # whether strengths go beyond 1
     flipped: bool = False
 
     def at(self, weights: Array, inputs: Float[Array, "C K"], fast: bool) -> Float[Array, "C V"]:
@@ -88,7 +89,7 @@ class Written(NamedTuple):
 
 def write(maps: list[Map], decay: Decays, fast: bool) -> list[Written]:
     """The maps after a chunk, in step: see `nested_jax.memory.recurrence.write`."""
-    lowers, rights, alone = [], [], decay.momentum is None
+    lowers, rights, turning, alone = [], [], [], decay.momentum is None
     for each in maps:
         if each.erase is None and not each.exact:
             continue
@@ -104,7 +105,8 @@ def write(maps: list[Map], decay: Decays, fast: bool) -> list[Written]:
             right += decay.momentum.inertia_before * each.at(each.momentum, each.inputs, fast)
         lowers.append(sum(grams[1:], grams[0]))
         rights.append(right)
-    solved = iter(solve(lowers, rights, fast) if lowers else [])
+        turning.append(each.turns)
+    solved = iter(solve(lowers, rights, turning, fast) if lowers else [])
     return [_finish(each, solved, decay, fast) for each in maps]
 
 

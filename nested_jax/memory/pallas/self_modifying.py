@@ -76,16 +76,16 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
         return Fast(weights.start, zeros)
 
     def lay(weights: PyTree, running: xla.Deep, tokens) -> Tiled:
-        x, given, theta = tokens
+        x, given, theta = tokens  # x was upcast from the tokens' type
         B, T, H, K = x.shape
         rate = weights["rate"].reshape(H, -1, K)
         gates = jnp.concatenate([rate, weights["retention"][:, None]], axis=1)
         biases = jnp.concatenate([weights["rate_bias"].reshape(H, -1), weights["retention_bias"][:, None]], axis=1)
-        wide = [x, *(given[name] for name in fixed)]
+        wide = [x.astype(dtype), *(given[name] for name in fixed)]
         return Tiled(
             Weights(layers_of(xla.Deep(**weights["start"])), gates, biases[:, None]),
             fast_of(running),
-            [each.reshape(B, T, H * K).astype(dtype) for each in wide],
+            [each.reshape(B, T, H * K) for each in wide],
             None if theta is None else rows_of([theta], layer.chunk),
         )
 

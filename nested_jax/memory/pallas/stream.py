@@ -256,7 +256,10 @@ def _call(form: Form, save: bool, given: Tiled, reset):
     like = partial(jax.tree.map, lambda x: _shape(x.shape, x.dtype, given))
     every = partial(jax.tree.map, lambda x: _shape((*x.shape[:2], N, *x.shape[2:]), x.dtype, given))
     wide = given.wide[0]
-    shapes, specs = [_shape(wide.shape, wide.dtype, given), like(given.state)], [at.wide, at.state(given.state)]
+    shapes, specs = (
+        [_shape(wide.shape, jnp.promote_types(wide.dtype, jnp.float32), given), like(given.state)],
+        [at.wide, at.state(given.state)],
+    )
     if save:
         shapes.append(every(given.state))
         specs.append(at.saved(shapes[2]))

@@ -125,58 +125,69 @@ def _decay_backward(products, g):
 _decay.defvjp(_decay_forward, _decay_backward)
 
 
-def _three_passes(a: Array, b: Array) -> Array:
+def _three_passes(a: Array, b: Array, along_a: int = 1) -> Array:
     """A product of float32 by three of bfloat16: the last bits of both at once are left out."""
     high = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
     a_high, b_high = high(a), high(b)
-    product = partial(dot, along_a=1, along_b=0, fast=True)
+    product = partial(dot, along_a=along_a, along_b=0, fast=True)
     return product(a_high, b_high) + (product(a_high, b - b_high) + product(a - a_high, b_high))
 
 
-def inverses(lowers: list[Float[Array, "C C"]], fast: bool) -> list[Float[Array, "C C"]]:
+def _careful(a: Array, b: Array, along_a: int, fast: bool) -> Array:
+    """A product with the inverse, whose rows may cancel."""
+    return _three_passes(a, b, along_a) if fast else dot(a, b, along_a, 0, fast)
+
+
+def inverses(lowers: list[Float[Array, "C C"]], turning: list[bool], fast: bool) -> list[Float[Array, "C C"]]:
     """(I + L)^-1 of strictly lower triangular matrices, all in step, so that one's products hide the others' latency.
 
-    As `numerics.solve_unit_lower` does on TPUs. Fast ones are of one bfloat16 pass, refined twice by what they leave over.
+    Blocks of 1, 2, 4, ... rows are inverted: where those of the diagonal are, X, the block B below becomes -X B X. No power of
+    L is made, whose rounding errors would be larger than the inverse. Fast ones are of one bfloat16 pass and refined twice by
+    what they leave over, or of three passes.
+
+    Args:
+        turning: which have strengths beyond 1, that turn a sign; their sums cancel, and need the three passes.
     """
     size = lowers[0].shape[0]
     i, j = numbers(size)
     one = (i == j).astype(lowers[0].dtype)
     product = partial(dot, along_a=1, along_b=0, fast=fast)
+    products = [_three_passes if fast and turns else product for turns in turning]
     every = lambda of, *lists: [of(*each) for each in zip(*lists, strict=True)]
-    eights = [jnp.where((i >> 3) == (j >> 3), lower, 0.0) for lower in lowers]
-    squared = every(product, eights, eights)
-    first = every(lambda a, b: product(one - a, one + b), eights, squared)
-    fourth = every(product, squared, squared)
-    found = every(lambda a, b: product(a, one + b), first, fourth)
-    for bits in range(3, max(3, (size - 1).bit_length())):  # of blocks of 8, 16, 32, ... rows
-        where = ((i >> bits) != (j >> bits)) & ((i >> (bits + 1)) == (j >> (bits + 1)))
-        half = every(lambda x, lower, where=where: product(x, jnp.where(where, lower, 0.0)), found, lowers)
-        found = every(lambda x, y: x - product(y, x), found, half)
+    below = lambda lower, bits: jnp.where(
+        ((i >> bits) != (j >> bits)) & ((i >> (bits + 1)) == (j >> (bits + 1))), lower, 0.0
+    )
+    found = [one - below(lower, 0) for lower in lowers]
+    for bits in range(1, (size - 1).bit_length()):  # of blocks of 2, 4, 8, ... rows
+        half = every(lambda by, x, lower, bits=bits: by(x, below(lower, bits)), products, found, lowers)
+        found = every(lambda by, x, y: x - by(y, x), products, found, half)
     for _ in range(2 if fast else 0):
-        left = every(lambda x, lower: one - x - _three_passes(lower, x), found, lowers)
-        found = every(lambda x, y: x + product(x, y), found, left)
+        left = every(lambda x, lower, turns: None if turns else one - x - _three_passes(lower, x), found, lowers, turning)
+        found = every(lambda x, y: x if y is None else x + product(x, y), found, left)
     return found
 
 
-def solve(lowers: list[Float[Array, "C C"]], rights: list[Float[Array, "C V"]], fast: bool) -> list[Float[Array, "C V"]]:
-    """(I + L)^-1 R of each."""
-    return _solve(lowers, rights, fast)
+def solve(
+    lowers: list[Float[Array, "C C"]], rights: list[Float[Array, "C V"]], turning: list[bool], fast: bool
+) -> list[Float[Array, "C V"]]:
+    """(I + L)^-1 R of each; turning: as of `inverses`."""
+    return _solve(lowers, rights, tuple(turning), fast)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _solve(lowers, rights, fast) -> Any:
-    return _solve_forward(lowers, rights, fast)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _solve(lowers, rights, turning, fast) -> Any:
+    return _solve_forward(lowers, rights, turning, fast)[0]
 
 
-def _solve_forward(lowers, rights, fast) -> Any:
-    found = inverses(lowers, fast)
-    solved = [dot(x, right, 1, 0, fast) for x, right in zip(found, rights, strict=True)]
+def _solve_forward(lowers, rights, turning, fast) -> Any:
+    found = inverses(lowers, turning, fast)
+    solved = [_careful(x, right, 1, fast) for x, right in zip(found, rights, strict=True)]
     return solved, (found, solved)
 
 
-def _solve_backward(fast, kept, gs):
+def _solve_backward(turning, fast, kept, gs):
     found, solved = kept
-    rights = [dot(x, g, 0, 0, fast) for x, g in zip(found, gs, strict=True)]
+    rights = [_careful(x, g, 0, fast) for x, g in zip(found, gs, strict=True)]
     i, j = numbers(found[0].shape[0])
     lowers = [-jnp.where(i > j, dot(r, x, 1, 1, fast), 0.0) for r, x in zip(rights, solved, strict=True)]
     return lowers, rights

@@ -44,7 +44,7 @@ def form_of(layer: Titans, dtype) -> Form:
 
     def lay(weights, memories, tokens) -> Tiled:
         q, k, v, *gates = tokens
-        wide = [x.reshape(*x.shape[:2], -1).astype(dtype) for x in (q, k, v)]
+        wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         return Tiled(layers_of(xla.Deep(**weights["start"])), fast_of(memories), wide, rows_of(gates, layer.chunk))
 
     return Form(step, start, lay, memories_of, layer.chunk, layer.heads, layer.hidden, *LEVEL)
