@@ -141,9 +141,9 @@ def _careful(a: Array, b: Array, along_a: int, fast: bool) -> Array:
 def inverses(lowers: list[Float[Array, "C C"]], turning: list[bool], fast: bool) -> list[Float[Array, "C C"]]:
     """(I + L)^-1 of strictly lower triangular matrices, all in step, so that one's products hide the others' latency.
 
-    Blocks of 1, 2, 4, ... rows are inverted: where those of the diagonal are, X, the block B below becomes -X B X. No power of
-    L is made, whose rounding errors would be larger than the inverse. Fast ones are of one bfloat16 pass and refined twice by
-    what they leave over, or of three passes.
+    Blocks of 1, 2, 4, ... rows are inverted: where those of the diagonal are, X, the block B below becomes -X B X. No power
+    of L is made, whose rounding errors would be larger than the inverse. Fast ones are of one bfloat16 pass, refined twice
+    by what they leave over, or of three passes.
 
     Args:
         turning: which have strengths beyond 1, that turn a sign; their sums cancel, and need the three passes.
@@ -154,14 +154,13 @@ def inverses(lowers: list[Float[Array, "C C"]], turning: list[bool], fast: bool)
     product = partial(dot, along_a=1, along_b=0, fast=fast)
     products = [_three_passes if fast and turns else product for turns in turning]
     every = lambda of, *lists: [of(*each) for each in zip(*lists, strict=True)]
-    below = lambda lower, bits: jnp.where(
-        ((i >> bits) != (j >> bits)) & ((i >> (bits + 1)) == (j >> (bits + 1))), lower, 0.0
-    )
-    found = [one - below(lower, 0) for lower in lowers]
+    apart = i ^ j  # its highest bit tells the smallest block in which both are
+    found = [one - jnp.where(apart == 1, lower, 0.0) for lower in lowers]
     for bits in range(1, (size - 1).bit_length()):  # of blocks of 2, 4, 8, ... rows
-        half = every(lambda by, x, lower, bits=bits: by(x, below(lower, bits)), products, found, lowers)
+        below = (apart >> bits) == 1
+        half = every(lambda by, x, lower, below=below: by(x, jnp.where(below, lower, 0.0)), products, found, lowers)
         found = every(lambda by, x, y: x - by(y, x), products, found, half)
-    for _ in range(2 if fast else 0):
+    for _ in range(1 if fast else 0):
         left = every(lambda x, lower, turns: None if turns else one - x - _three_passes(lower, x), found, lowers, turning)
         found = every(lambda x, y: x if y is None else x + product(x, y), found, left)
     return found
