@@ -1,4 +1,4 @@
-"""Configs of the benchmarks; their fields are the flags of run.py, optimizers.py and meta.py."""
+"""Configs of the benchmarks; their fields are the flags of run.py, optimizers.py, meta.py and tpu_static.py."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nested_jax.errors import UserError
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Counts
+from record import Runs
 
 HOPE = ModelConfig(
     vocabulary=4096, width=256, layers=4, heads=4, chunk=64, memory_hidden=16, cms=CMSConfig(hidden=(512, 512))
@@ -106,3 +107,27 @@ class MetaConfig:
         flags.check(self, "lengths")
         if self.timed not in self.lengths:
             raise UserError(f"--timed {self.timed}: give one of {flags.given(self, 'lengths')}")
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SIZES, FAMILIES = ("140m", "340m", "760m", "1.3b"), ("hope", "titans", "gated-delta", "delta", "linear", "transformer")
+STEPS = {f"140m-{family}": (2048, 8192) for family in ("hope", "transformer")}
+"""Tokens of whole steps that are compiled: other lengths are on the line through both."""
+TOKENS = (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+KERNELS = tuple(
+    [f"v5e {preset}, a step of {tokens} tokens" for preset, windows in STEPS.items() for tokens in windows]
+    + [f"{chip} {size}-{family}" for chip in TOPOLOGIES for size in SIZES for family in FAMILIES]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Static(Runs):
+    """Count the bundles of memories' and attention's kernels on TPUs, compiled by libtpu; nothing is run."""
+
+    jobs: Count = 1
+    rows: tuple[str, ...] = KERNELS
+    """Steps, and layers by chip and preset."""
+
+    def __post_init__(self):
+        flags.check(self, "rows")
+        flags.check_known(self, "rows", KERNELS)

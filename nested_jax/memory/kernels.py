@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nested_jax.memory.stream import MemoryLayer
 
 _LANES, _ROWS = 128, 16  # of a TPU's tiles of bfloat16
+_MAPS = 8
 
 
 def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | str:
@@ -44,12 +45,16 @@ def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | 
     if form.hidden is not None and form.hidden % 8:
         return f"its hidden width {form.hidden} is no multiple of 8"
     heads = H // (1 if mesh is None else mesh.shape[HEADS])
-    if heads_at_once(heads, K) * K % _LANES and heads_at_once(heads, K) != heads:
-        return f"heads of {K} do not fill lanes of {_LANES}"
-    return form
+    together = heads_at_once(heads, K, form.maps)
+    return f"heads of {K} do not fill lanes of {_LANES}" if together < heads and together * K % _LANES else form
 
 
-def heads_at_once(heads: int, width: int) -> int:
-    """Heads that one program reads: the fewest whose vectors of K = `width` fill a tile's lanes, else all."""
-    few = _LANES // math.gcd(width, _LANES)
-    return few if heads % few == 0 else heads
+def heads_at_once(heads: int, width: int, maps: int) -> int:
+    """Heads of K = `width` and so many linear maps that one program of a kernel reads, an operation of all after the other.
+
+    Their vectors fill a tile's lanes. Of those numbers the largest with which at most `_MAPS` maps are at work, or the
+    least: one map's operations wait for one another, those of many do not find room in the registers.
+    """
+    least = _LANES // math.gcd(width, _LANES)
+    numbers = [n for n in range(least, heads + 1, least) if heads % n == 0] or [heads]
+    return max([n for n in numbers if n * maps <= _MAPS], default=numbers[0])

@@ -99,7 +99,7 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     Raises:
         UserError: there is no libtpu, no such topology, or the mesh does not fit.
     """
-    devices = _devices(topology)
+    devices = devices_of(topology)
     mesh = make_mesh(choose(config.mesh, len(devices), divided(config)), devices)
     shape = MeshShape(*mesh.devices.shape)
     state = shapes_of(f"the model of {config.preset} and --model flags", lambda: init_train_state(config))
@@ -171,7 +171,7 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _devices(topology: str) -> Sequence[Any]:
+def devices_of(topology: str) -> Sequence[Any]:
     """The devices of a topology."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS:

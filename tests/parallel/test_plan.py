@@ -13,7 +13,7 @@ from nested_jax.cli import main
 from nested_jax.parallel import hbm, hlo
 from nested_jax.parallel.chips import CHIPS
 from nested_jax.parallel.mesh import MeshShape, _shapes, make_mesh
-from nested_jax.parallel.plan import Plan, _devices, plan, table
+from nested_jax.parallel.plan import Plan, devices_of, plan, table
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.state import init_train_state, size_of
 
@@ -115,7 +115,7 @@ IN_CONTEXT = CMSConfig(hidden=(128, 128), periods=(256, 128), blocks=1)
 def test_every_mesh_lies_on_every_slice(topology):
     """Of all its chips, of half of them, and of three, which are no box."""
     pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
-    devices = _devices(topology)
+    devices = devices_of(topology)
     for count in (len(devices), len(devices) // 2, 3):
         for shape in _shapes(count):
             laid = [chip.id for chip in make_mesh(shape, devices).devices.ravel()]

@@ -89,4 +89,4 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
             None if theta is None else rows_of([theta], layer.chunk),
         )
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, layer.hidden, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, len(names) + 1, layer.hidden, *LEVEL)

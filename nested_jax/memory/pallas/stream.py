@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
+from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec as P
 
@@ -43,7 +43,8 @@ class Form(NamedTuple):
 
     step: one head's chunk on tiles, (weights, state, wide, gates) -> (state, y (C, K)). start: weights -> the state of a new
     document, on tiles. lay: (weights, memories, tokens) of the layer -> `Tiled`. take: tiles after -> the layer's memories.
-    chunk: C. hidden: units of a deep memory. of, level: a level's state between chunks -> its memories, and back.
+    chunk: C. maps: linear maps of a head. hidden: units of a deep memory. of, level: a level's state between chunks -> its
+    memories, and back.
     """
 
     step: Callable
@@ -52,6 +53,7 @@ class Form(NamedTuple):
     take: Callable[[PyTree], PyTree]
     chunk: int
     heads: int
+    maps: int = 1
     hidden: int | None = None
     of: Callable[[PyTree], PyTree] = lambda state: state
     level: Callable[[PyTree], PyTree] = lambda memories: memories
@@ -217,7 +219,7 @@ def _blocks(form: Form, given: Tiled, backwards: bool = False) -> _Blocks:
     B, T, D = given.wide[0].shape
     H, C = jax.tree.leaves(given.state)[0].shape[1], form.chunk
     K, N = D // H, T // C
-    heads = heads_at_once(H, K)
+    heads = heads_at_once(H, K, form.maps)
     at = (lambda n: N - 1 - n) if backwards else (lambda n: n)
     rest = lambda x, axes: (x.shape[axes:], (0,) * (x.ndim - axes))
 
@@ -296,7 +298,7 @@ def _load(refs: PyTree, head: int) -> PyTree:
     return jax.tree.map(lambda ref: ref[head] if len(ref.shape) == 3 else [ref[head, m] for m in range(ref.shape[1])], refs)
 
 
-def _store(refs: PyTree, head: int, values: PyTree, *, add: bool = False) -> None:
+def _store(refs: PyTree, head: int, values: Any, *, add: bool = False) -> None:
     def store(ref, value):
         pairs = [(head, value)] if len(ref.shape) == 3 else [((head, m), each) for m, each in enumerate(value)]
         for place, each in pairs:
@@ -309,51 +311,79 @@ def _vectors(refs: list, head: int, width: int) -> list[Array]:
     return [upcast(ref[:, head * width : (head + 1) * width]) for ref in refs]
 
 
-def _forward_kernel(form, at, weights, state, wide, gates, reset, y, now, saved=None):
-    n = pl.program_id(2)
+def _in_step(function: Callable, arguments: list[tuple]) -> list[Any]:
+    """The function of each head's arguments, an operation of all heads after the other: one's hides the others' latency."""
+    traced, out = jax.make_jaxpr(function, return_shape=True)(*arguments[0])
+    heads = _bind(traced.jaxpr, traced.consts, list(map(jax.tree.leaves, arguments)))
+    return [jax.tree.unflatten(jax.tree.structure(out), leaves) for leaves in heads]
+
+
+def _bind(jaxpr: Any, constants: list, arguments: list[list]) -> list[list]:
+    known = [dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *leaves), strict=True)) for leaves in arguments]
+    value = lambda at, atom: atom.val if isinstance(atom, Literal) else at[atom]
+    for equation in jaxpr.eqns:
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))  # of jit, or a function with a rule
+        given = [[value(at, atom) for atom in equation.invars] for at in known]
+        if inner is not None:
+            results = _bind(inner.jaxpr, inner.consts, given)
+        else:
+            results = [equation.primitive.bind(*each, **equation.params) for each in given]
+            results = results if equation.primitive.multiple_results else [[one] for one in results]
+        for at, each in zip(known, results, strict=True):
+            at.update(zip(equation.outvars, each, strict=True))
+    return [[value(at, atom) for atom in jaxpr.outvars] for at in known]
+
+
+def _forward_kernel(form, at, weights, state, wide, gates, reset, y, now, saved: Any = None):
+    n, heads = pl.program_id(2), range(at.heads)
 
     @pl.when(n == 0)
     def _():
         jax.tree.map(lambda to, at: to.__setitem__(..., at[...]), now, state)
 
-    for head in range(at.heads):
-        own = _load(weights, head)
-        if reset is not None:
+    if reset is not None:
 
-            @pl.when(reset[pl.program_id(0), n] == 1)
-            def _(head=head, own=own):
-                _store(now, head, form.start(own))
+        @pl.when(reset[pl.program_id(0), n] == 1)
+        def _():
+            for head in heads:
+                _store(now, head, form.start(_load(weights, head)))
 
-        before = _load(now, head)
+    given = [
+        (_load(weights, head), _load(now, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
+    ]  # fmt: skip
+    for head, ((_, before, *_), (after, read)) in enumerate(zip(given, _in_step(form.step, given), strict=True)):
         if saved is not None:
             _store(saved, head, before)
-        after, read = form.step(own, before, _vectors(wide, head, at.width), _load(gates, head))
         y[:, head * at.width : (head + 1) * at.width] = read.astype(y.dtype)
         _store(now, head, after)
 
 
 def _backward_kernel(form, at, weights, saved, wide, gates, reset, y, after, to_weights, to_state, to_wide, to_gates):
-    n = pl.program_id(2)
+    n, heads = pl.program_id(2), range(at.heads)
 
     @pl.when(n == 0)
     def _():
         jax.tree.map(lambda to, at: to.__setitem__(..., at[...]), to_state, after)
         jax.tree.map(lambda to: to.__setitem__(..., jnp.zeros(to.shape, to.dtype)), to_weights)
 
-    for head in range(at.heads):
-        own, before = _load(weights, head), _load(saved, head)
-        _, pull = jax.vjp(form.step, own, before, _vectors(wide, head, at.width), _load(gates, head))
-        (read,) = _vectors([y], head, at.width)
-        of_weights, of_state, of_wide, of_gates = pull((_load(to_state, head), read))
+    def pull(given, cotangents):
+        return jax.vjp(form.step, *given)[1](cotangents)
+
+    given = [
+        (_load(weights, head), _load(saved, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
+    ]  # fmt: skip
+    cotangents = [(_load(to_state, head), *_vectors([y], head, at.width)) for head in heads]
+    for head, (of_weights, of_state, of_wide, of_gates) in enumerate(_in_step(pull, [*zip(given, cotangents, strict=True)])):
         for ref, value in zip(to_wide, of_wide, strict=True):
             ref[:, head * at.width : (head + 1) * at.width] = value.astype(ref.dtype)
         _store(to_gates, head, of_gates)
         _store(to_weights, head, of_weights, add=True)
         _store(to_state, head, of_state)
-        if reset is not None:
+    if reset is not None:
 
-            @pl.when(reset[pl.program_id(0), pl.num_programs(2) - 1 - n] == 1)
-            def _(head=head, own=own):
-                (more,) = jax.vjp(form.start, own)[1](_load(to_state, head))
+        @pl.when(reset[pl.program_id(0), pl.num_programs(2) - 1 - n] == 1)
+        def _():
+            for head in heads:
+                (more,) = jax.vjp(form.start, _load(weights, head))[1](_load(to_state, head))
                 _store(to_weights, head, more, add=True)
                 _store(to_state, head, jax.tree.map(jnp.zeros_like, _load(to_state, head)))

@@ -47,4 +47,4 @@ def form_of(layer: Titans, dtype) -> Form:
         wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         return Tiled(layers_of(xla.Deep(**weights["start"])), fast_of(memories), wide, rows_of(gates, layer.chunk))
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, layer.hidden, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, 2, layer.hidden, *LEVEL)
