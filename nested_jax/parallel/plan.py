@@ -17,10 +17,14 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
 from nested_jax.errors import UserError, shown
+from nested_jax.memory.kernels import kernel_of
+from nested_jax.memory.stream import MemoryLayer
+from nested_jax.models.block import sequence_layer
 from nested_jax.parallel import flops, hbm, hlo
 from nested_jax.parallel.chips import CHIPS, Chip
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
@@ -54,6 +58,8 @@ class Plan(NamedTuple):
     """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
     kernels: int = 0
     """Runs of Pallas kernels, whose cycles nothing estimates."""
+    chunks: str = ""
+    """What reads memories' chunks, in words; empty where there are none."""
     costly: Sequence[tuple[str, int, int]] = ()
     """(operation and its result, runs, cycles of all runs) of the ten that take most cycles, as the compiler estimates."""
     padded: int = 0
@@ -112,6 +118,7 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     made: dict[str, Any] = {"topology": topology, "shape": shape}
     made |= {"flops": flops.count(traced, False), "padded": flops.count(traced, True)}
     with jax.set_mesh(mesh):
+        made["chunks"] = _chunks(config)
         lowered = step.lower(state, batch)
         try:
             compiled = lowered.compile()
@@ -162,6 +169,8 @@ def table(plan: Plan) -> str:
         lines += [f"    {100 * cycles / total:>4.1f} % of the cycles, {runs:,} runs: {name}"]
     if plan.kernels:
         lines += [f"  Pallas kernels        {plan.kernels:,} runs, whose cycles are in no estimate"]
+    if plan.chunks:
+        lines += [f"  memories' chunks      {plan.chunks}"]
     lines += ["least milliseconds of a step by"]
     lines += [f"  {1e3 * value:>9,.2f}  {name}" for name, value in seconds.items()]
     if not plan.excess:
@@ -201,6 +210,15 @@ def devices_of(topology: str) -> Sequence[Any]:
         reason = str(error).splitlines()[0].rpartition(": ")[2][:150]
         example = f"{kind}:{'x'.join('4' for _ in most)}"
         raise UserError(f"--topology {topology}: {reason}; give a shape that there is, such as {example}") from None
+
+
+def _chunks(config: TrainConfig) -> str:
+    layer = sequence_layer(config.model)
+    if not isinstance(layer, MemoryLayer):
+        return ""
+    shape = (config.batch_size // config.accumulate, config.window, config.model.width)
+    form = kernel_of(layer, shape, jnp.dtype(config.model.dtype))
+    return f"by XLA's form: {form}" if isinstance(form, str) else "by Pallas' kernels"
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> int:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_jax.memory import kernels as choice
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
+from nested_jax.parallel.plan import devices_of
 
 D, C = 8, 8
 EXACT = Rule(errors="exact", step="normalised", features="boundary")
@@ -108,3 +110,87 @@ def test_other_derivatives_are_those_of_the_twin(x64, name):
         )
 
     assert_close(every(kernels(layer))(weights, x), every(layer)(weights, x), 1e-10)
+
+
+def test_products_of_float32_are_in_full():
+    """Within 1e-5 of the form that XLA compiles, tokens of float32; at rates of 2 as well."""
+    for name in ("gated delta, rates to 2", "titans, two heads"):
+        layer = LAYERS[name]
+        weights, x = weights_of(layer, jnp.float32), tokens(2 * C, jnp.float32)
+        got, expected = (result(form)(weights, x, jnp.asarray(0.1)) for form in (kernels(layer), layer))
+        assert_close(got, expected, 1e-5)
+
+
+def errors(layer, weights, x, expected):
+    """Largest relative distance of outputs and states from those of float64."""
+    state, y = jax.jit(lambda weights, x: layer(weights, layer.init_state(weights, len(x)), x, 0))(weights, x)
+    leaves = jax.tree.leaves((y, state.memory))
+    distance = lambda a, b: np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+    return max(distance(a, b) for a, b in zip(leaves, expected, strict=True) if b.ndim)
+
+
+@pytest.mark.parametrize("keys", ["random", "equal", "nearly equal"])
+def test_bfloat16_tokens_are_read_as_exactly_as_bfloat16_allows(x64, keys):
+    """By products of bfloat16, at erase strengths of 1, also where a chunk's keys are equal, and its system worst."""
+    layer = LinearMemory(32, 1, "gated-delta", chunk=64)
+    weights = layer.init_weights(jax.random.key(0))
+    weights = weights | {"gates_bias": jnp.array([8.0, 9.0])}
+    draws = np.random.default_rng(0).normal(size=(1, 128, 32))
+    x = {"random": draws, "equal": draws[:, :1] + 0 * draws, "nearly equal": draws[:, :1] + 0.01 * draws}[keys]
+    x = jnp.asarray(x, jnp.bfloat16)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
+    state, y = layer(wide, layer.init_state(wide, 1), x.astype(jnp.float64), 0)
+    expected = list(map(np.asarray, jax.tree.leaves((y, state.memory))))
+    single = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    assert errors(kernels(layer), single, x, expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (LinearMemory(256, 2, "oja"), "Oja's rule"),
+        (LinearMemory(256, 2, "delta", implementation="xla"), "implementation is xla"),
+        (LinearMemory(256, 2, "delta", chunk=24), "chunk 24 is no multiple of 16"),
+        (LinearMemory(96, 2, "delta", chunk=16), None),
+        (LinearMemory(144, 3, "delta", chunk=16), None),
+        (hope(projection_chunk=2 * C), "projection_chunk 16 is not chunk 8"),
+        (Titans(256, 2, 12, chunk=16), "hidden width 12 is no multiple of 8"),
+        (Titans(256, 2, 16, chunk=16), None),
+    ],
+    ids=str,
+)
+def test_what_reads_a_layer_on_a_tpu(monkeypatch, layer, why):
+    monkeypatch.setattr(choice, "on_tpu", lambda: True)
+    form = choice.kernel_of(layer, (2, 64, layer.width), jnp.bfloat16)
+    assert why in form if why else not isinstance(form, str), form
+    assert "float64" in choice.kernel_of(LAYERS["hope"], (2, 64, D), jnp.float64)
+
+
+def test_without_a_tpu_xla_reads():
+    assert choice.kernel_of(LAYERS["hope"], (2, 64, D), jnp.float32) == "there is no TPU"
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "maps", "together"),
+    [(6, 128, 6, 1), (12, 64, 1, 6), (12, 64, 2, 4), (3, 64, 1, 3), (16, 96, 6, 4), (8, 128, 1, 8)],
+)
+def test_heads_of_a_program_fill_lanes_and_registers(heads, width, maps, together):
+    assert choice.heads_at_once(heads, width, maps) == together
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_tpus_inside_shard_map():
+    """With JAX's check of what is the same on all devices; rows have their own kernels, forward and backward."""
+    pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
+    layer = SelfModifyingTitans(256, 2, 32, chunk=64, **HOPE)
+    mesh = jax.sharding.Mesh(np.array(devices_of("v5e:2x2")[:2]), ("rows",))
+    rows, weights = jax.P("rows"), jax.eval_shape(layer.init_weights, jax.random.key(0))
+
+    def loss(weights, x):
+        return jnp.square(layer(weights, layer.init_state(weights, len(x)), x, 0)[1].astype(jnp.float32)).sum()
+
+    step = jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=(jax.P(), rows), out_specs=(jax.P(), rows))
+    x = jax.ShapeDtypeStruct((2, 128, 256), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        text = jax.jit(step).lower(weights, x).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2

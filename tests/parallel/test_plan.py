@@ -78,6 +78,7 @@ def test_a_table_says_what_bounds_a_step():
     assert "so at most 12.5 % of the chip's products; bound by the same in tiles of 128" in padded
     kernels = table(made._replace(kernels=36)).splitlines()
     assert "  Pallas kernels        36 runs, whose cycles are in no estimate" in kernels
+    assert "  memories' chunks      by XLA's form: why" in table(made._replace(chunks="by XLA's form: why")).splitlines()
     lacking = table(made._replace(excess="27.32G of 15.75G", cycles=[]))
     assert "  does not fit: 27.32G of 15.75G, as the compiler says" in lacking and "at most" not in lacking
 
@@ -139,7 +140,10 @@ def test_hope_is_compiled_for_pods(topology, mesh, cms):
     model = dataclasses.replace(HOPE, cms=cms)
     sizes = {"batch_size": 64, "window": 256, "mesh": mesh}
     made = plan(TrainConfig.from_preset("tiny-hope", model=model, **sizes), topology)
-    assert made.fits and not made.kernels and all(seconds > 0 for seconds in made.seconds.values())
+    assert made.fits and all(seconds > 0 for seconds in made.seconds.values())
+    along = "sequence" in mesh
+    assert made.kernels == (0 if along else 2 * HOPE.layers), "one forward and one backward of each block"
+    assert made.chunks == ("by XLA's form: its tokens lie along the mesh's sequence" if along else "by Pallas' kernels")
     gathers = {axes for kind, axes in {(one.kind, one.axes) for one in made.collectives} if kind == "all-gather"}
     assert any("fsdp" in axes for axes in gathers)
     assert any("sequence" in one.axes for one in made.collectives) == ("sequence" in mesh)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from nested_jax.memory.kernels import heads_at_once
 from nested_jax.memory.splash import on_tpu
-from nested_jax.numerics import BATCH, HEADS, mesh_of_four, upcast, varying
+from nested_jax.numerics import BATCH, HEADS, mesh_of_four, upcast, vary, varying
 from nested_jax.remat import LOOP
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -84,6 +84,7 @@ def read(
         state, y = twin(weights, form.level(memories), (tokens, reset))
         return form.of(state), y
 
+    weights = vary(weights, state, tokens)  # the kernel's derivatives vary as they do, and are summed by this cast's
     memories, y = _read(form, of_memories, weights, form.of(state), tokens, reset)
     return form.level(memories), y
 
@@ -351,9 +352,9 @@ def _forward_kernel(form, at, weights, state, wide, gates, reset, y, now, saved:
     given = [
         (_load(weights, head), _load(now, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
     ]  # fmt: skip
-    for head, ((_, before, *_), (after, read)) in enumerate(zip(given, _in_step(form.step, given), strict=True)):
+    for head, (after, read) in enumerate(_in_step(form.step, given)):
         if saved is not None:
-            _store(saved, head, before)
+            _store(saved, head, given[head][1])
         y[:, head * at.width : (head + 1) * at.width] = read.astype(y.dtype)
         _store(now, head, after)
 
