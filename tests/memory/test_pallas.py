@@ -87,7 +87,7 @@ def test_kernels_are_the_same_memory(x64, name):
     assert_close(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("name", ["gated delta, rates to 2", pytest.param("hope", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gated delta, rates to 2"])
 def test_other_derivatives_are_those_of_the_twin(x64, name):
     """Forward mode, forward over reverse, reverse over reverse, and all of it for several streams at once."""
     layer = LAYERS[name]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rare import cases
 
 from nested_jax import numerics, remat
+from nested_jax.memory.pallas import recurrence as pallas
 from nested_jax.memory.recurrence import Gates, MemoryState, chunked, read, tokenwise, write
 from nested_jax.numerics import _masked_inverse, _unit_lower_inverse, clip_rows, solve_unit_lower
 
@@ -77,6 +78,33 @@ def test_chunked_is_tokenwise(x64, number):
     batch = ((), (2,), (2, 3))[number % 3]
     C = (1, 2, 3, 7, 8, 13, 16, 33)[(number ^ number >> 3) % 8]
     slow, fast = both(*problem(rng, batch, C, *rng.integers(1, 6, 2), **options))
+    assert_close(slow, fast, 1e-12)
+
+
+def on_tiles(state, inputs, errors, gates, queries, *, anchor, mask, exact, flipped):
+    """The recurrence by the arithmetic of the kernels, of one map."""
+    write, erase, retain, momentum = (None if gate is None else gate[:, None] for gate in gates)
+    turn = lambda w: w.T if flipped and w is not None else w
+    decay = pallas.decays(retain, momentum, False)
+    memory = pallas.Map(
+        inputs, errors, inputs @ state.weights.T, write, erase, *map(turn, (*state, anchor)), exact=exact, flipped=flipped
+    )
+    (written,) = pallas.write([memory], decay, False)
+    after = MemoryState(turn(written.weights), turn(written.momentum))
+    return after, pallas.read(memory, written, decay, queries, False)
+
+
+@pytest.mark.parametrize("number", cases(range(64), [i for i, each in enumerate(SETS) if each in PAIRED][::3]))
+def test_tiles_are_tokenwise(x64, number):
+    """The kernels' arithmetic, of weights as they are and transposed; every third set has gates of 0 and retention of 1."""
+    options = dict(zip(OPTIONS, SETS[number], strict=True)) | {"slots": False}
+    C = (1, 2, 3, 7, 8, 13, 16, 33)[(number ^ number >> 3) % 8]
+    arrays, keywords, _ = problem(np.random.default_rng(number), (), C, 3, 4, **options)
+    if number % 3 == 0:
+        zeros = jax.tree.map(lambda gate: gate.at[:: 1 + C // 3].set(0.0), arrays[3])
+        arrays[3] = zeros._replace(retain=zeros.retain.at[C // 2].set(1.0))
+    slow = values_and_gradients(tokenwise, arrays, keywords)
+    fast = values_and_gradients(partial(on_tiles, flipped=number % 2 == 1), arrays, keywords)
     assert_close(slow, fast, 1e-12)
 
 
