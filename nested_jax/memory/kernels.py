@@ -30,6 +30,8 @@ def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | 
         return "there is no TPU"
     if tpu and dtype not in (jnp.float32, jnp.bfloat16):
         return f"its tokens are {jnp.dtype(dtype).name}"
+    if layer.checkpoint not in ("none", "full"):
+        return f"checkpoint {layer.checkpoint!r} keeps fewer states than kernels do"
     if devices_along(TOKENS, max(1, T // layer.chunk)) > 1:
         return "its tokens lie along the mesh's sequence"
     around = jax.sharding.get_abstract_mesh()

@@ -150,6 +150,7 @@ def test_bfloat16_tokens_are_read_as_exactly_as_bfloat16_allows(x64, keys):
     [
         (LinearMemory(256, 2, "oja"), "Oja's rule"),
         (LinearMemory(256, 2, "delta", implementation="xla"), "implementation is xla"),
+        (LinearMemory(256, 2, "delta", checkpoint="sqrt"), "checkpoint 'sqrt' keeps fewer states than kernels do"),
         (LinearMemory(256, 2, "delta", chunk=24), "chunk 24 is no multiple of 16"),
         (LinearMemory(96, 2, "delta", chunk=16), None),
         (LinearMemory(144, 3, "delta", chunk=16), None),
