@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import config as settings
 import jax
@@ -57,14 +59,20 @@ def compiled(row: str) -> dict:
         numbers = {"milliseconds": 1e3 * made.seconds["cycles, as the compiler estimates them"], "tokens": tokens}
         numbers |= {"temporaries": made.temporaries, "arguments": made.arguments, "traffic": made.traffic}
     else:
-        numbers = {"kernels": kernels(name, settings.TOPOLOGIES[chip])}
+        with TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            numbers = {"kernels": pool.submit(kernels, name, settings.TOPOLOGIES[chip], folder).result()}
     return numbers | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def kernels(name: str, topology: str) -> dict[str, dict]:
-    """The kernels of a preset's sequence layer, forward and backward: {name: bundles, slots used}."""
-    folder = _dump()
-    layer, before = sequence_layer(preset(name)), set(folder.iterdir())
+def kernels(name: str, topology: str, folder: str) -> dict[str, dict]:
+    """The kernels of a preset's sequence layer, forward and backward: {name: bundles, slots used}.
+
+    Args:
+        folder: an empty one, in which libtpu writes what it compiles: it is told once, when a process loads it.
+    """
+    options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}"
+    layer = sequence_layer(preset(name))
     mesh = make_mesh(MeshShape(data=1), devices_of(topology)[:1])
     place = jax.NamedSharding(mesh, jax.P())
     shaped = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place))
@@ -78,22 +86,13 @@ def kernels(name: str, topology: str) -> dict[str, dict]:
     with jax.set_mesh(mesh):
         jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile()
     found = {}
-    for path in sorted(set(folder.iterdir()) - before):
+    for path in sorted(Path(folder).iterdir()):
         if match := re.match(r"\d+-(chunk_scan|splash)(\w*)\S*-final_hlo-static-per-bundle-utilization", path.name):
             lines = [list(map(int, line.split())) for line in path.read_text().splitlines() if re.match(r"[\d ]+$", line)]
             bundles = [line for line in lines if len(line) == len(SLOTS)][1:]  # the first is how many slots there are
             slots = dict(zip(SLOTS, map(sum, zip(*bundles, strict=True)), strict=True))
             found[match[1] + match[2]] = {"bundles": len(bundles), "slots": slots}
     return found
-
-
-def _dump() -> Path:
-    """The folder to which libtpu writes what it compiles: read once, when it is loaded."""
-    if "NESTED_JAX_DUMP" not in os.environ:
-        os.environ["NESTED_JAX_DUMP"] = folder = tempfile.mkdtemp()
-        options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}"
-    return Path(os.environ["NESTED_JAX_DUMP"])
 
 
 def per_token(name: str, row: dict, tokens: int = ATTENDED) -> float:

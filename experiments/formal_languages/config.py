@@ -27,6 +27,8 @@ class Config(Grid):
     networks: tuple[str, ...] = (
         "hope exact, chunk 16",
         "hope exact, chunk 64",
+        "hope exact without erase, chunk 16",
+        "hope exact with momentum, chunk 16",
         "hope, chunk 16",
         "hope, chunk 64",
         "hope, chunk 1",
