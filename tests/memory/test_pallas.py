@@ -87,6 +87,26 @@ def test_kernels_are_the_same_memory(x64, name):
     assert_close(got, expected, 1e-11)
 
 
+@pytest.mark.parametrize("name", ["delta", pytest.param("hope", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "pieces",
+    [(3, 2 * C, C), *(pytest.param(p, marks=pytest.mark.slow) for p in ((2 * C, C + 3), (C, 1, 2 * C + 2)))],
+    ids=str,
+)
+def test_any_split(x64, name, pieces):
+    """Pieces on the grid by kernels, others by XLA's form, from states of either."""
+    layer = LAYERS[name]
+    weights, x = weights_of(layer, jnp.float64), tokens(sum(pieces), jnp.float64)
+    whole = layer(weights, layer.init_state(weights, 2), x, 0)
+    state, position, outputs = layer.init_state(weights, 2), 0, []
+    for length in pieces:
+        part = x[:, position : position + length]
+        state, y = kernels(layer)(weights, state, part, position)
+        position += length
+        outputs.append(y)
+    assert_close((state, jnp.concatenate(outputs, axis=1)), whole, 1e-11)
+
+
 @pytest.mark.parametrize("name", ["gated delta, rates to 2"])
 def test_other_derivatives_are_those_of_the_twin(x64, name):
     """Forward mode, forward over reverse, reverse over reverse, and all of it for several streams at once."""

@@ -112,6 +112,23 @@ def test_tiles_are_tokenwise(x64, number):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
+    C=st.integers(1, 40),
+    K=st.integers(1, 5),
+    V=st.integers(1, 5),
+    options=st.fixed_dictionaries({k: st.booleans() for k in OPTIONS}),
+    flipped=st.booleans(),
+)
+def test_tiles_are_tokenwise_over_random_shapes(seed, C, K, V, options, flipped):
+    with jax.enable_x64(True):
+        arrays, keywords, _ = problem(np.random.default_rng(seed), (), C, K, V, **options | {"slots": False})
+        slow = values_and_gradients(tokenwise, arrays, keywords)
+        assert_close(slow, values_and_gradients(partial(on_tiles, flipped=flipped), arrays, keywords), 1e-12)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([(), (2,), (2, 3)]),
     C=st.integers(1, 40),
     K=st.integers(1, 5),
