@@ -1,4 +1,5 @@
-"""Configs of the benchmarks; their fields are the flags of run.py, optimizers.py, meta.py and tpu_static.py."""
+"""Configs of the benchmarks; their fields are the flags of run.py, optimizers.py, meta.py, tpu_static.py and
+rounding.py."""
 
 from __future__ import annotations
 
@@ -131,3 +132,22 @@ class Static(Runs):
     def __post_init__(self):
         flags.check(self, "rows")
         flags.check_known(self, "rows", KERNELS)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Read with products of bfloat16, by XLA's form and by kernels, beside float64."""
+
+    width: Count = 64
+    """D, of one head."""
+    chunk: Count = 64
+    """Tokens C of a chunk."""
+    chunks: Count = 4
+    """Chunks of the stream."""
+    seed: flags.Seed = 0
+    """Of weights and tokens."""
+    fresh: bool = False
+    """Replace results of other flags."""
+
+    def __post_init__(self):
+        flags.check(self)
