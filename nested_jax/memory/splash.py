@@ -28,12 +28,20 @@ def fits(shape: tuple[int, ...]) -> bool:
 
 
 def on_tpu() -> bool:
-    """Whether what is traced will run on TPUs: those of JAX's mesh, else those that it puts arrays on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind.startswith("TPU")
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return (default.platform if isinstance(default, jax.Device) else default or jax.default_backend()) == "tpu"
+    """Whether what is traced will run on TPUs."""
+    return tpu_kind() is not None
+
+
+def tpu_kind() -> str | None:
+    """The kind of TPU on which what is traced will run: those of JAX's mesh, else those that it puts arrays on."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        platform = default.platform if isinstance(default, jax.Device) else default or jax.default_backend()
+        if platform != "tpu":
+            return None
+        device = default if isinstance(default, jax.Device) else jax.devices("tpu")[0]
+    return device.device_kind if device.device_kind.startswith("TPU") else None
 
 
 def splash(

@@ -51,7 +51,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
 
 @cache
 def inner_layer(config: ModelConfig) -> SequenceLayer:
-    """The same between MLPs that learn in context: full meta-gradients differentiate it twice, as kernels cannot be."""
+    """The same between MLPs that learn in context: full meta-gradients differentiate it twice, which XLA's form is for."""
     layer = sequence_layer(config)
     if isinstance(layer, Attention | MemoryLayer) and config.cms.meta_gradient == "full":
         return dataclasses.replace(layer, implementation="xla")

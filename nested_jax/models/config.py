@@ -122,7 +122,7 @@ class ModelConfig:
     implementation: Literal["auto", "xla", "pallas"] = "auto"
     """What reads memories' whole chunks and attention's tokens: on TPUs Pallas' kernels where there are (auto), always XLA's
     form (xla), or kernels of memories on any machine, slowly but on TPUs (pallas). Blocks inside full meta-gradients have
-    XLA's."""
+    XLA's, and so must programs that are split by shardings alone, without `jax.set_mesh`."""
     tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -58,11 +58,13 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(equation.outvars[0]) * _size(kernel) // outputs
     if padded and (platforms := params.get("branches_platforms")):
-        here = next((i for i, names in enumerate(platforms) if names is None or "tpu" in names), 0)
+        here = next(i for i, names in enumerate(platforms) if names is None or "tpu" in names)
         return count(params["branches"][here].jaxpr, padded)
     inner = [count(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
+    if name == "pallas_call":
+        return sum(inner) * math.prod(params["grid_mapping"].grid)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from nested_jax.errors import UserError, shown
 from nested_jax.memory.kernels import kernel_of
 from nested_jax.memory.stream import MemoryLayer
-from nested_jax.models.block import sequence_layer
+from nested_jax.models.block import inner_layer, sequence_layer
 from nested_jax.parallel import flops, hbm, hlo
 from nested_jax.parallel.chips import CHIPS, Chip
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
@@ -218,7 +218,10 @@ def _chunks(config: TrainConfig) -> str:
         return ""
     shape = (config.batch_size // config.accumulate, config.window, config.model.width)
     form = kernel_of(layer, shape, jnp.dtype(config.model.dtype))
-    return f"by XLA's form: {form}" if isinstance(form, str) else "by Pallas' kernels"
+    if isinstance(form, str):
+        return f"by XLA's form: {form}"
+    inner = config.model.adapting > 1 and inner_layer(config.model) != layer
+    return "by Pallas' kernels" + ", between MLPs that learn by XLA's form, which is differentiated twice" * inner
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import pytest
 from nested_jax.memory import kernels as choice
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
+from nested_jax.memory.pallas import stream as kernel_stream
+from nested_jax.memory.pallas import tiles
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.parallel.plan import devices_of
@@ -22,8 +26,8 @@ PAPER = Rule("memory", "raw", retention="zero", read="boundary", surprise=jnp.in
 HOPE = dict(momentum=False, rates="own", rule=EXACT)
 
 
-def hope(heads=1, **options):
-    return SelfModifyingTitans(D, heads, 4, chunk=C, **options)
+def hope(heads=1, *, width=D, hidden=4, chunk=C, **options):
+    return SelfModifyingTitans(width, heads, hidden, chunk=chunk, **options)
 
 
 LAYERS = {
@@ -113,6 +117,7 @@ def test_other_derivatives_are_those_of_the_twin(x64, name):
     layer = LAYERS[name]
     weights, x = weights_of(layer, jnp.float64), tokens(2 * C, jnp.float64, batch=1)
     way = jax.random.normal(jax.random.key(3), x.shape, jnp.float64)
+    several = jnp.stack([x, way])
 
     def every(layer):
         def loss(weights, x):
@@ -125,7 +130,9 @@ def test_other_derivatives_are_those_of_the_twin(x64, name):
                 jax.jvp(loss, (weights, x), (weights, way)),
                 jax.jvp(gradient, (weights, x), (weights, way)),
                 jax.grad(lambda weights, x: jnp.vdot(gradient(weights, x)[1], way), (0, 1))(weights, x),
-                jax.vmap(gradient, (None, 0))(weights, jnp.stack([x, way])),
+                jax.vmap(gradient, (None, 0))(weights, several),
+                jax.grad(lambda weights: jnp.sum(jnp.sin(jax.vmap(loss, (None, 0))(weights, several))))(weights),
+                jax.vmap(lambda way: jax.jvp(loss, (weights, x), (weights, way)))(several),
             )
         )
 
@@ -133,12 +140,59 @@ def test_other_derivatives_are_those_of_the_twin(x64, name):
 
 
 def test_products_of_float32_are_in_full():
-    """Within 1e-5 of the form that XLA compiles, tokens of float32; at rates of 2 as well."""
+    """Within 1e-5 of the form that XLA compiles, tokens of float32."""
     for name in ("gated delta, rates to 2", "titans, two heads"):
         layer = LAYERS[name]
         weights, x = weights_of(layer, jnp.float32), tokens(2 * C, jnp.float32)
         got, expected = (result(form)(weights, x, jnp.asarray(0.1)) for form in (kernels(layer), layer))
         assert_close(got, expected, 1e-5)
+
+
+def test_products_on_a_tpu():
+    """A CPU computes all products in full: what a TPU is asked for, in derivatives too."""
+    square = lambda a, b, fast: tiles.dot(a, b, 1, 0, fast).sum()
+    for fast in (False, True):
+        text = str(jax.make_jaxpr(jax.grad(partial(square, fast=fast), (0, 1)))(jnp.ones((2, 3)), jnp.ones((3, 4))))
+        assert text.count("dot_general[") >= 2 and text.count("HIGHEST") == (0 if fast else 2 * text.count("dot_general["))
+        assert ("bf16[3,4]" in text) == fast
+
+
+@pytest.mark.slow
+def test_heads_of_several_programs(x64, monkeypatch):
+    """Each reads its own head's tokens, weights and states."""
+    monkeypatch.setattr(kernel_stream, "heads_at_once", lambda *_: 1)
+    layer = LAYERS["hope, two heads"]
+    weights, x = weights_of(layer, jnp.float64), tokens(2 * C, jnp.float64)
+    reset = jnp.zeros(x.shape[:2], bool).at[1, C].set(True)
+    got, expected = (result(form, reset)(weights, x, jnp.asarray(0.1)) for form in (kernels(layer), layer))
+    assert_close(got, expected, 1e-11)
+
+
+@pytest.mark.parametrize(("strength", "turns", "bound"), [(1.0, False, 5e-4), (2.0, True, 5e-2)])
+def test_inverses_of_bfloat16_products(strength, turns, bound):
+    """Of keys that are equal, nearly so, and random, kept for long: the systems of a chunk of 128."""
+    rng, (i, j) = np.random.default_rng(0), np.indices((128, 128))
+    for spread, keep in itertools.product((0.0, 0.05, 10.0), (0.99, 1.0)):
+        keys = 1 + spread * rng.normal(size=(128, 32))
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+        lower = np.where(i > j, strength * (1 + keep) / 2 * keep ** np.maximum(i - 1.0 - j, 0) * (keys @ keys.T), 0)
+        (found,) = tiles.inverses([jnp.asarray(lower, jnp.float32)], [turns], True)
+        assert np.abs(found - np.linalg.inv(np.eye(128) + lower)).max() < bound, (spread, keep)
+
+
+@pytest.mark.slow
+def test_a_repeated_key_does_not_grow_at_rates_of_2():
+    """Rounded keys are longer than 1: with their own length what is held stays as large."""
+    layer = kernels(LinearMemory(32, 1, "delta", chunk=64, max_rate=2.0))
+    read = jax.jit(lambda weights, state, x: layer(weights, state, x, 0)[0])
+    for seed in range(3):
+        weights = layer.init_weights(jax.random.key(seed)) | {"gates_bias": jnp.full(1, 30.0)}
+        x = jnp.asarray(np.random.default_rng(seed).normal(size=(1, 1, 32)).repeat(1024, axis=1), jnp.bfloat16)
+        state, largest = layer.init_state(weights, 1), []
+        for _ in range(8):
+            state = read(weights, state, x)
+            largest.append(float(jnp.abs(state.memory.weights).max()))
+        assert max(largest) < 2 * max(largest[:2]) + 1, seed
 
 
 def errors(layer, weights, x, expected):
@@ -172,6 +226,10 @@ def test_bfloat16_tokens_are_read_as_exactly_as_bfloat16_allows(x64, keys):
         (LinearMemory(256, 2, "delta", implementation="xla"), "implementation is xla"),
         (LinearMemory(256, 2, "delta", checkpoint="sqrt"), "checkpoint 'sqrt' keeps fewer states than kernels do"),
         (LinearMemory(256, 2, "delta", chunk=24), "chunk 24 is no multiple of 16"),
+        (LinearMemory(256, 2, "delta", chunk=128), "64 tokens are no chunk of 128"),
+        (LinearMemory(12, 3, "delta", chunk=16), "heads of 4 are narrower than 8"),
+        (hope(25, width=1600, hidden=64, chunk=16), "25 heads of 64 together would fill lanes: too many"),
+        (hope(2, width=256, hidden=1024, chunk=16), "its states and chunks need"),
         (LinearMemory(96, 2, "delta", chunk=16), None),
         (LinearMemory(144, 3, "delta", chunk=16), None),
         (hope(projection_chunk=2 * C), "projection_chunk 16 is not chunk 8"),
@@ -181,10 +239,14 @@ def test_bfloat16_tokens_are_read_as_exactly_as_bfloat16_allows(x64, keys):
     ids=str,
 )
 def test_what_reads_a_layer_on_a_tpu(monkeypatch, layer, why):
-    monkeypatch.setattr(choice, "on_tpu", lambda: True)
+    monkeypatch.setattr(choice, "tpu_kind", lambda: "TPU v5 lite")
     form = choice.kernel_of(layer, (2, 64, layer.width), jnp.bfloat16)
     assert why in form if why else not isinstance(form, str), form
     assert "float64" in choice.kernel_of(LAYERS["hope"], (2, 64, D), jnp.float64)
+    monkeypatch.setattr(choice, "tpu_kind", lambda: "TPU v4")
+    assert (
+        choice.kernel_of(LinearMemory(256, 2, chunk=16), (2, 64, 256), jnp.bfloat16) == "a TPU v4 has too little fast memory"
+    )
 
 
 def test_without_a_tpu_xla_reads():
@@ -207,11 +269,12 @@ def test_kernels_are_compiled_for_tpus_inside_shard_map():
     mesh = jax.sharding.Mesh(np.array(devices_of("v5e:2x2")[:2]), ("rows",))
     rows, weights = jax.P("rows"), jax.eval_shape(layer.init_weights, jax.random.key(0))
 
-    def loss(weights, x):
-        return jnp.square(layer(weights, layer.init_state(weights, len(x)), x, 0)[1].astype(jnp.float32)).sum()
+    def loss(weights, x, reset):
+        _, y = layer(weights, layer.init_state(weights, len(x)), x, 0, reset=reset)
+        return jnp.square(y.astype(jnp.float32)).sum()
 
-    step = jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=(jax.P(), rows), out_specs=(jax.P(), rows))
-    x = jax.ShapeDtypeStruct((2, 128, 256), jnp.bfloat16)
+    step = jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=(jax.P(), rows, rows), out_specs=(jax.P(), rows))
+    x, reset = jax.ShapeDtypeStruct((2, 128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((2, 128), bool)
     with jax.set_mesh(mesh):
-        text = jax.jit(step).lower(weights, x).compile().as_text()
+        text = jax.jit(step).lower(weights, x, reset).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2

@@ -53,6 +53,7 @@ def test_every_device_of_a_mesh_has_its_rows_and_heads(x64, name):
         rows = jax.NamedSharding(mesh, jax.P(("fsdp", "data")))
         program = jax.jit(result(layer), in_shardings=(jax.NamedSharding(mesh, jax.P()), rows, rows))
         assert not isinstance(kernel_of(layer, (B, T, D), jnp.float64), str)
+        assert "pallas_call" in str(jax.make_jaxpr(result(layer))(*arguments)).partition("shard_map")[2]
         got = program(*arguments)
     assert_close(got, expected)
 

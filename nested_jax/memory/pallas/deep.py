@@ -5,7 +5,7 @@ Tiles of M memories: first layers as one, W_2 (MF, K); second ones apart, W_1^T 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from nested_jax.memory.pallas.tiles import dot
 from nested_jax.memory.recurrence import MemoryState
 from nested_jax.numerics import EPSILON
 from nested_jax.typing import Array, Float, PyTree
+
+if TYPE_CHECKING:
+    from nested_jax.memory.self_modifying import SelfModifyingTitans
+    from nested_jax.memory.titans import Titans
 
 
 class Layers(NamedTuple):
@@ -69,7 +73,7 @@ def normalise(x: Float[Array, "C K"], targets: str) -> Float[Array, "C K"]:
 def forward(weights: Layers, z: Float[Array, "C K"], fast: bool) -> tuple[Array, list[Array], list[Array]]:
     """W_2 z of all memories, silu(W_2 z) and W_1 silu(W_2 z) of each."""
     before, M = dot(z, weights.first, 1, 1, fast), len(weights.second)
-    hidden = before * jax.nn.sigmoid(before)
+    hidden = tiles.rounded(before * jax.nn.sigmoid(before), fast)
     each = [part(hidden, m, M) for m in range(M)]
     return before, each, [dot(h, w, 1, 0, fast) for h, w in zip(each, weights.second, strict=True)]
 
@@ -200,6 +204,11 @@ def memories_of(state: Fast) -> xla.Deep:
 
     momentum = (None, None) if state.momentum is None else untiled(state.momentum)
     return xla.Deep(*map(MemoryState, untiled(state.weights), momentum))
+
+
+def bytes_of(layer: SelfModifyingTitans | Titans, memories: int) -> int:
+    """Of a head's fast state."""
+    return 8 * memories * layer.hidden * layer.width // layer.heads * (2 if layer.momentum else 1)
 
 
 LEVEL = (lambda state: state.running), (lambda memories: xla.LevelState(memories, None, jnp.zeros((), jnp.int32)))

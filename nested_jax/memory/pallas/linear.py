@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from nested_jax.memory.pallas.recurrence import Map, decays, read, write
 from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
-from nested_jax.memory.pallas.tiles import column, dot, square
+from nested_jax.memory.pallas.tiles import column, dot, rounded, square
 from nested_jax.memory.recurrence import MemoryState
+from nested_jax.numerics import upcast
 
 if TYPE_CHECKING:
     from nested_jax.memory.linear import LinearMemory
@@ -21,7 +22,7 @@ def form_of(layer: LinearMemory, dtype) -> Form:
     fast = dtype == jnp.bfloat16
 
     def step(_, weights, wide, gates):
-        q, k, v = wide
+        q, k, v = wide[0], rounded(wide[1], fast), wide[2]
         write_rate, erase, retain = (column(gates[i : i + 1]) for i in range(3))
         no_erase = layer.rule == "linear"
         if not no_erase:  # a key of bfloat16 may be longer than 1, and rates near 2 would make what it holds grow
@@ -38,6 +39,7 @@ def form_of(layer: LinearMemory, dtype) -> Form:
         q, k, v, *gates = tokens
         v = layer.normalised(v)
         wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
-        return Tiled(weights["start"], memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
+        return Tiled(upcast(weights["start"]), memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
 
-    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads)
+    size = 4 * (layer.width // layer.heads) ** 2
+    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads, 1, size)

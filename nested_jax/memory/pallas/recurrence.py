@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, later, row_of, solve
+from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, later, row, row_of, solve
 from nested_jax.typing import Array, Float
 
 Column = Float[Array, "C 1"]
@@ -87,69 +87,64 @@ class Written(NamedTuple):
     erased: Float[Array, "C V"] | None
 
 
-def write(maps: list[Map], decay: Decays, fast: bool) -> list[Written]:
+def write(maps: list[Map], decays: Decays, fast: bool) -> list[Written]:
     """The maps after a chunk, in step: see `nested_jax.memory.recurrence.write`."""
-    lowers, rights, turning, alone = [], [], [], decay.momentum is None
+    lowers, rights, turning, alone = [], [], [], decays.momentum is None
     for each in maps:
         if each.erase is None and not each.exact:
             continue
-        parts = [(decay.retained_before, strength) for strength in _strengths(each, alone)]
-        if each.exact and not alone:
-            parts.append((decay.carried_before, each.push))
-        grams = [before * dot(each.inputs, strength * each.inputs, 1, 1, fast) for before, strength in parts]
-        overlap = decay.carried_before * dot(each.inputs, each.inputs, 1, 1, fast)
-        right = decay.retention_before * each.held - dot(overlap, each.push * each.errors, 1, 0, fast)
+        gram = dot(each.inputs, each.inputs, 1, 1, fast)
+        overlap, lower = decays.carried_before * gram, 0.0
+        if each.erase is not None:
+            lower += decays.retained_before * gram * row(each.erase + each.push if each.exact and alone else each.erase)
+        if each.exact and (each.erase is None or not alone):
+            lower += overlap * row(each.push)
+        right = decays.retention_before * each.held - dot(overlap, each.push * each.errors, 1, 0, fast)
         if each.anchor is not None:
-            right += (1 - decay.retention_before) * each.at(each.anchor, each.inputs, fast)
-        if each.momentum is not None and decay.momentum is not None:
-            right += decay.momentum.inertia_before * each.at(each.momentum, each.inputs, fast)
-        lowers.append(sum(grams[1:], grams[0]))
+            right += (1 - decays.retention_before) * each.at(each.anchor, each.inputs, fast)
+        if each.momentum is not None and decays.momentum is not None:
+            right += decays.momentum.inertia_before * each.at(each.momentum, each.inputs, fast)
+        lowers.append(lower)
         rights.append(right)
         turning.append(each.turns)
     solved = iter(solve(lowers, rights, turning, fast) if lowers else [])
-    return [_finish(each, solved, decay, fast) for each in maps]
+    return [_finish(each, solved, decays, fast) for each in maps]
 
 
-def _strengths(each: Map, alone: bool) -> list[Column]:
-    """By what the triangular system's retained part is multiplied: what is erased, and exact errors without momentum."""
-    some = [each.erase] * (each.erase is not None) + [each.push] * (each.exact and alone)
-    return [sum(some[1:], some[0])] if some else []  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
-
-
-def _finish(each: Map, solved: Iterator[Array], decay: Decays, fast: bool) -> Written:
+def _finish(each: Map, solved: Iterator[Array], decays: Decays, fast: bool) -> Written:
     written, erased = each.push * each.errors, None
     if each.erase is not None or each.exact:
         held = next(solved)
         written = written + each.push * held if each.exact else written
         erased = None if each.erase is None else each.erase * held
-    if decay.momentum is None and erased is not None:
+    if decays.momentum is None and erased is not None:
         written, erased = written + erased, None
-    change = decay.carried_last * written
+    change = decays.carried_last * written
     if erased is not None:
-        change += decay.retained_last * erased
-    weights = decay.retention_last * each.weights - each.outer(change, fast)
+        change += decays.retained_last * erased
+    weights = decays.retention_last * each.weights - each.outer(change, fast)
     if each.anchor is not None:
-        weights += (1 - decay.retention_last) * each.anchor
-    if each.momentum is None or decay.momentum is None:
+        weights += (1 - decays.retention_last) * each.anchor
+    if each.momentum is None or decays.momentum is None:
         return Written(weights, None, written, erased)
-    weights += decay.momentum.inertia_last * each.momentum
-    momentum = decay.momentum.coasting * each.momentum - each.outer(decay.momentum.last * written, fast)
+    weights += decays.momentum.inertia_last * each.momentum
+    momentum = decays.momentum.coasting * each.momentum - each.outer(decays.momentum.last * written, fast)
     return Written(weights, momentum, written, erased)
 
 
 def read(
-    each: Map, chunk: Written, decay: Decays, queries: Float[Array, "C K"], fast: bool, *, before: bool = False
+    each: Map, chunk: Written, decays: Decays, queries: Float[Array, "C K"], fast: bool, *, before: bool = False
 ) -> Float[Array, "C V"]:
     """Reads at every token: see `nested_jax.memory.recurrence.read`."""
-    retained, carried, retention = decay.retained, decay.carried, decay.retention
+    retained, carried, retention = decays.retained, decays.carried, decays.retention
     if before:
-        retained, carried, retention = decay.retained_before, decay.carried_before, decay.retention_before
+        retained, carried, retention = decays.retained_before, decays.carried_before, decays.retention_before
     overlap = dot(queries, each.inputs, 1, 1, fast)
     outputs = retention * each.at(each.weights, queries, fast) - dot(carried * overlap, chunk.written, 1, 0, fast)
     if each.anchor is not None:
         outputs += (1 - retention) * each.at(each.anchor, queries, fast)
-    if each.momentum is not None and decay.momentum is not None:
-        inertia = decay.momentum.inertia_before if before else decay.momentum.inertia
+    if each.momentum is not None and decays.momentum is not None:
+        inertia = decays.momentum.inertia_before if before else decays.momentum.inertia
         outputs += inertia * each.at(each.momentum, queries, fast)
     if chunk.erased is not None:
         outputs -= dot(retained * overlap, chunk.erased, 1, 0, fast)

@@ -13,6 +13,7 @@ from nested_jax.memory.pallas.deep import (
     Fast,
     Layers,
     Strengths,
+    bytes_of,
     fast_of,
     forward,
     layers_of,
@@ -22,7 +23,8 @@ from nested_jax.memory.pallas.deep import (
     unit,
 )
 from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
-from nested_jax.memory.pallas.tiles import column, dot
+from nested_jax.memory.pallas.tiles import column, dot, rounded
+from nested_jax.numerics import upcast
 from nested_jax.typing import Array, Float, PyTree
 
 if TYPE_CHECKING:
@@ -41,12 +43,12 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
     """How a kernel reads the layer's memories of tokens of a type: products of bfloat16 tokens are of bfloat16."""
     names, fast = layer.memories, dtype == jnp.bfloat16
     made_of = {name: m for m, name in enumerate(names[:-1])}
+    M = len(names)
     fixed = [name for name in ("queries", "keys", "values") if name not in made_of]
 
     def step(weights: Weights, state: Fast, wide, gates):
         x, *rest = wide
         given = dict(zip(fixed, rest, strict=True))
-        M = len(names)
         made = {}
         if M > 1:
             size = weights.start.first.shape[0] // M
@@ -54,6 +56,7 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
             _, _, second = forward(some, x, fast)
             made = {name: x + second[m] for name, m in made_of.items()}
         keys, queries = (unit(made[name]) if name in made else given[name] for name in ("keys", "queries"))
+        keys = rounded(keys, fast)
         values = normalise(made["values"], layer.targets) if "values" in made else given["values"]
         logits = lambda name: dot(made.get(name, x), weights.gates, 1, 1, fast) + weights.biases
         sigmoid, R = jax.nn.sigmoid, weights.gates.shape[0]
@@ -76,6 +79,7 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
         return Fast(weights.start, zeros)
 
     def lay(weights: PyTree, running: xla.Deep, tokens) -> Tiled:
+        weights = upcast(weights)
         x, given, theta = tokens  # x was upcast from the tokens' type
         B, T, H, K = x.shape
         rate = weights["rate"].reshape(H, -1, K)
@@ -89,4 +93,4 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
             None if theta is None else rows_of([theta], layer.chunk),
         )
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, len(names) + 1, layer.hidden, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, M + 1, bytes_of(layer, M), layer.hidden, *LEVEL)

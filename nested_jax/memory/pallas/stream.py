@@ -16,16 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
-from nested_jax.memory.kernels import heads_at_once
+from nested_jax.memory.kernels import VMEM, heads_at_once
 from nested_jax.memory.splash import on_tpu
 from nested_jax.numerics import BATCH, HEADS, mesh_of_four, upcast, vary, varying
 from nested_jax.remat import LOOP
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
-
-_VMEM = 48 * 2**20
 
 
 class Tiled(NamedTuple):
@@ -43,8 +41,8 @@ class Form(NamedTuple):
 
     step: one head's chunk on tiles, (weights, state, wide, gates) -> (state, y (C, K)). start: weights -> the state of a new
     document, on tiles. lay: (weights, memories, tokens) of the layer -> `Tiled`. take: tiles after -> the layer's memories.
-    chunk: C. maps: linear maps of a head. hidden: units of a deep memory. of, level: a level's state between chunks -> its
-    memories, and back.
+    chunk: C. maps, bytes: linear maps of a head, and its state's. hidden: units of a deep memory. of, level: a level's state
+    between chunks -> its memories, and back.
     """
 
     step: Callable
@@ -53,7 +51,8 @@ class Form(NamedTuple):
     take: Callable[[PyTree], PyTree]
     chunk: int
     heads: int
-    maps: int = 1
+    maps: int
+    bytes: int
     hidden: int | None = None
     of: Callable[[PyTree], PyTree] = lambda state: state
     level: Callable[[PyTree], PyTree] = lambda memories: memories
@@ -145,6 +144,14 @@ _linear_p.def_abstract_eval(lambda *_, types, **__: types)
 mlir.register_lowering(_linear_p, mlir.lower_fun(lambda *args, forward, **_: forward(*args), multiple_results=True))
 
 
+def _batched(arguments, axes, *, forward, transposed, kept, types):
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    arguments = [batching.bdim_at_front(x, axis, size) for x, axis in zip(arguments, axes, strict=True)]
+    more = tuple(one.update(shape=(size, *one.shape)) for one in types)
+    several = {"forward": lambda *args: jax.vmap(forward)(*args), "transposed": jax.vmap(transposed)}
+    return _linear_p.bind(*arguments, **several, kept=kept, types=more), [0] * len(types)
+
+
 def _jvp(primals, tangents, *, forward, **_):
     tangents = [ad.instantiate_zeros(t) if isinstance(t, ad.Zero) else t for t in tangents]  # float0 of what is no float
     return jax.jvp(forward, tuple(primals), tuple(tangents))
@@ -155,6 +162,7 @@ def _transpose(cotangents, *args, transposed, kept, **_):
     return [None] * kept + list(transposed(args[:kept], cotangents))
 
 
+batching.primitive_batchers[_linear_p] = _batched
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
 
@@ -197,9 +205,9 @@ def _on_mesh(call: Callable, inputs: PyTree, outputs: PyTree) -> Callable:
     return call if mesh_of_four() is None else jax.shard_map(call, in_specs=inputs, out_specs=outputs, check_vma=on_tpu())
 
 
-def _restarts(form: Form, reset: Bool[Array, "B T"] | None) -> Int[Array, "B N"] | None:
+def _restarts(form: Form, reset: Bool[Array, "B T"] | None) -> Int[Array, "B N 1 1"] | None:
     """1 where the state restarts before a chunk."""
-    return None if reset is None else reset[:, :: form.chunk].astype(jnp.int32)
+    return None if reset is None else reset[:, :: form.chunk, None, None].astype(jnp.int32)
 
 
 class _Blocks(NamedTuple):
@@ -238,13 +246,13 @@ def _blocks(form: Form, given: Tiled, backwards: bool = False) -> _Blocks:
         saved=spec((None, heads, None), lambda b, h, n: (b, h, at(n)), 3),
         wide=pl.BlockSpec((None, C, heads * K), lambda b, h, n: (b, at(n), h)),
         gates=spec((None, heads, None), lambda b, h, n: (b, h, at(n)), 3),
-        reset=pl.BlockSpec(memory_space=pltpu.SMEM),
+        reset=pl.BlockSpec((None, None, 1, 1), lambda b, h, n: (b, at(n), 0, 0), memory_space=pltpu.SMEM),
     )  # fmt: skip
 
 
 def _options(name: str) -> dict[str, Any]:
     semantics = ("parallel", "parallel", "arbitrary")
-    compiler = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM)
+    compiler = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
     return {"compiler_params": compiler, "interpret": not on_tpu(), "name": name}
 
 
@@ -260,7 +268,7 @@ def _call(form: Form, save: bool, given: Tiled, reset):
     every = partial(jax.tree.map, lambda x: _shape((*x.shape[:2], N, *x.shape[2:]), x.dtype, given))
     wide = given.wide[0]
     shapes, specs = (
-        [_shape(wide.shape, jnp.promote_types(wide.dtype, jnp.float32), given), like(given.state)],
+        [_shape(wide.shape, jnp.result_type(jnp.float32, *jax.tree.leaves(given)), given), like(given.state)],
         [at.wide, at.state(given.state)],
     )
     if save:
@@ -313,7 +321,7 @@ def _vectors(refs: list, head: int, width: int) -> list[Array]:
 
 
 def _in_step(function: Callable, arguments: list[tuple]) -> list[Any]:
-    """The function of each head's arguments, an operation of all heads after the other: one's hides the others' latency."""
+    """The function of each head's arguments. Each operation is written down for all heads before the next: none waits."""
     traced, out = jax.make_jaxpr(function, return_shape=True)(*arguments[0])
     heads = _bind(traced.jaxpr, traced.consts, list(map(jax.tree.leaves, arguments)))
     return [jax.tree.unflatten(jax.tree.structure(out), leaves) for leaves in heads]
@@ -323,7 +331,8 @@ def _bind(jaxpr: Any, constants: list, arguments: list[list]) -> list[list]:
     known = [dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *leaves), strict=True)) for leaves in arguments]
     value = lambda at, atom: atom.val if isinstance(atom, Literal) else at[atom]
     for equation in jaxpr.eqns:
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))  # of jit, or a function with a rule
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        assert inner is None or equation.primitive.name in ("jit", "custom_vjp_call", "custom_jvp_call"), equation.primitive
         given = [[value(at, atom) for atom in equation.invars] for at in known]
         if inner is not None:
             results = _bind(inner.jaxpr, inner.consts, given)
@@ -340,11 +349,11 @@ def _forward_kernel(form, at, weights, state, wide, gates, reset, y, now, saved:
 
     @pl.when(n == 0)
     def _():
-        jax.tree.map(lambda to, at: to.__setitem__(..., at[...]), now, state)
+        jax.tree.map(lambda to, ref: to.__setitem__(..., ref[...]), now, state)
 
     if reset is not None:
 
-        @pl.when(reset[pl.program_id(0), n] == 1)
+        @pl.when(reset[0, 0] == 1)
         def _():
             for head in heads:
                 _store(now, head, form.start(_load(weights, head)))
@@ -364,7 +373,7 @@ def _backward_kernel(form, at, weights, saved, wide, gates, reset, y, after, to_
 
     @pl.when(n == 0)
     def _():
-        jax.tree.map(lambda to, at: to.__setitem__(..., at[...]), to_state, after)
+        jax.tree.map(lambda to, ref: to.__setitem__(..., ref[...]), to_state, after)
         jax.tree.map(lambda to: to.__setitem__(..., jnp.zeros(to.shape, to.dtype)), to_weights)
 
     def pull(given, cotangents):
@@ -382,7 +391,7 @@ def _backward_kernel(form, at, weights, saved, wide, gates, reset, y, after, to_
         _store(to_state, head, of_state)
     if reset is not None:
 
-        @pl.when(reset[pl.program_id(0), pl.num_programs(2) - 1 - n] == 1)
+        @pl.when(reset[0, 0] == 1)
         def _():
             for head in heads:
                 (more,) = jax.vjp(form.start, _load(weights, head))[1](_load(to_state, head))

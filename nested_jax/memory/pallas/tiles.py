@@ -93,6 +93,17 @@ def column_of(x: Float[Array, "C N"], at: int) -> Float[Array, "C 1"]:
     return jnp.sum(jnp.where(i == at, x, 0.0), axis=1, keepdims=True)
 
 
+def rounded(x: Float[Array, "C K"], fast: bool) -> Float[Array, "C K"]:
+    """x as fast products see it; its derivative is not rounded."""
+    return x + jax.lax.stop_gradient(x.astype(jnp.bfloat16).astype(x.dtype) - x) if fast else x
+
+
+def row(column: Float[Array, "C 1"]) -> Float[Array, "1 C"]:
+    """A column as a row."""
+    i, j = numbers(column.shape[0])
+    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0, keepdims=True)
+
+
 def square(x: Float[Array, "C K"]) -> Float[Array, "C 1"]:
     """|x|^2 of every row."""
     return jnp.sum(x * x, axis=1, keepdims=True)

@@ -13,6 +13,7 @@ from nested_jax.memory.pallas.deep import (
     Fast,
     Layers,
     Strengths,
+    bytes_of,
     fast_of,
     forward,
     layers_of,
@@ -21,7 +22,8 @@ from nested_jax.memory.pallas.deep import (
     unit,
 )
 from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
-from nested_jax.memory.pallas.tiles import column
+from nested_jax.memory.pallas.tiles import column, rounded
+from nested_jax.numerics import upcast
 
 if TYPE_CHECKING:
     from nested_jax.memory.titans import Titans
@@ -32,7 +34,7 @@ def form_of(layer: Titans, dtype) -> Form:
     fast = dtype == jnp.bfloat16
 
     def step(weights: Layers, state: Fast, wide, gates):
-        q, k, v = wide
+        q, k, v = wide[0], rounded(wide[1], fast), wide[2]
         rate, retain, *momentum = (column(gates[i : i + 1]) for i in range(gates.shape[0]))
         rate = layer.largest_rate * rate
         strengths = Strengths(rate, [rate], retain, momentum[0] if layer.momentum else None)
@@ -45,6 +47,6 @@ def form_of(layer: Titans, dtype) -> Form:
     def lay(weights, memories, tokens) -> Tiled:
         q, k, v, *gates = tokens
         wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
-        return Tiled(layers_of(xla.Deep(**weights["start"])), fast_of(memories), wide, rows_of(gates, layer.chunk))
+        return Tiled(layers_of(xla.Deep(**upcast(weights["start"]))), fast_of(memories), wide, rows_of(gates, layer.chunk))
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, 2, layer.hidden, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, 2, bytes_of(layer, 1), layer.hidden, *LEVEL)
