@@ -27,10 +27,9 @@ def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | 
     """How kernels read the layer's whole chunks of tokens (B, T, D) of a type, or why XLA compiles them, in words."""
     B, T, _ = shape
     H, K = layer.heads, layer.width // layer.heads
-    mesh, kind = mesh_of_four(), tpu_kind()
     if layer.implementation == "xla":
         return "implementation is xla"
-    if layer.implementation == "auto" and kind is None:
+    if (kind := tpu_kind()) is None and layer.implementation == "auto":
         return "there is no TPU"
     if is_symbolic_dim(B) or is_symbolic_dim(T):
         return "its sizes are symbols"
@@ -40,7 +39,7 @@ def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | 
         return f"checkpoint {layer.checkpoint!r} keeps fewer states than kernels do"
     if devices_along(TOKENS, max(1, T // layer.chunk)) > 1:
         return "its tokens lie along the mesh's sequence"
-    around = jax.sharding.get_abstract_mesh()
+    mesh, around = mesh_of_four(), jax.sharding.get_abstract_mesh()
     if mesh is None and not around.empty and not (kind and set(around.manual_axes) == set(around.axis_names)):
         return "the mesh around is neither one of nested_jax.parallel nor a TPU's in jax.shard_map"
     if mesh is not None and not mesh_divides((B, H), BATCH, HEADS):
