@@ -65,6 +65,18 @@ def mesh_of_four() -> AbstractMesh | None:
     return mesh if {*BATCH, TOKENS, HEADS} <= {*mesh.auto_axes} else None
 
 
+def tpu_kind() -> str | None:
+    """The kind of TPU on which what is traced will run: those of JAX's mesh, else those that it puts arrays on."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        platform = default.platform if isinstance(default, jax.Device) else default or jax.default_backend()
+        if platform != "tpu":
+            return None
+        device = default if isinstance(default, jax.Device) else jax.devices("tpu")[0]
+    return device.device_kind if device.device_kind.startswith("TPU") else None
+
+
 def devices_along(axis: str, pieces: int) -> int:
     """Devices along an axis of the mesh of `jax.set_mesh` that share so many pieces; 1 where they do not divide them."""
     if (mesh := mesh_of_four()) is None:

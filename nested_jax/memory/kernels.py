@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from nested_jax.memory.splash import tpu_kind
-from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, mesh_divides, mesh_of_four
+from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, mesh_divides, mesh_of_four, tpu_kind
 
 if TYPE_CHECKING:
     from nested_jax.memory.pallas.stream import Form

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nested_jax.memory.passing import read_spread
-from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_divides, mesh_of_four
+from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_divides, mesh_of_four, tpu_kind
 from nested_jax.typing import Array, Float, Int
 
 _BLOCKS = (512, 256, 128)  # queries, or keys, at a time: the largest that divides a device's part of a group, or T
@@ -30,18 +30,6 @@ def fits(shape: tuple[int, ...]) -> bool:
 def on_tpu() -> bool:
     """Whether what is traced will run on TPUs."""
     return tpu_kind() is not None
-
-
-def tpu_kind() -> str | None:
-    """The kind of TPU on which what is traced will run: those of JAX's mesh, else those that it puts arrays on."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-        platform = default.platform if isinstance(default, jax.Device) else default or jax.default_backend()
-        if platform != "tpu":
-            return None
-        device = default if isinstance(default, jax.Device) else jax.devices("tpu")[0]
-    return device.device_kind if device.device_kind.startswith("TPU") else None
 
 
 def splash(

@@ -27,7 +27,7 @@ from nested_jax.level import Level, run
 from nested_jax.memory.kernels import kernel_of
 from nested_jax.memory.layer import LayerState
 from nested_jax.memory.passing import read_passing
-from nested_jax.numerics import TOKENS, devices_along, rms_norm, shifted, vary
+from nested_jax.numerics import TOKENS, devices_along, rms_norm, shifted, tpu_kind, vary
 from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
@@ -124,7 +124,9 @@ class MemoryLayer(abc.ABC):
         check_call(name, (LayerState, self.memory_state), weights, state, position)
         check_tokens(name, (state.recent.shape[0], self.width), x, reset)
         state = vary(state, x, weights, reset, rank=1)
-        level, form = self.level(weights, x.shape[0]), kernel_of(self, x.shape, x.dtype)
+        level, form = self.level(weights, x.shape[0]), None
+        if self.implementation == "pallas" or (self.implementation == "auto" and tpu_kind()):
+            form = kernel_of(self, x.shape, x.dtype)
         check_documents(name, level.period * level.tokens, position, reset)
         recent, x = convolve(weights["taps"], state.recent, x, reset)
         tokens = self.project(weights, x)

@@ -20,8 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
 from nested_jax.memory.kernels import VMEM, heads_at_once
-from nested_jax.memory.splash import on_tpu
-from nested_jax.numerics import BATCH, HEADS, mesh_of_four, upcast, vary, varying
+from nested_jax.numerics import BATCH, HEADS, mesh_of_four, tpu_kind, upcast, vary, varying
 from nested_jax.remat import LOOP
 from nested_jax.typing import Array, Bool, Float, Int, PyTree
 
@@ -202,7 +201,11 @@ def _on_mesh(call: Callable, inputs: PyTree, outputs: PyTree) -> Callable:
 
     JAX's check of what is the same on all devices is left out of interpreted kernels, which do not pass it.
     """
-    return call if mesh_of_four() is None else jax.shard_map(call, in_specs=inputs, out_specs=outputs, check_vma=on_tpu())
+    return (
+        call
+        if mesh_of_four() is None
+        else jax.shard_map(call, in_specs=inputs, out_specs=outputs, check_vma=tpu_kind() is not None)
+    )
 
 
 def _restarts(form: Form, reset: Bool[Array, "B T"] | None) -> Int[Array, "B N 1 1"] | None:
@@ -253,7 +256,7 @@ def _blocks(form: Form, given: Tiled, backwards: bool = False) -> _Blocks:
 def _options(name: str) -> dict[str, Any]:
     semantics = ("parallel", "parallel", "arbitrary")
     compiler = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
-    return {"compiler_params": compiler, "interpret": not on_tpu(), "name": name}
+    return {"compiler_params": compiler, "interpret": tpu_kind() is None, "name": name}
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, *like: PyTree) -> jax.ShapeDtypeStruct:
