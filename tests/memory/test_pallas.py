@@ -204,8 +204,8 @@ def errors(layer, weights, x, expected):
 
 
 @pytest.mark.parametrize("keys", ["random", "equal", "nearly equal"])
-def test_bfloat16_tokens_are_read_as_exactly_as_bfloat16_allows(x64, keys):
-    """By products of bfloat16, at erase strengths of 1, also where a chunk's keys are equal, and its system worst."""
+def test_bfloat16_tokens_are_read_within_five_per_cent(x64, keys):
+    """Outputs and states at erase strengths of 1, also where a chunk's keys are equal, and its system worst."""
     layer = LinearMemory(32, 1, "gated-delta", chunk=64)
     weights = layer.init_weights(jax.random.key(0))
     weights = weights | {"gates_bias": jnp.array([8.0, 9.0])}
