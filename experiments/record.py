@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -190,21 +190,25 @@ def each_once(
         if not config.report and not rows_of(results, **one):
             kinds.setdefault(kind(one), []).append(one)
     calls = [group[i : i + config.lanes] for group in kinds.values() for i in range(0, len(group), config.lanes)]
+    waiting, running, failed = iter(calls), {}, None
     with ProcessPoolExecutor(config.jobs, get_context("spawn"), _end_with_parent) as pool:
-        started, failed = {pool.submit(_call, run, one): one for one in calls}, None
-        for done in as_completed(started):
-            if done.cancelled() or (error := done.exception()):
-                failed = failed or error
-                for other in started:
-                    other.cancel()
-                continue
-            for one, row in zip(started[done], done.result(), strict=True):
-                results["runs"].append(json.loads(json.dumps(strict(one | row))))
-                print(
-                    {key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms", "scores")},
-                    flush=True,
-                )
-            save(path, results)
+        while True:
+            while not failed and len(running) < config.jobs and (group := next(waiting, None)):
+                running[pool.submit(_call, run, group)] = group
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                group = running.pop(done)
+                if error := done.exception():
+                    failed = failed or error
+                    continue
+                for one, row in zip(group, done.result(), strict=True):
+                    results["runs"].append(json.loads(json.dumps(strict(one | row))))
+                    print(
+                        {key: value for key, value in results["runs"][-1].items() if key not in ("loss", "norms", "scores")},
+                        flush=True,
+                    )
+                save(path, results)
     if failed:
         raise failed
     return [row for one in choices for row in rows_of(results, **one)]

@@ -148,7 +148,7 @@ def fails_at_two(choices):
 
 
 def test_a_call_that_fails_loses_no_other(load, tmp_path, monkeypatch):
-    """What had ended, or begun, is saved; the error is raised and not all of the rest is made."""
+    """What had ended is saved, the error is raised, and none of the rest is made."""
     monkeypatch.syspath_prepend(scripts.EXPERIMENTS)
     monkeypatch.syspath_prepend(Path(__file__).parent)
     record = load("record")
@@ -156,7 +156,7 @@ def test_a_call_that_fails_loses_no_other(load, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="two"):
         record.each_once(tmp_path / "some", results, fails_at_two, ({"n": i} for i in range(10)), itemgetter("n"), config)
     saved = [row["n"] for row in json.loads((tmp_path / "some.json").read_text())["runs"]]
-    assert saved == [row["n"] for row in results["runs"]] and saved[:2] == [0, 1] and 2 not in saved and len(saved) < 9
+    assert saved == [row["n"] for row in results["runs"]] == [0, 1]
 
 
 def sleeps(choices):
