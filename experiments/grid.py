@@ -58,13 +58,13 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict
         if not networks_of(results):
             raise UserError("--report: there are no runs on --seeds yet, only tries of rates: make some")
         return results
-    first, *_ = config.tasks
+    first, rates = results["config"]["tasks"][0], results["config"]["rates"]
     make = lambda choices: each_once(path, results, run, choices, kind, config)
-    if len(config.rates) > 1:
+    if len(rates) > 1:
         make(
             {"name": name, "task": first, "rate": rate, "seed": config.tuning_seed}
             for name in config.networks
-            for rate in config.rates
+            for rate in rates
         )
     best = {name: chosen(results, name) for name in config.networks}
     make(

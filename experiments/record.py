@@ -46,11 +46,11 @@ LISTS = (
     "exact",
     "chunks",
     "text_chunks",
-    "rates",
-    "further",
     "seeds",
 )
-"""Fields that say which runs to make; all others are about each run."""
+"""Fields that say which runs to make."""
+RATES = ("rates", "further")
+"""Fields that say which rates are tried. All but these and `LISTS` are about each run."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def begin(path: Path, config: Any) -> dict[str, Any]:
 def resume(path: Path, config: Any) -> dict[str, Any]:
     """The results so far, with their runs; with `config.fresh` there are none.
 
-    Lists of runs (`LISTS`) may be longer than those of the results.
+    Their config holds what either has of `LISTS`, so that flags choose cells; rates may become more.
 
     Raises:
         UserError: the results are of another config, or cannot be read, or there is nothing to report.
@@ -132,12 +132,21 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     old, new = kept["config"], results["config"]
     if old == new:
         return kept
-    one = lambda flags: {name: value for name, value in flags.items() if name not in LISTS}
-    if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS):
-        raise UserError(f"{path}.json was made with other flags: give those, longer lists of runs, or --fresh to replace it")
-    if report:  # the command stays that which made them
-        return kept | {"config": new}
-    return results | {"runs": kept["runs"]}
+    one = lambda flags: {name: value for name, value in flags.items() if name not in (*LISTS, *RATES)}
+    if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in RATES):
+        raise UserError(f"{path}.json was made with other flags: give those, more rates, or --fresh to replace it")
+    either = new | {name: _either(old.get(name, ()), new[name]) for name in LISTS if name in new}
+    # the command stays that which made them, in a report
+    return (kept if report else results) | {"config": either, "runs": kept["runs"]}
+
+
+def _either(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """All of both, in the order of the new ones where they are all.
+
+    >>> _either([1, 2], [2, 1, 3]), _either([1, 2], [3, 2])
+    ([2, 1, 3], [1, 2, 3])
+    """
+    return list(new) if set(old) <= set(new) else [*old, *(one for one in new if one not in old)]
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -66,7 +66,7 @@ def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
                     yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for seed in config.seeds)
 
 
-def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
+def speeds(forms: Sequence[str], chunks: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of an update of `tiny-hope` (2 x 512 tokens, forward and backward pass), by form and chunk."""
 
     def call(model: ModelConfig):
@@ -82,20 +82,24 @@ def speeds(config: settings.Config) -> dict[str, dict[str, float]]:
 
     made = {
         (form, chunk): call(dataclasses.replace(preset("tiny-hope"), **fields(form, chunk)))
-        for form in config.forms
-        for chunk in config.chunks
+        for form in forms
+        for chunk in chunks
     }
-    times = alternate(made, config.rounds)
-    return {form: {str(chunk): median(times[form, chunk]) for chunk in config.chunks} for form in config.forms}
+    times = alternate(made, rounds)
+    return {form: {str(chunk): median(times[form, chunk]) for chunk in chunks} for form in forms}
 
 
 def measure(path: Path, config: settings.Config, results: dict) -> dict:
     """All runs, then the speeds, on a machine that does nothing else."""
     each_once(path, results, partial(run, config), cells(config), itemgetter("form", "chunk", "task"), config)
+    all_of = results["config"]
     if not config.report and {form: list(found) for form, found in results.get("speeds", {}).items()} != {
-        form: [str(chunk) for chunk in config.chunks] for form in config.forms
+        form: [str(chunk) for chunk in all_of["chunks"]] for form in all_of["forms"]
     }:
-        results |= {"speeds": speeds(config), "device": jax.devices()[0].device_kind}
+        results |= {
+            "speeds": speeds(all_of["forms"], all_of["chunks"], config.rounds),
+            "device": jax.devices()[0].device_kind,
+        }
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -176,7 +177,8 @@ def main() -> None:
         for seed in config.seeds
     ]
     each_once(path, results, partial(run, config), choices, itemgetter("form", "chunk", "task", "start"), config)
-    finish(path, results, table(results, config), figure(results, config))
+    shown = dataclasses.replace(config, **results["config"])
+    finish(path, results, table(results, shown), figure(results, shown))
 
 
 if __name__ == "__main__":

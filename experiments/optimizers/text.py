@@ -56,7 +56,9 @@ def run(config: settings.Text, preset: str, optimizer: str, rate: float, seed: i
 def measure(config: settings.Text, results: dict) -> dict:
     make = functools.partial(once, RESULTS / "text", results, functools.partial(run, config))
     each = [{"preset": preset, "optimizer": name} for preset in config.presets for name in config.optimizers]
-    return results | {"runs": [row for one in each for row in tuned(make, config, BITS, config.further, **one)]}
+    for one in each:
+        tuned(make, config, BITS, config.further, **one)
+    return results
 
 
 def entropies(results: dict) -> dict:
@@ -72,8 +74,11 @@ def table(results: dict) -> str:
         base = bits(preset=preset, optimizer=config["optimizers"][0])
         for name in config["optimizers"]:
             one = {"preset": preset, "optimizer": name}
+            if not counted(results, **one):
+                continue
             seconds = np.median([row.get("seconds", np.nan) for row in counted(results, **one)])
-            cells = [chosen(results, **one), spread(bits(**one)), spread(base - bits(**one), sign="+"), f"{seconds:.0f}"]
+            less = spread(base - bits(**one), sign="+") if len(base) == len(bits(**one)) else ""
+            cells = [chosen(results, **one), spread(bits(**one)), less, f"{seconds:.0f}"]
             rows.append([preset, name, *cells])
             rates[preset, name] = {f"{row['rate']:g}": f"{row[BITS] or np.nan:.3f}" for row in tried(results, **one)}
     heads = ("preset", "optimizer", "rate", "held-out bits per byte", "less than AdamW, same seed", "s a run")

@@ -38,4 +38,4 @@ def counted(results: dict, **choices: Any) -> list[dict]:
 def chosen(results: dict, **choices: Any) -> str:
     """The rate of the runs on test seeds, marked if it is the smallest or largest that was tried."""
     rate, rates = counted(results, **choices)[0]["rate"], [row["rate"] for row in tried(results, **choices)]
-    return f"{rate:g}" + (" (edge)" if rate in (rates[0], rates[-1]) else "")
+    return f"{rate:g}" + (" (edge)" if rate in (min(rates), max(rates)) else "")

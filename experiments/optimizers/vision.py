@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,10 +120,10 @@ def trainer(config: settings.Vision, name: str) -> Callable:
     return jax.jit(run)
 
 
-def cost(config: settings.Vision, train: Images) -> list[dict]:
+def cost(config: settings.Vision, names: Sequence[str], train: Images) -> list[dict]:
     """Seconds of a training step and bytes of the optimizer's state for every parameter."""
     updates, batch = {}, jax.tree.map(lambda x: x[: config.batch_size], train)
-    for name in config.optimizers:
+    for name in names:
         init, step, _ = model(config, name)
         step = jax.jit(step)
         update = lambda weights, state, step=step: step(1e-3, weights, state, batch)[:2]
@@ -141,8 +141,12 @@ def measure(config: settings.Vision, results: dict) -> dict:
         return row | {"losses": [float(f"{value:.4g}") for value in losses]}
 
     make = functools.partial(once, RESULTS / "vision", results, run)
-    runs = [row for name in config.optimizers for row in tuned(make, config, "validation_loss", optimizer=name)]
-    return results | {"runs": runs, "cost": results.get("cost") or cost(config, data[0])}
+    for name in config.optimizers:
+        tuned(make, config, "validation_loss", optimizer=name)
+    names = results["config"]["optimizers"]
+    if [price["optimizer"] for price in results.get("cost", ())] != names:  # all in one run
+        results["cost"] = cost(config, names, data[0])
+    return results
 
 
 def table(results: dict) -> str:

@@ -202,13 +202,13 @@ def test_the_best_rate_has_the_test_runs(load):
         assert tuning.chosen(results, optimizer="m3") == f"{best}{' (edge)' if tries < 5 else ''}"
 
 
-@pytest.mark.parametrize("name, examples", [("record", 6), ("flags", 1), ("config", 1), ("vision_transformer", 3)])
+@pytest.mark.parametrize("name, examples", [("record", 7), ("flags", 1), ("config", 1), ("vision_transformer", 3)])
 def test_examples_in_docstrings(load, name, examples):
     assert doctest.testmod(load(name)) == (0, examples)
 
 
 def test_a_stopped_command_resumes(load, monkeypatch, tmp_path):
-    """A run is repeated only with --fresh; other flags are refused, but for longer lists of runs."""
+    """A run is repeated only with --fresh; lists choose runs, rates may become more, all other flags are refused."""
     record, settings = load("record"), load("config")
     path = tmp_path / "optimizers" / "results" / "text"
     path.parent.parent.mkdir()
@@ -224,6 +224,10 @@ def test_a_stopped_command_resumes(load, monkeypatch, tmp_path):
     more = record.resume(path, settings.Text(seeds=tuple(range(8))))
     assert more["runs"] == results["runs"] and len(more["config"]["seeds"]) == 8
     assert more["command"] == "python experiments/optimizers/text.py --seeds 0 1 2 3 4 5 6 7"
-    for other in ({"steps": 3}, {"tuning_seed": 7}, {"seeds": (0,)}, {"presets": ("tiny-hope",), "seeds": tuple(range(9))}):
-        with pytest.raises(UserError, match="was made with other flags: give those, longer lists of runs, or --fresh"):
+    fewer = record.resume(path, settings.Text(seeds=(7, 0), presets=("140m-hope",), rates=(0.5, *settings.Text.rates)))
+    assert fewer["runs"] == results["runs"] and fewer["config"]["seeds"] == [*results["config"]["seeds"], 7]
+    assert fewer["config"]["presets"] == [*settings.Text.presets, "140m-hope"]
+    assert fewer["config"]["rates"] == [0.5, *settings.Text.rates]
+    for other in ({"steps": 3}, {"tuning_seed": 7}, {"rates": (0.003,)}, {"further": ()}):
+        with pytest.raises(UserError, match="was made with other flags: give those, more rates, or --fresh"):
             record.resume(path, settings.Text(**other))
