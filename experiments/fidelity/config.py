@@ -54,6 +54,7 @@ def _layers() -> dict[str, Row]:
             "errors of any norm": {"surprise": math.inf},
             "errors of the token": {"chunk": 1},
         },
+        "linear": {"rates and retention of 1": {"gated": False}},
         "hope-attention": {"CMS not clipped": {"cms": unclipped}},
     }
     rows = {}

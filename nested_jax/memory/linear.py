@@ -60,6 +60,7 @@ class LinearMemory(MemoryLayer):
         max_rate: largest eta. Beyond 1 the delta rules turn the sign of what they hold along a key, with which a memory
             tracks states ("Unlocking State-Tracking", arXiv 2411.12537); beyond 2, Oja's rule beyond 1, it would grow.
         values: "unit", of unit norm, or "raw"; None: raw but of Oja's rule, which erases by values and so needs unit ones.
+        gated: whether eta and alpha are learned, of the token; else they are max_rate and 1, as in linear attention.
 
     Raises UserError for options of another type or out of range, and for ones with which the memory would grow.
 
@@ -75,6 +76,7 @@ class LinearMemory(MemoryLayer):
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
     max_rate: Positive = 1.0
     values: Literal["unit", "raw"] | None = None
+    gated: bool = True
     memory_state = MemoryState
 
     def __post_init__(self):
@@ -96,7 +98,8 @@ class LinearMemory(MemoryLayer):
     def init_weights(self, key: Array) -> dict[str, PyTree]:
         """Learned parameters, float32; start is the memories' initial state (H, V, K), (H, K, V) of Oja's rule."""
         K = self.width // self.heads
-        weights = init_projections(key, self.width, self.heads, gates=1 if self.rule == "delta" else 2)
+        gates = (1 if self.rule == "delta" else 2) if self.gated else 0
+        weights = init_projections(key, self.width, self.heads, gates)
         return {**weights, "start": jnp.zeros((self.heads, K, K))}
 
     def gates(self, rate: Float[Array, "*batch C"], retain: Float[Array, "*batch C"] | None = None) -> Gates:
@@ -106,8 +109,9 @@ class LinearMemory(MemoryLayer):
         return Gates(rate, erase, retain)
 
     def project(self, weights: PyTree, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
-        """Queries, keys, values, rates and, but for the delta rule, retentions."""
-        q, k, v, rate, *retain = project_in(weights, x, self.heads)
+        """Queries, keys, values, rates and, but for the delta rule, learned retentions."""
+        q, k, v, *gates = project_in(weights, x, self.heads)
+        rate, *retain = gates or [jnp.ones_like(k[..., 0])]
         rate = self.max_rate * rate
         return q, k, v, rate if self.rule == "linear" else jnp.minimum(rate, LARGEST), *retain
 
@@ -125,7 +129,7 @@ class LinearMemory(MemoryLayer):
 
         description = Description(
             objective={"linear": "-<M k, v>", "oja": "-<M k, v> + 1/2 |M^T v|^2"}.get(self.rule, "1/2 |M k - v|^2"),
-            rule="gradient descent" if self.rule == "delta" else "gradient descent, decay",
+            rule="gradient descent, decay" if self.gated and self.rule != "delta" else "gradient descent",
             context="keys and values of tokens",
             knowledge="direct parametric conditioning: slow weights make keys, values and gates",
             updates=self.chunk,

@@ -20,14 +20,16 @@ def init_projections(key: Array, width: int, heads: int, gates: int) -> dict[str
     D, H = width, heads
     keys = jax.random.split(key, 3)
     biases = [jnp.full(H, -1.0, jnp.float32), retention_bias(H), jnp.zeros(H)]
-    return {
+    weights = {
         "taps": jnp.zeros((CONVOLUTION, D)).at[-1].set(1.0),
         **init_qkv(keys[0], D),
-        "gates": normal(keys[1], (D, gates * H)) * 0.1 * D**-0.5,
-        "gates_bias": jnp.concatenate(biases[:gates]),
         "norm": jnp.ones((H, D // H)),
         "out": normal(keys[2], (D, D)) * D**-0.5,
     }
+    if gates:
+        weights["gates"] = normal(keys[1], (D, gates * H)) * 0.1 * D**-0.5
+        weights["gates_bias"] = jnp.concatenate(biases[:gates])
+    return weights
 
 
 def init_qkv(key: Array, width: int) -> dict[str, Array]:
@@ -52,9 +54,11 @@ def qkv(
 
 
 def project_in(weights: PyTree, x: Float[Array, "B T D"], heads: int) -> tuple[Array, ...]:
-    """(q, k, v, *gates) of convolved tokens: (B, T, H, K) with q and k of unit norm, then (B, T, H) in (0, 1)."""
+    """(q, k, v, *gates) of convolved tokens: (B, T, H, K) with q and k of unit norm, then (B, T, H) in (0, 1), if any."""
     B, T, _ = x.shape
     q, k, v = (upcast(y) for y in qkv(weights, x, heads, TOKENS))
+    if "gates" not in weights:
+        return l2norm(q), l2norm(k), v
     gates = jax.nn.sigmoid(upcast(x @ weights["gates"].astype(x.dtype)) + weights["gates_bias"][None, None])
     gates = gates.reshape(B, T, -1, heads)
     return l2norm(q), l2norm(k), v, *(gates[:, :, i] for i in range(gates.shape[2]))

@@ -26,25 +26,25 @@ from nested_jax.typing import Array, Float, PyTree
 
 def linear_memory(layer: LinearMemory, weights: PyTree, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """`LinearMemory` token by token, as its rule is written."""
-    q, k, v, rate, *retain = _project(layer, weights, x)
+    q, k, v, *gates = _project(layer, weights, x)
+    rate, retain = [*gates, *[jnp.ones(k.shape[:-1])] * (2 - len(gates))]
     rate = layer.max_rate * rate
     rate = rate if layer.rule == "linear" else jnp.minimum(rate, LARGEST)
 
     def token(memory, now):
-        q, k, v, rate, *retain = now
+        q, k, v, rate, retain = now
         v = layer.normalised(v)
         if layer.rule == "oja":
             erased = jnp.einsum("h,hv,hu,huk->hvk", rate, v, v, memory)
-            memory = retain[0][:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)
+            memory = retain[:, None, None] * memory - erased + jnp.einsum("h,hv,hk->hvk", rate, v, k)
             return memory, jnp.einsum("hvk,hk->hv", memory, q)
-        if layer.rule != "delta":
-            memory = retain[0][:, None, None] * memory
+        memory = retain[:, None, None] * memory
         stored = jnp.einsum("hvk,hk->hv", memory, k) if layer.rule != "linear" else 0.0
         memory = memory + jnp.einsum("h,hv,hk->hvk", rate, v - stored, k)
         return memory, jnp.einsum("hvk,hk->hv", memory, q)
 
     start = weights["start"].swapaxes(1, 2) if layer.rule == "oja" else weights["start"]
-    _, y = jax.lax.scan(token, start, (q, k, v, rate, *retain))
+    _, y = jax.lax.scan(token, start, (q, k, v, rate, retain))
     return project_out(weights, y[None], x.dtype)[0]
 
 

@@ -46,7 +46,7 @@ def sequence_layer(config: ModelConfig) -> SequenceLayer:
         case "omega":
             return OmegaMemory(D, H, "l2", config.omega_window, config.omega_features, **omega)
         case linear:
-            return LinearMemory(D, H, linear, rate, config.values, **chunks)
+            return LinearMemory(D, H, linear, rate, config.values, config.gated, **chunks)
 
 
 @cache

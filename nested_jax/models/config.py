@@ -97,6 +97,9 @@ class ModelConfig:
     one of each second layer, that of the main memory with the largest start."""
     max_rate: Positive | None = None
     """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
+    gated: bool = True
+    """Whether linear, delta, gated-delta and oja memories learn rates and retention, of the token; else these are `max_rate`
+    and 1, as in linear attention."""
     window: Count = 256
     """Tokens that sliding-window attention sees, the query's own included."""
     rotary_base: Positive = 10_000.0

@@ -33,6 +33,7 @@ LAYERS = {
     "gated-delta-2": LinearMemory(D, H, "gated-delta", 2.0, chunk=4),
     "delta-unit": LinearMemory(D, H, "delta", values="unit", chunk=4),
     "oja": LinearMemory(D, H, "oja", chunk=4),
+    "linear-attention": LinearMemory(D, H, "linear", gated=False, chunk=4),
     "lp-4": OmegaMemory(D, H, "lp", 1, chunk=4),
     "lp-1.5-1": OmegaMemory(D, H, "lp", 1, chunk=1, power=1.5),
     "huber-4": OmegaMemory(D, H, "huber", 1, chunk=4, threshold=0.5),
@@ -261,8 +262,8 @@ def retentions(layer, weights, x):
     x = convolve(weights["taps"], layer.init_state(weights, len(x)).recent, x)[1]
     if isinstance(layer, Titans) and layer.rule.retention == "none":
         return jnp.ones((T, len(x), H))
-    _, _, _, rate, *others = (part.swapaxes(0, 1) for part in project_in(weights, x, H))
-    return others[0] if others else jnp.ones_like(rate)
+    _, _, _, *gates = (part.swapaxes(0, 1) for part in project_in(weights, x, H))
+    return gates[1] if len(gates) > 1 else jnp.ones((T, len(x), H))
 
 
 def running(memory):
@@ -273,11 +274,12 @@ def running(memory):
 
 @every_layer
 def test_what_is_stored_decays_by_the_retentions_alone(x64, name):
-    """Without writes, by exactly their product. They start above 0.99; the delta rule has none."""
+    """Without writes, by exactly their product. They start above 0.99; the delta rule and linear attention have none."""
     layer = LAYERS[name]
     weights, x = jax.tree.map(lambda w: w.astype(jnp.float64), layer.init_weights(jax.random.key(0))), inputs()
     bias, rates = ("rate_bias", slice(None)) if "rate_bias" in weights else ("gates_bias", slice(H))
-    weights[bias] = weights[bias].at[rates].set(-1e3)
+    if bias in weights:  # linear attention has no rates, nor erases
+        weights[bias] = weights[bias].at[rates].set(-1e3)
     random = np.random.default_rng(4)
 
     def store(path, w):
@@ -291,7 +293,7 @@ def test_what_is_stored_decays_by_the_retentions_alone(x64, name):
     after, without = (jitted(layer)(weights, state, x, 0)[0].memory for state in (stored, start))
     added, left = (jax.tree.map(jnp.subtract, *pair) for pair in ((stored.memory, start.memory), (after, without)))
     alpha = retentions(layer, weights, x)
-    constant = name in ("delta", "delta-unit", "titans-undecayed-4")
+    constant = name in ("delta", "delta-unit", "linear-attention", "titans-undecayed-4")
     assert (alpha.min() == 1) if constant else (0.99 < alpha.min() < alpha.max() < 1)
     kept = lambda w: w * jnp.prod(alpha, axis=0).reshape(2, H, *[1] * (w.ndim - 2))
     assert_close(running(left), [kept(w) for w in running(added)], 1e-11)

@@ -39,6 +39,7 @@ LAYERS = {
     "hope, queries alone": hope(generated=("queries",), targets="rms", rule=Rule("none", read="before", retention="none")),
     "titans": Titans(D, 1, 4, chunk=C),
     "titans, two heads": Titans(D, 2, 4, False, chunk=C, rule=EXACT, values="raw"),
+    "linear attention": LinearMemory(D, 1, "linear", gated=False, chunk=C),
     "linear": LinearMemory(D, 1, "linear", chunk=C),
     "delta": LinearMemory(D, 2, "delta", chunk=C, values="unit"),
     "gated delta, rates to 2": LinearMemory(D, 1, "gated-delta", chunk=C, max_rate=2.0),

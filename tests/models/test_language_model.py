@@ -272,6 +272,7 @@ def test_options_reach_the_memory():
     assert made("oja") == linear.LinearMemory(8, 2, "oja", chunk=4)
     assert made("lp", lp_power=1.5) == OmegaMemory(8, 2, "lp", window=1, chunk=4, power=1.5)
     assert made("huber", huber_threshold=0.3) == OmegaMemory(8, 2, "huber", window=1, chunk=4, threshold=0.3)
+    assert made("linear", gated=False) == linear.LinearMemory(8, 2, "linear", gated=False, chunk=4)
     assert made("gated-delta", max_rate=2.0) == linear.LinearMemory(8, 2, "gated-delta", 2.0, chunk=4)
     assert made("huber", max_rate=0.1, surprise=1.0) == OmegaMemory(8, 2, "huber", 1, max_rate=0.1, surprise=1.0, chunk=4)
     fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5)

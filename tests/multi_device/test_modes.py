@@ -19,6 +19,7 @@ LAYERS = {
     "attention": Attention(D, H),
     "sliding-window": Attention(D, H, window=3),
     "linear": LinearMemory(D, H, "linear", chunk=C),
+    "linear-attention": LinearMemory(D, H, "linear", gated=False, chunk=C),
     "delta": LinearMemory(D, H, "delta", chunk=C),
     "gated-delta": LinearMemory(D, H, "gated-delta", chunk=C),
     "oja": LinearMemory(D, H, "oja", chunk=C),
