@@ -32,6 +32,7 @@ class Config(Grid):
         "hope, chunk 16",
         "hope, chunk 64",
         "hope, chunk 1",
+        "hope-attention",
         "titans, chunk 16",
         "gated-delta, rates to 2",
         "gated-delta",
