@@ -150,21 +150,27 @@ def in_bins(found: Sequence[Sequence[float]]) -> str:
 
 
 def figure(results: dict, key: str, ticks: Sequence[str], label: str) -> Figure:
-    """Mean over seeds by bin, a panel for each task."""
+    """Mean over seeds by bin, a panel for each task; of tasks with one bin bars, with a point for each seed."""
     networks, tasks = networks_of(results), tasks_of(results)
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     size = (2.9 * columns + 2.4, 2.5 * rows)
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    lines = {}
     for task, ax in zip(tasks, axes.flat, strict=False):
         for i, name in enumerate(networks):
-            if found := [row[key] for row in on_test_seeds(results, name, task)]:
+            found, color = [row[key] for row in on_test_seeds(results, name, task)], plt.cm.tab20(i)
+            if found and len(found[0]) == 1:
+                lines[name] = ax.bar(i, np.mean(found), color=color)
+                ax.plot([i] * len(found), found, ".", color="black", markersize=3)
+                ax.set_xticks([])
+            elif found:
                 style = "o-" if name.startswith("hope exact") else ".--"
-                ax.plot(range(len(found[0])), np.mean(found, 0), style, color=plt.cm.tab20(i), label=name)
-        ax.set(title=task, xticks=range(len(ticks)), xticklabels=ticks, ylim=(-0.05, 1.05))
+                (lines[name],) = ax.plot(range(len(found[0])), np.mean(found, 0), style, color=color)
+                ax.set_xticks(range(len(ticks)), ticks)
+        ax.set(title=task, ylim=(-0.05, 1.05))
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
     fig.supylabel(label)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside right upper", frameon=False)
+    fig.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
     return fig
