@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 from nested_jax.numerics import BATCH, HEADS, TOKENS, devices_along, mesh_divides, mesh_of_four, tpu_kind
 
 if TYPE_CHECKING:
-    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.pallas.form import Form
     from nested_jax.memory.stream import MemoryLayer
 
 _LANES, _ROWS = 128, 16  # of a TPU's tiles of bfloat16

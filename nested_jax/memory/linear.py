@@ -30,7 +30,7 @@ from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
 if TYPE_CHECKING:
-    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.pallas.form import Form
 
 LARGEST = 2 - 2**-12
 """Rate of a rule that erases: at 2 itself, a sigmoid's in float32, rounding makes what a repeated key holds grow."""

@@ -50,7 +50,7 @@ from nested_jax.numerics import l2norm, normal, upcast
 from nested_jax.typing import Array, Bool, Float, PyTree
 
 if TYPE_CHECKING:
-    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.pallas.form import Form
 
 Quantity = Literal["keys", "values", "rates", "retention", "queries"]  # in the order of their memories
 _FIXED = {"queries": "query", "keys": "key", "values": "value"}  # weights (D, D) of what no memory generates

@@ -32,7 +32,7 @@ from nested_jax.remat import Checkpoint, fit_checkpoint
 from nested_jax.typing import Array, Bool, Float, Int, Position, PyTree
 
 if TYPE_CHECKING:
-    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.pallas.form import Form
 
 CONVOLUTION = 4  # taps W of the causal depthwise convolution
 

@@ -32,7 +32,7 @@ from nested_jax.numerics import l2norm
 from nested_jax.typing import Array, Float, PyTree
 
 if TYPE_CHECKING:
-    from nested_jax.memory.pallas.stream import Form
+    from nested_jax.memory.pallas.form import Form
 
 
 def titans_rate(chunk: int, max_rate: float | None) -> float:

@@ -14,8 +14,7 @@ import pytest
 from nested_jax.memory import kernels as choice
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
-from nested_jax.memory.pallas import stream as kernel_stream
-from nested_jax.memory.pallas import tiles
+from nested_jax.memory.pallas import scan, tiles
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.parallel.plan import devices_of
@@ -161,7 +160,7 @@ def test_products_on_a_tpu():
 @pytest.mark.slow
 def test_heads_of_several_programs(x64, monkeypatch):
     """Each reads its own head's tokens, weights and states."""
-    monkeypatch.setattr(kernel_stream, "heads_at_once", lambda *_: 1)
+    monkeypatch.setattr(scan, "heads_at_once", lambda *_: 1)
     layer = LAYERS["hope, two heads"]
     weights, x = weights_of(layer, jnp.float64), tokens(2 * C, jnp.float64)
     reset = jnp.zeros(x.shape[:2], bool).at[1, C].set(True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from nested_jax.memory.pallas.form import Form, Tiled, rows_of
 from nested_jax.memory.pallas.recurrence import Map, decays, read, write
-from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
 from nested_jax.memory.pallas.tiles import column, dot, rounded, square
 from nested_jax.memory.recurrence import MemoryState
 from nested_jax.numerics import upcast

@@ -22,7 +22,7 @@ from nested_jax.memory.pallas.deep import (
     normalise,
     unit,
 )
-from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
+from nested_jax.memory.pallas.form import Form, Tiled, rows_of
 from nested_jax.memory.pallas.tiles import column, dot, rounded
 from nested_jax.numerics import upcast
 from nested_jax.typing import Array, Float, PyTree

@@ -21,7 +21,7 @@ from nested_jax.memory.pallas.deep import (
     memories_of,
     unit,
 )
-from nested_jax.memory.pallas.stream import Form, Tiled, rows_of
+from nested_jax.memory.pallas.form import Form, Tiled, rows_of
 from nested_jax.memory.pallas.tiles import column, rounded
 from nested_jax.numerics import upcast
 
