@@ -115,7 +115,8 @@ def begin(path: Path, config: Any) -> dict[str, Any]:
 def resume(path: Path, config: Any) -> dict[str, Any]:
     """The results so far, with their runs; with `config.fresh` there are none.
 
-    Their config holds what either has of `LISTS`, so that flags choose cells; rates may become more.
+    Their config holds what either has of `LISTS`, so that flags choose cells; rates may become more. Their command is the
+    last one that chose all of them.
 
     Raises:
         UserError: the results are of another config, or cannot be read, or there is nothing to report.
@@ -136,8 +137,8 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in RATES):
         raise UserError(f"{path}.json was made with other flags: give those, more rates, or --fresh to replace it")
     either = new | {name: _either(old.get(name, ()), new[name]) for name in LISTS if name in new}
-    # the command stays that which made them, in a report
-    return (kept if report else results) | {"config": either, "runs": kept["runs"]}
+    some = any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS)
+    return (kept if report or some else results) | {"config": either, "runs": kept["runs"]}
 
 
 def _either(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:

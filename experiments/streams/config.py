@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "titans, no retention": _TITANS | {"retention": "none"},
     "titans, decay to zero": _TITANS | {"retention": "zero"},
     "linear": {"mixer": "linear"},
+    "linear attention": {"mixer": "linear", "gated": False},
     "delta, rates to 2": {"mixer": "delta", "max_rate": 2.0},
     "gated-delta, rates to 2": {"mixer": "gated-delta", "max_rate": 2.0},
     "oja": {"mixer": "oja"},

@@ -225,6 +225,7 @@ def test_a_stopped_command_resumes(load, monkeypatch, tmp_path):
     assert more["runs"] == results["runs"] and len(more["config"]["seeds"]) == 8
     assert more["command"] == "python experiments/optimizers/text.py --seeds 0 1 2 3 4 5 6 7"
     fewer = record.resume(path, settings.Text(seeds=(7, 0), presets=("140m-hope",), rates=(0.5, *settings.Text.rates)))
+    assert fewer["command"] == results["command"] != more["command"]
     assert fewer["runs"] == results["runs"] and fewer["config"]["seeds"] == [*results["config"]["seeds"], 7]
     assert fewer["config"]["presets"] == [*settings.Text.presets, "140m-hope"]
     assert fewer["config"]["rates"] == [0.5, *settings.Text.rates]
