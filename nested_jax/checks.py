@@ -147,7 +147,8 @@ def allows(hint: Any, value: Any) -> bool:
     if origin is tuple:
         same = len(arguments) == 2 and arguments[1] is Ellipsis
         each = arguments[:1] * len(value) if same and isinstance(value, tuple) else arguments
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(allows, each, value))
+        fits = isinstance(value, tuple) and len(value) == len(each) and all(map(allows, each, value))
+        return fits and (typing.get_origin(arguments[0]) is not Literal or len(set(value)) == len(value))  # choices once
     if hint is int:
         return is_number(value) and isinstance(value, numbers.Integral)
     if hint is float:
@@ -183,6 +184,7 @@ def describe_hint(hint: Any) -> str:
         return f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
-        return f"a tuple{count}, each {describe_hint(arguments[0])}"
+        once = " a different" if typing.get_origin(arguments[0]) is Literal else ""
+        return f"a tuple{count}, each{once} {describe_hint(arguments[0])}"
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string", type(None): "None"}
     return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
