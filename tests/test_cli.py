@@ -175,6 +175,7 @@ def wait_for_rows(process: subprocess.Popen, run_dir: str, number: int):
         ("train --stpes 3", r"unknown flag --stpes \(did you mean --steps\?\); see nested-jax train --help"),
         ("train --model.widht=3", r"unknown flag --model.widht \(did you mean --model.width\?\)"),
         ("train 400", "unexpected word 400"),
+        ("train --model.gated no", "unexpected word no: give --model.gated alone, or --model.no-gated"),
         ("train --steps many", "--steps: .*many"),
         ("train --steps", "--steps"),
         ("train --steps 0", "--steps 0: give a whole number of at least 1 and below 2147483648$"),

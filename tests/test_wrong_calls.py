@@ -161,6 +161,10 @@ CONFIGS = [
             (dict(mixer="mamba"), "one of self-modifying"), (dict(mixer=None), "one of"), (dict(mixer=["delta"]), "one of"),
             (dict(momentum="yes"), "True or False"), (dict(retention="no"), "one of zero, initial, none"),
             (dict(read="never"), "one of after, before, boundary"), (dict(erase="second"), "one of layer, memory, none or None"),
+            (dict(errors="exakt"), "one of boundary, exact"), (dict(step=1), "one of proximal, normalised, raw"),
+            (dict(rates="mine"), "one of shared, own"), (dict(features=None), "one of token, boundary"),
+            (dict(targets="L2"), "one of l2, rms, raw"), (dict(surprise=0), "a number above 0"), (dict(gated=1), "True or False"),
+            (dict(surprise=float("nan")), "a number above 0"), (dict(max_rate=float("inf")), "a finite number above 0 or None"),
             (dict(damped=0.5), "True or False"), (dict(values="l2"), "one of unit, raw or None"),
             (dict(generated="keys"), "a tuple, each a different one of keys, values, rates, retention, queries"),
             (dict(generated=("keys", "rate")), "a tuple"), (dict(generated=None), "a tuple"),
@@ -178,6 +182,8 @@ CONFIGS = [
             (1.5, 1, dict(step="normalised", errors="exact", max_rate=1.5)),
             (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
             (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
+            (5, 2, dict(step="raw", errors="exact", momentum=False, max_rate=5.0)),
+            (2.5, 2, dict(step="raw", mixer="titans", erase="memory", max_rate=2.5)),
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
             (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (2, 1, dict(mixer="oja", max_rate=2.0)),
         )
@@ -185,6 +191,10 @@ CONFIGS = [
     *(
         (lambda fields=fields: ModelConfig(errors="exact", damped=False, **fields), "model.damped False makes .* grow .*: give True")
         for fields in ({}, dict(step="normalised", max_rate=0.01), dict(mixer="titans"))
+    ),
+    *(
+        (lambda make=make: make(max_rate=0.1, surprise=float("inf"), chunk=31), "max_rate 0.1 makes errors .* at most .*, 0.0625, or")
+        for make in (functools.partial(ModelConfig, mixer="omega"), functools.partial(ModelConfig, mixer="lp"), functools.partial(OmegaMemory, 8, 2))
     ),
     (lambda: ModelConfig(mixer="oja", values="raw"), "model.values raw may make what oja holds grow, .*: give unit"),
     (lambda: ModelConfig(width=9), "model.width 9 is not a multiple of model.heads 4: change one"),

@@ -118,7 +118,7 @@ def parse(default: Flags, command: str, argv: Sequence[str]) -> Flags:
     if unknown:
         wrong = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
         names = [flag(name) for name, _ in flatten(default)]
-        what = f"unknown flag {wrong}{nearest(wrong, names)}" if wrong else f"unexpected word {unknown[0]}"
+        what = f"unknown flag {wrong}{nearest(wrong, names)}" if wrong else _lone(unknown[0], argv)
         raise UserError(f"{what}; see nested-jax {command} --help")
     return flags
 
@@ -143,6 +143,20 @@ def _dashed(argv: Sequence[str]) -> str:
         if name.startswith("--") and re.match("-[^-]", word) and "=" not in name:
             return f"give a value that starts with - as {name}={word}; "
     return ""
+
+
+def _lone(word: str, argv: Sequence[str]) -> str:
+    """What to do about a word that no flag takes: where it follows a switch, how that is turned off.
+
+    >>> _lone("no", ["--model.gated", "no"]), _lone("x", ["x"])
+    ('unexpected word no: give --model.gated alone, or --model.no-gated', 'unexpected word x')
+    """
+    switch = argv[max(0, argv.index(word) - 1)]
+    if not switch.startswith("--"):
+        return f"unexpected word {word}"
+    *groups, name = switch.removeprefix("--").split(".")
+    other = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+    return f"unexpected word {word}: give {switch} alone, or --{'.'.join([*groups, other])}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

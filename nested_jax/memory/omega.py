@@ -13,6 +13,7 @@ among the last c at t) and N = A diag(eta) D, over the tokens of the window befo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Annotated, Literal, NamedTuple
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from nested_jax.checks import Count, Interval, Positive
 from nested_jax.description import Description
+from nested_jax.errors import UserError
 from nested_jax.level import Level
 from nested_jax.memory import objective
 from nested_jax.memory.projections import init_projections, project_in
@@ -51,6 +53,19 @@ class OmegaState(NamedTuple):
     elapsed: Int[Array, ""]
 
 
+def assert_bounded(label: str, chunk: int, max_rate: float | None, surprise: float) -> None:
+    """Raises UserError, with the options' label, where errors of any norm would add up to more than they are in a chunk.
+
+    >>> assert_bounded("OmegaMemory: ", 7, 1.0, math.inf)
+    Traceback (most recent call last):
+    nested_jax.errors.UserError: OmegaMemory: max_rate 1 makes errors of any norm grow: give at most 2 / (chunk + 1), 0.25, \
+or a finite surprise
+    """
+    if math.isinf(surprise) and max_rate is not None and max_rate > (most := 2 / (chunk + 1)):
+        remedy = f"give at most 2 / (chunk + 1), {most:.3g}, or a finite surprise"
+        raise UserError(f"{label}max_rate {max_rate:g} makes errors of any norm grow: {remedy}")
+
+
 @dataclass(frozen=True)
 class OmegaMemory(MemoryLayer):
     """A matrix per head that learns from a window of tokens. The call is that of `SequenceLayer`.
@@ -65,6 +80,8 @@ class OmegaMemory(MemoryLayer):
         max_rate: largest eta; None for 2 / (chunk + 1). gamma is at most 1 / c, and 1 if c is 1.
         surprise: largest norm of an error, larger ones are scaled down to it: keeps the memory bounded at any rate.
         values: "unit", of unit norm, or "raw", the papers'.
+
+    Raises UserError for options of another type or out of range, and for ones with which the memory would grow.
 
     Source: NL Eq. 68; ATLAS (arXiv 2505.23735) section 3; MIRAS (arXiv 2504.13173) section 5.
 
@@ -87,6 +104,10 @@ class OmegaMemory(MemoryLayer):
     snapshots = Snapshots(
         drop=lambda state: state._replace(snapshot=None), take=lambda state: state._replace(snapshot=state.weights)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert_bounded("OmegaMemory: ", self.chunk, self.max_rate, self.surprise)
 
     @property
     def bias(self) -> objective.Objective:

@@ -275,14 +275,14 @@ def test_options_reach_the_memory():
     assert made("linear", gated=False) == linear.LinearMemory(8, 2, "linear", gated=False, chunk=4)
     assert made("gated-delta", max_rate=2.0) == linear.LinearMemory(8, 2, "gated-delta", 2.0, chunk=4)
     assert made("huber", max_rate=0.1, surprise=1.0) == OmegaMemory(8, 2, "huber", 1, max_rate=0.1, surprise=1.0, chunk=4)
-    fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5)
+    fields = dict(retention="zero", errors="exact", step="normalised", read="boundary", surprise=1.5, features="boundary")
     own = dict(max_rate=0.5, targets="rms", rates="own", generated=("keys",))
     layer = made("self-modifying", erase="memory", **own, **fields)
     own["rule"] = Rule(erase="memory", **fields)
     assert layer == SelfModifyingTitans(8, 2, 3, chunk=4, **own)
     rule = Rule(erase="none", **fields)
     assert made("titans", max_rate=0.5, values="raw", **fields) == Titans(8, 2, 3, True, 0.5, rule, "raw", chunk=4)
-    assert not made("titans", damped=False).rule.damped
+    assert not made("titans", damped=False).rule.damped and not made("titans", momentum=False).momentum
     norm = lambda layer: float(jnp.linalg.norm(layer.normalised(jnp.full((1, 4), 2.0))))
     norms = [norm(layer) for layer in (made("delta", values="unit"), made("oja"), made("delta"))]
     assert norms == pytest.approx([1, 1, 4], rel=1e-6)
