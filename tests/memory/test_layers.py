@@ -329,6 +329,13 @@ def test_self_modification_stays_bounded(chunk):
 
 
 @pytest.mark.parametrize("chunk", cases([16, 64], [64]))
+def test_the_presets_memories_stay_bounded(chunk):
+    """As the gates start, and with learning rates next to their maximum."""
+    layer = SelfModifyingTitans(16, 2, 4, chunk=chunk, momentum=False, rates="own", rule=HOPE)
+    assert_bounded(layer, {"rate_bias": jnp.array([0.0, 12.0])[:, None, None] * jnp.ones((2, 2, 6))})
+
+
+@pytest.mark.parametrize("chunk", cases([16, 64], [64]))
 def test_titans_stay_bounded(chunk):
     """The same, though nothing is erased: the largest rate is what a chunk allows."""
     gates = jnp.array([[0.0, 0.0, 0.0], [12.0, 0.0, 0.0], [12.0, 12.0, 6.0]])  # rate, retention, momentum
@@ -339,11 +346,12 @@ def test_titans_stay_bounded(chunk):
     "layer",
     [
         LinearMemory(16, 2, "oja"),
+        LinearMemory(16, 2, values="unit"),
         OmegaMemory(16, 2, "lp", 1),
         OmegaMemory(16, 2, "huber", 1, chunk=1),
         OmegaMemory(16, 2, "l2", 16, "polynomial"),
     ],
-    ids=["oja", "lp", "huber", "omega"],
+    ids=["oja", "gated-delta", "lp", "huber", "omega"],
 )
 def test_other_biases_stay_bounded(layer):
     """As the gates start, with learning rates next to their maximum, and with retentions and strengths next to 1 as well."""
