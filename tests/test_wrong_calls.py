@@ -182,7 +182,7 @@ CONFIGS = [
             (1.5, 1, dict(step="normalised", errors="exact", max_rate=1.5)),
             (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
             (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
-            (5, 2, dict(step="raw", errors="exact", momentum=False, max_rate=5.0)),
+            (2, 1, dict(step="raw", errors="exact", momentum=False, max_rate=2.0)), (3, 2, dict(step="raw", max_rate=3.0)),
             (2.5, 2, dict(step="raw", mixer="titans", erase="memory", max_rate=2.5)),
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
             (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (2, 1, dict(mixer="oja", max_rate=2.0)),

@@ -38,7 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hope, targets raw": _HOPE | {"targets": "raw"},
     "hope, proximal": _HOPE | {"step": "proximal"},
     "hope, raw steps": _HOPE | {"step": "raw"},
-    "hope, raw steps, rates to 2": _HOPE | {"step": "raw", "max_rate": 2.0},
     "hope, no erase, rates to 2": _HOPE | {"erase": "none", "max_rate": 2.0},
     "hope, erase by the memory, rates to 2": _HOPE | {"erase": "memory", "max_rate": 2.0},
     "errors of the boundary, proximal": _MEMORIES,
