@@ -110,8 +110,8 @@ class Rule:
 
     def assert_bounded(self, prefix: str, max_rate: float, momentum: bool) -> None:
         """Raises UserError, with that prefix to the option's name, where normalised steps at the largest rate would expand
-        what a layer holds along its input, or raw ones along an input of unit norm, and where exact errors add up as momentum.
-        Nothing bounds raw steps of the second layer at longer inputs."""
+        what a layer holds along its input, or raw ones along an input of unit norm, and where exact errors add up as
+        momentum. Nothing bounds raw steps of the second layer at longer inputs."""
         if momentum and not self.damped and self.errors == "exact" and self.step != "raw":
             raise UserError(
                 f"{prefix}damped False makes what exact errors hold grow with momentum: give True, or momentum False"
