@@ -30,7 +30,7 @@ def run(config: settings.Config, cells: list[dict]) -> list[dict]:
 
 def table(results: dict, config: settings.Config) -> str:
     """Markdown: right labels, and every seed on the first task."""
-    first = config.tasks[0]
+    first = results["config"]["tasks"][0]
     lines = ["Right labels, mean over seeds (least); of a passkey at these multiples of the trained length:"]
     lines += [", ".join(map(str, config.multiples)) + ".", "", *grid.table(results, "labels"), ""]
     return (

@@ -118,7 +118,7 @@ def parse(default: Flags, command: str, argv: Sequence[str]) -> Flags:
     if unknown:
         wrong = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
         names = [flag(name) for name, _ in flatten(default)]
-        what = f"unknown flag {wrong}{nearest(wrong, names)}" if wrong else _lone(unknown[0], argv)
+        what = f"unknown flag {wrong}{nearest(wrong, names)}" if wrong else _lone(unknown[0], argv, default)
         raise UserError(f"{what}; see nested-jax {command} --help")
     return flags
 
@@ -145,18 +145,19 @@ def _dashed(argv: Sequence[str]) -> str:
     return ""
 
 
-def _lone(word: str, argv: Sequence[str]) -> str:
+def _lone(word: str, argv: Sequence[str], default: Any) -> str:
     """What to do about a word that no flag takes: where it follows a switch, how that is turned off.
 
-    >>> _lone("no", ["--model.gated", "no"]), _lone("x", ["x"])
-    ('unexpected word no: give --model.gated alone, or --model.no-gated', 'unexpected word x')
+    >>> argv = ["--batch-size", "no", "--model.tie-embeddings", "no"]
+    >>> _lone("no", argv, TrainConfig()), _lone("x", ["x"], TrainConfig())
+    ('unexpected word no: give --model.tie-embeddings alone, or --model.no-tie-embeddings', 'unexpected word x')
     """
-    switch = argv[max(0, argv.index(word) - 1)]
-    if not switch.startswith("--"):
-        return f"unexpected word {word}"
-    *groups, name = switch.removeprefix("--").split(".")
-    other = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
-    return f"unexpected word {word}: give {switch} alone, or --{'.'.join([*groups, other])}"
+    switches = {flag(name) for name, value in flatten(default) if isinstance(value, bool)}
+    for switch, following in zip(argv, argv[1:], strict=False):
+        if following == word and switch in switches:
+            group, dot, name = switch.removeprefix("--").rpartition(".")
+            return f"unexpected word {word}: give {switch} alone, or --{group}{dot}no-{name}"
+    return f"unexpected word {word}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

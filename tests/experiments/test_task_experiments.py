@@ -106,7 +106,11 @@ def test_a_grid_is_measured_and_resumed(load, tmp_path, monkeypatch, folder, fla
     monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("a finished run was made again"))
     module.main()
     assert json.loads(path.read_text()) == results
-    assert path.with_suffix(".md").read_text().count("| lstm |") >= 1 + 2
+    rows = path.with_suffix(".md").read_text()
+    assert rows.count("| lstm |") >= 1 + 2
+    monkeypatch.setattr("sys.argv", ["run.py", *flags.split(), "--networks", "lstm", "--tasks", tasks[1], "--seeds", "1"])
+    module.main()  # these cells are there, and all others stay
+    assert json.loads(path.read_text()) == results and path.with_suffix(".md").read_text() == rows
 
     monkeypatch.setattr(module, "run", make)
     monkeypatch.setattr("sys.argv", ["run.py", *flags.split(), "--steps", "1", "--networks", "lstm", "--into", "shorter"])
