@@ -14,7 +14,7 @@ from nested_jax.checks import Count, Positive
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
 from flags import Seeds
-from networks import BOUNDARY, EXACT
+from networks import BOUNDARY, EXACT, PAPER
 from record import Runs
 
 without = lambda name: EXACT | {"generated": tuple(one for one in EXACT["generated"] if one != name)}
@@ -39,13 +39,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "decay to zero": EXACT | {"retention": "zero"},
     "reads before the write": EXACT | {"read": "before"},
     "reads of the boundary": EXACT | {"read": "boundary"},
+    "hope-paper": PAPER,
+    "hope-paper, targets of unit norm": PAPER | {"targets": "l2"},
 }
-"""Fields of `ModelConfig`: the paper's ablation, then our choices, then the paper's for ours. Fixed queries are the default;
-without a CMS stands one MLP as large, which does not learn in context."""
+"""Fields of `ModelConfig`: the paper's ablation, then our choices, then the paper's for ours, and all of these at once.
+Fixed queries are the default; without a CMS stands one MLP as large, which does not learn in context."""
 TASKS = ("parity", "text")
 NOT_MADE = {("no CMS", "parity")}
 """Parity's models have no CMS that learns in context."""
-PAPER: dict[str, float] = {
+PERPLEXITIES: dict[str, float] = {
     "hope": 13.58,
     "with momentum": 12.24,
     "plain gradient descent": 13.41,

@@ -47,7 +47,7 @@ def table(results: dict) -> str:
         bits = [one[BITS] for one in runs if one[BITS]]
         more = [one[BITS] - base[one["seed"]] for one in runs if one[BITS] and base.get(one["seed"])]
         right = in_bins([one["right"] for one in rows_of(results, row=row, task="parity")])
-        norm, paper = largest(one["norm"][1] for one in rows_of(results, row=row)), settings.PAPER.get(row)
+        norm, paper = largest(one["norm"][1] for one in rows_of(results, row=row)), settings.PERPLEXITIES.get(row)
         cells.append(
             [
                 row,

@@ -108,13 +108,13 @@ class Rule:
     def __post_init__(self):
         check_fields(self, "Rule: ")
 
-    def assert_bounded(self, prefix: str, max_rate: float, momentum: bool) -> None:
-        """Raises UserError, with that prefix to the option's name, where normalised steps at the largest rate would expand
+    def assert_bounded(self, label: str, max_rate: float, momentum: bool) -> None:
+        """Raises UserError, with the options' label, where normalised steps at the largest rate would expand
         what a layer holds along its input, or raw ones along an input of unit norm, and where exact errors add up as
         momentum. Nothing bounds raw steps of the second layer at longer inputs."""
         if momentum and not self.damped and self.errors == "exact" and self.step != "raw":
             raise UserError(
-                f"{prefix}damped False makes what exact errors hold grow with momentum: give True, or momentum False"
+                f"{label}damped False makes what exact errors hold grow with momentum: give True, or momentum False"
             )
         terms = (self.erase == "layer") + (self.errors == "exact")
         if self.step == "raw" and self.erase == "memory":  # first layers take raw steps too
@@ -122,7 +122,7 @@ class Rule:
         most = 2 / max(terms, 1)
         if self.step != "proximal" and terms and max_rate > most:
             choices = f"with step {self.step}, errors {self.errors} and erase {self.erase}"
-            raise UserError(f"{prefix}max_rate {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
+            raise UserError(f"{label}max_rate {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
 
 
 class Activations(NamedTuple):

@@ -36,10 +36,10 @@ LARGEST = 2 - 2**-12
 """Rate of a rule that erases: at 2 itself, a sigmoid's in float32, rounding makes what a repeated key holds grow."""
 
 
-def assert_stable(label: str, rule: str, max_rate: float, values: str | None) -> None:
+def assert_bounded(label: str, rule: str, max_rate: float, values: str | None) -> None:
     """Raises UserError, with the options' label, where what a memory of a rule holds would grow at every token.
 
-    >>> assert_stable("LinearMemory: ", "delta", 2.5, None)
+    >>> assert_bounded("LinearMemory: ", "delta", 2.5, None)
     Traceback (most recent call last):
     nested_jax.errors.UserError: LinearMemory: max_rate 2.5 makes what delta holds grow at every token: give at most 2
     """
@@ -81,7 +81,7 @@ class LinearMemory(MemoryLayer):
 
     def __post_init__(self):
         super().__post_init__()
-        assert_stable("LinearMemory: ", self.rule, self.max_rate, self.values)
+        assert_bounded("LinearMemory: ", self.rule, self.max_rate, self.values)
 
     def normalised(self, values: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
         """Values by the layer's option."""

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 from nested_jax.checks import Count, Interval, Positive, check_fields
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError
+from nested_jax.memory import linear, omega
 from nested_jax.memory.deep import Rule
-from nested_jax.memory.linear import assert_stable
-from nested_jax.memory.omega import assert_bounded
 from nested_jax.memory.self_modifying import Quantity
 from nested_jax.memory.titans import titans_rate
 from nested_jax.remat import Checkpoint
@@ -189,9 +188,9 @@ class ModelConfig:
         if self.mixer in ("self-modifying", "titans"):
             self.rule.assert_bounded("model.", self.largest_rate, self.momentum)
         if self.mixer in ("linear", "delta", "gated-delta", "oja"):
-            assert_stable("model.", self.mixer, self.largest_rate, self.values)
+            linear.assert_bounded("model.", self.mixer, self.largest_rate, self.values)
         if self.mixer in ("lp", "huber", "omega"):
-            assert_bounded("model.", self.chunk, self.max_rate, self.surprise)
+            omega.assert_bounded("model.", self.chunk, self.max_rate, self.surprise)
 
 
 # Hidden widths of the CMS make the families of one size equal in parameters.

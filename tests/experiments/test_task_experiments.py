@@ -354,7 +354,7 @@ def test_rows_of_the_ablation_are_models(load):
     assert len(set(made.values())) == len(made)
     sizes = {row: networks.count(networks.language_model(config)) for row, config in made.items() if row != "no CMS"}
     assert all(abs(size / sizes["hope"] - 1) < 0.3 for size in sizes.values())
-    assert settings.PAPER.keys() <= settings.ROWS.keys()
+    assert settings.PERPLEXITIES.keys() <= settings.ROWS.keys()
 
 
 def test_gates_of_the_streams_are_at_their_largest(load):
