@@ -14,7 +14,7 @@ import pytest
 from nested_jax.memory import kernels as choice
 from nested_jax.memory.deep import Rule
 from nested_jax.memory.linear import LinearMemory
-from nested_jax.memory.pallas import scan, tiles
+from nested_jax.memory.pallas import recurrence, scan, tiles
 from nested_jax.memory.self_modifying import SelfModifyingTitans
 from nested_jax.memory.titans import Titans
 from nested_jax.parallel.plan import devices_of
@@ -166,6 +166,17 @@ def test_heads_of_several_programs(x64, monkeypatch):
     reset = jnp.zeros(x.shape[:2], bool).at[1, C].set(True)
     got, expected = (result(form, reset)(weights, x, jnp.asarray(0.1)) for form in (kernels(layer), layer))
     assert_close(got, expected, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["hope", "titans", "titans, two heads", "linear", "delta"])
+def test_the_backward_kernel_inverts_nothing(monkeypatch, name):
+    """The forward kernel keeps the inverse of every triangular system."""
+    layer, found = kernels(LAYERS[name]), []
+    counted = lambda lowers, *options: found.append(len(lowers)) or tiles.inverses(lowers, *options)
+    monkeypatch.setattr(recurrence, "inverses", counted)
+    jax.make_jaxpr(result(layer))(weights_of(layer, jnp.float32), tokens(2 * C, jnp.float32), jnp.asarray(0.1))
+    systems = layer.form(jnp.float32).systems
+    assert found == [systems] * (systems > 0)
 
 
 @pytest.mark.parametrize(("strength", "turns", "bound"), [(1.0, False, 5e-4), (2.0, True, 5e-2)])

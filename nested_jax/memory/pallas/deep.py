@@ -88,12 +88,14 @@ def learn(
     rule: Rule,
     queries: Float[Array, "C K"],
     fast: bool,
-) -> tuple[Fast, Float[Array, "C K"]]:
-    """One chunk of learning, and reads of the last memory: see `nested_jax.memory.deep.learn`.
+    found: list[Float[Array, "C C"]] | None,
+) -> tuple[Fast, Float[Array, "C K"], list[Float[Array, "C C"]]]:
+    """One chunk of learning, reads of the last memory, and inverses: see `nested_jax.memory.deep.learn`.
 
     Args:
         held: `forward(state.weights, keys)`.
         fast: see `tiles.dot`.
+        found: see `recurrence.write`.
     """
     before, hidden, second = held
     M, theta = len(hidden), strengths.momentum
@@ -147,7 +149,7 @@ def learn(
                 flipped=True,
             )  # fmt: skip
         )
-    written = write(maps, decay, fast)
+    written, found = write(maps, decay, fast, found)
 
     last = lambda x: None if x is None else x[-(x.shape[0] // M) :]
     main = maps[0]._replace(
@@ -166,7 +168,7 @@ def learn(
         y = read(maps[-1], written[-1], decay, z, fast, before=rule.read == "before")
     after = Layers(written[0].weights, [w.weights for w in written[1:]])
     pushed = None if state.momentum is None else Layers(written[0].momentum, [w.momentum for w in written[1:]])
-    return Fast(after, pushed), queries + y
+    return Fast(after, pushed), queries + y, found
 
 
 def _gates(inputs, rate, retain, momentum, erase: bool, step: str, damped: bool, exact: bool = False):
@@ -204,6 +206,11 @@ def memories_of(state: Fast) -> xla.Deep:
 
     momentum = (None, None) if state.momentum is None else untiled(state.momentum)
     return xla.Deep(*map(MemoryState, untiled(state.weights), momentum))
+
+
+def systems_of(rule: Rule, memories: int) -> int:
+    """Triangular systems of a head's chunk: of each map that erases, and of the one with exact errors."""
+    return memories + 1 if rule.erase == "layer" else (rule.erase == "memory") + (rule.errors == "exact")
 
 
 def bytes_of(layer: SelfModifyingTitans | Titans, memories: int) -> int:

@@ -21,7 +21,7 @@ def form_of(layer: LinearMemory, dtype) -> Form:
     """How a kernel reads the layer's memory of tokens of a type: products of bfloat16 tokens are of bfloat16."""
     fast = dtype == jnp.bfloat16
 
-    def step(_, weights, wide, gates):
+    def step(_, weights, wide, gates, found=None):
         q, k, v = wide[0], rounded(wide[1], fast), wide[2]
         write_rate, erase, retain = (column(gates[i : i + 1]) for i in range(3))
         no_erase = layer.rule == "linear"
@@ -32,8 +32,8 @@ def form_of(layer: LinearMemory, dtype) -> Form:
         one = Map(
             k, -v, dot(k, weights, 1, 1, fast), write_rate, None if no_erase else erase, weights, turns=layer.max_rate > 1
         )
-        (written,) = write([one], decay, fast)
-        return written.weights, read(one, written, decay, q, fast)
+        (written,), found = write([one], decay, fast, found)
+        return written.weights, read(one, written, decay, q, fast), found
 
     def lay(weights, memory, tokens) -> Tiled:
         q, k, v, *gates = tokens
@@ -42,4 +42,5 @@ def form_of(layer: LinearMemory, dtype) -> Form:
         return Tiled(upcast(weights["start"]), memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
 
     size = 4 * (layer.width // layer.heads) ** 2
-    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads, 1, size)
+    systems = int(layer.rule != "linear")
+    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads, 1, systems, size)

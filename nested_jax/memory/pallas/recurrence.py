@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, later, row, row_of, solve
+import jax
+
+from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, inverses, later, row, row_of, solve
 from nested_jax.typing import Array, Float
 
 Column = Float[Array, "C 1"]
@@ -87,8 +89,14 @@ class Written(NamedTuple):
     erased: Float[Array, "C V"] | None
 
 
-def write(maps: list[Map], decays: Decays, fast: bool) -> list[Written]:
-    """The maps after a chunk, in step: see `nested_jax.memory.recurrence.write`."""
+def write(
+    maps: list[Map], decays: Decays, fast: bool, found: list[Float[Array, "C C"]] | None = None
+) -> tuple[list[Written], list[Float[Array, "C C"]]]:
+    """The maps after a chunk, in step, and the inverses of their systems: see `nested_jax.memory.recurrence.write`.
+
+    Args:
+        found: the inverses, where they are known.
+    """
     lowers, rights, turning, alone = [], [], [], decays.momentum is None
     for each in maps:
         if each.erase is None and not each.exact:
@@ -107,8 +115,10 @@ def write(maps: list[Map], decays: Decays, fast: bool) -> list[Written]:
         lowers.append(lower)
         rights.append(right)
         turning.append(each.turns)
-    solved = iter(solve(lowers, rights, turning, fast) if lowers else [])
-    return [_finish(each, solved, decays, fast) for each in maps]
+    if found is None:
+        found = inverses(jax.lax.stop_gradient(lowers), turning, fast) if lowers else []
+    solved = iter(solve(lowers, rights, found, fast) if lowers else [])
+    return [_finish(each, solved, decays, fast) for each in maps], found
 
 
 def _finish(each: Map, solved: Iterator[Array], decays: Decays, fast: bool) -> Written:

@@ -1,7 +1,7 @@
 """A scan over the chunks of a stream as one kernel, the state in the chip's fast memory, and its backward kernel.
 
-The backward kernel reads the states before chunks, which the forward kernel has saved, and applies `jax.vjp` to the chunk
-step inside the kernel.
+The backward kernel reads the states before chunks and the inverses of their systems, which the forward kernel has saved, and
+applies `jax.vjp` to the chunk step inside the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nested_jax.typing import Array, Bool, Int, PyTree
 
 
 def forward(form: Form, save: bool, weights, state, tokens, reset) -> tuple[PyTree, PyTree]:
-    """((state, outputs), states before chunks or None)."""
+    """((state, outputs), states before chunks and inverses, or None)."""
     given = form.lay(weights, state, tokens)
     out = (_VECTORS, _STATE, _STATE) if save else (_VECTORS, _STATE)
     y, after, *saved = _on_mesh(partial(_call, form, save), (_GIVEN, _ROWS), out)(given, _restarts(form, reset))
@@ -126,13 +126,12 @@ def _call(form: Form, save: bool, given: Tiled, reset):
     at, N = _blocks(form, given), given.wide[0].shape[1] // form.chunk
     like = partial(jax.tree.map, lambda x: _shape(x.shape, x.dtype, given))
     every = partial(jax.tree.map, lambda x: _shape((*x.shape[:2], N, *x.shape[2:]), x.dtype, given))
-    wide = given.wide[0]
-    shapes, specs = (
-        [_shape(wide.shape, jnp.result_type(jnp.float32, *jax.tree.leaves(given)), given), like(given.state)],
-        [at.wide, at.state(given.state)],
-    )
+    wide, dtype = given.wide[0], jnp.result_type(jnp.float32, *jax.tree.leaves(given))
+    shapes, specs = [_shape(wide.shape, dtype, given), like(given.state)], [at.wide, at.state(given.state)]
     if save:
-        shapes.append(every(given.state))
+        B, H = jax.tree.leaves(given.state)[0].shape[:2]
+        found = _shape((B, H, N, form.systems, form.chunk, form.chunk), dtype, given) if form.systems else None
+        shapes.append((every(given.state), found))
         specs.append(at.saved(shapes[2]))
     return pl.pallas_call(
         partial(_forward_kernel, form, at),
@@ -221,9 +220,9 @@ def _forward_kernel(form, at, weights, state, wide, gates, reset, y, now, saved:
     given = [
         (_load(weights, head), _load(now, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
     ]  # fmt: skip
-    for head, (after, read) in enumerate(_in_step(form.step, given)):
+    for head, (after, read, found) in enumerate(_in_step(form.step, given)):
         if saved is not None:
-            _store(saved, head, given[head][1])
+            _store(saved, head, (given[head][1], found or None))
         y[:, head * at.width : (head + 1) * at.width] = read.astype(y.dtype)
         _store(now, head, after)
 
@@ -236,14 +235,16 @@ def _backward_kernel(form, at, weights, saved, wide, gates, reset, y, after, to_
         jax.tree.map(lambda to, ref: to.__setitem__(..., ref[...]), to_state, after)
         jax.tree.map(lambda to: to.__setitem__(..., jnp.zeros(to.shape, to.dtype)), to_weights)
 
-    def pull(given, cotangents):
-        return jax.vjp(form.step, *given)[1](cotangents)
+    def pull(given, found, cotangents):
+        return jax.vjp(lambda *given: form.step(*given, found or [])[:2], *given)[1](cotangents)
 
+    before, inverses = saved
     given = [
-        (_load(weights, head), _load(saved, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
+        (_load(weights, head), _load(before, head), _vectors(wide, head, at.width), _load(gates, head)) for head in heads
     ]  # fmt: skip
     cotangents = [(_load(to_state, head), *_vectors([y], head, at.width)) for head in heads]
-    for head, (of_weights, of_state, of_wide, of_gates) in enumerate(_in_step(pull, [*zip(given, cotangents, strict=True)])):
+    pulled = [*zip(given, [_load(inverses, head) for head in heads], cotangents, strict=True)]
+    for head, (of_weights, of_state, of_wide, of_gates) in enumerate(_in_step(pull, pulled)):
         for ref, value in zip(to_wide, of_wide, strict=True):
             ref[:, head * at.width : (head + 1) * at.width] = value.astype(ref.dtype)
         _store(to_gates, head, of_gates)

@@ -20,6 +20,7 @@ from nested_jax.memory.pallas.deep import (
     learn,
     memories_of,
     normalise,
+    systems_of,
     unit,
 )
 from nested_jax.memory.pallas.form import Form, Tiled, rows_of
@@ -46,7 +47,7 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
     M = len(names)
     fixed = [name for name in ("queries", "keys", "values") if name not in made_of]
 
-    def step(weights: Weights, state: Fast, wide, gates):
+    def step(weights: Weights, state: Fast, wide, gates, found=None):
         x, *rest = wide
         given = dict(zip(fixed, rest, strict=True))
         made = {}
@@ -72,7 +73,7 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
         before, hidden, second = forward(state.weights, jnp.concatenate([keys, values], axis=0), fast)
         targets = [normalise(values + held[C:], layer.targets) for held in second]
         held = before[:C], [h[:C] for h in hidden], [s[:C] for s in second]
-        return learn(state, weights.start, keys, held, targets, strengths, layer.rule, queries, fast)
+        return learn(state, weights.start, keys, held, targets, strengths, layer.rule, queries, fast, found)
 
     def start(weights: Weights):
         zeros = jax.tree.map(jnp.zeros_like, weights.start) if layer.momentum else None
@@ -93,4 +94,5 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
             None if theta is None else rows_of([theta], layer.chunk),
         )
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, M + 1, bytes_of(layer, M), layer.hidden, *LEVEL)
+    sizes = M + 1, systems_of(layer.rule, M), bytes_of(layer, M), layer.hidden
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, *sizes, *LEVEL)

@@ -178,29 +178,31 @@ def inverses(lowers: list[Float[Array, "C C"]], turning: list[bool], fast: bool)
 
 
 def solve(
-    lowers: list[Float[Array, "C C"]], rights: list[Float[Array, "C V"]], turning: list[bool], fast: bool
+    lowers: list[Float[Array, "C C"]],
+    rights: list[Float[Array, "C V"]],
+    inverses: list[Float[Array, "C C"]],
+    fast: bool,
 ) -> list[Float[Array, "C V"]]:
-    """(I + L)^-1 R of each; turning: as of `inverses`."""
-    return _solve(lowers, rights, tuple(turning), fast)
+    """(I + L)^-1 R of each, by the inverses of I + L; the derivative is that by L and R."""
+    return _solve(lowers, rights, inverses, fast)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve(lowers, rights, turning, fast) -> Any:
-    return _solve_forward(lowers, rights, turning, fast)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _solve(lowers, rights, inverses, fast) -> Any:
+    return [_careful(x, right, 1, fast) for x, right in zip(inverses, rights, strict=True)]
 
 
-def _solve_forward(lowers, rights, turning, fast) -> Any:
-    found = inverses(lowers, turning, fast)
-    solved = [_careful(x, right, 1, fast) for x, right in zip(found, rights, strict=True)]
-    return solved, (found, solved)
+def _solve_forward(lowers, rights, inverses, fast) -> Any:
+    solved = _solve(lowers, rights, inverses, fast)
+    return solved, (inverses, solved)
 
 
-def _solve_backward(turning, fast, kept, gs):
-    found, solved = kept
-    rights = [_careful(x, g, 0, fast) for x, g in zip(found, gs, strict=True)]
-    i, j = numbers(found[0].shape[0])
+def _solve_backward(fast, kept, gs):
+    inverses, solved = kept
+    rights = [_careful(x, g, 0, fast) for x, g in zip(inverses, gs, strict=True)]
+    i, j = numbers(gs[0].shape[0])
     lowers = [-jnp.where(i > j, dot(r, x, 1, 1, fast), 0.0) for r, x in zip(rights, solved, strict=True)]
-    return lowers, rights
+    return lowers, rights, None
 
 
 _solve.defvjp(_solve_forward, _solve_backward)

@@ -19,6 +19,7 @@ from nested_jax.memory.pallas.deep import (
     layers_of,
     learn,
     memories_of,
+    systems_of,
     unit,
 )
 from nested_jax.memory.pallas.form import Form, Tiled, rows_of
@@ -33,13 +34,13 @@ def form_of(layer: Titans, dtype) -> Form:
     """How a kernel reads the layer's memory of tokens of a type: products of bfloat16 tokens are of bfloat16."""
     fast = dtype == jnp.bfloat16
 
-    def step(weights: Layers, state: Fast, wide, gates):
+    def step(weights: Layers, state: Fast, wide, gates, found=None):
         q, k, v = wide[0], rounded(wide[1], fast), wide[2]
         rate, retain, *momentum = (column(gates[i : i + 1]) for i in range(gates.shape[0]))
         rate = layer.largest_rate * rate
         strengths = Strengths(rate, [rate], retain, momentum[0] if layer.momentum else None)
         values = unit(v) if layer.values == "unit" else v
-        return learn(state, weights, k, forward(state.weights, k, fast), [values], strengths, layer.rule, q, fast)
+        return learn(state, weights, k, forward(state.weights, k, fast), [values], strengths, layer.rule, q, fast, found)
 
     def start(weights: Layers) -> Fast:
         return Fast(weights, jax.tree.map(jnp.zeros_like, weights) if layer.momentum else None)
@@ -49,4 +50,5 @@ def form_of(layer: Titans, dtype) -> Form:
         wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         return Tiled(layers_of(xla.Deep(**upcast(weights["start"]))), fast_of(memories), wide, rows_of(gates, layer.chunk))
 
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, 2, bytes_of(layer, 1), layer.hidden, *LEVEL)
+    sizes = 2, systems_of(layer.rule, 1), bytes_of(layer, 1), layer.hidden
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, *sizes, *LEVEL)
