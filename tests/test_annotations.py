@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nested_jax import PRESETS
 
 
+@pytest.mark.slow
 def test_the_package_runs_under_the_import_hook():
     """All tiny families, forward, backward and in pieces; training steps; the picture; in a process of its own."""
     script = Path(__file__).with_name("annotated_run.py")

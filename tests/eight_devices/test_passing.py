@@ -71,11 +71,11 @@ def test_a_device_has_its_part_of_the_stream(weights):
 @pytest.mark.parametrize(
     "shape, T, window, kernel",
     [
-        (MeshShape(sequence=8), 1024, None, False),
-        (MeshShape(data=2, tensor=2, sequence=2), 1024, 300, False),
+        pytest.param(MeshShape(sequence=8), 1024, None, False, marks=pytest.mark.slow),
+        pytest.param(MeshShape(data=2, tensor=2, sequence=2), 1024, 300, False, marks=pytest.mark.slow),
         (MeshShape(fsdp=2, sequence=4), 1280, 100, False),  # groups of 160, parts of 40
         (MeshShape(data=2, tensor=2, sequence=2), 512, None, True),
-        (MeshShape(fsdp=4, sequence=2), 1024, 300, True),  # blocks of 512 keys and 256 queries
+        pytest.param(MeshShape(fsdp=4, sequence=2), 1024, 300, True, marks=pytest.mark.slow),  # 512 keys, 256 queries
     ],
     ids=str,
 )

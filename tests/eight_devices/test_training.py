@@ -71,6 +71,7 @@ def test_what_was_trained_on_a_mesh_is_read_on_one_device(tmp_path):
     np.testing.assert_allclose(float(done.stdout), float(state.params["head"].sum()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_meshes_read_as_one_device_does(tmp_path, capsys):
     """Bits per byte of eval by three axes, text that generate writes by heads; generate's one row is not split."""
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question.\n" * 100)
@@ -94,6 +95,7 @@ def test_meshes_read_as_one_device_does(tmp_path, capsys):
     assert "does not divide 1 rows (data, fsdp)" in (error := capsys.readouterr().err) and "give tensor=2" in error
 
 
+@pytest.mark.slow
 def test_what_a_run_starts_from_is_read_in_parts(tmp_path, monkeypatch):
     """No device ever holds the other run's weights whole; the first loss is that of its weights."""
     first = train(config(tmp_path / "first", None, steps=2), Console(file=StringIO()))
@@ -124,6 +126,7 @@ def test_a_converted_model_is_trained_on_in_parts(tmp_path, monkeypatch):
     np.testing.assert_allclose([*found[0].values()], [*found[1].values()], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_devices_without_a_part_are_told(tmp_path):
     said = StringIO()
     small = config(tmp_path / "few", None)

@@ -53,7 +53,8 @@ def test_blocks_of_queries_are_the_whole(x64, window, monkeypatch):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", cases([None, 20], [20]))
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 20])
 def test_pieces_of_keys_are_the_whole(x64, window, monkeypatch):
     """Values, gradients and their own gradients; rows whose first pieces are of other documents, and after a cache."""
     layer, weights, x = make(window, T=37, B=2)

@@ -125,7 +125,7 @@ def assert_close(got, expected, rtol=1e-12):
         np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-12, err_msg=jax.tree_util.keystr(path))
 
 
-RARELY_COMPARED = {"lp-1.5-1", "omega-2-7", "titans-1", "titans-undecayed-4", "delta-unit"}
+RARELY_COMPARED = {"lp-1.5-1", "omega-2-7", "titans-1", "titans-4", "titans-paper-4", "titans-undecayed-4", "delta-unit"}
 WITH_REFERENCE = [name for name, layer in LAYERS.items() if type(layer) in REFERENCES]
 
 

@@ -111,6 +111,7 @@ def test_any_split(x64, name, pieces):
     assert_close((state, jnp.concatenate(outputs, axis=1)), whole, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gated delta, rates to 2"])
 def test_other_derivatives_are_those_of_the_twin(x64, name):
     """Forward mode, forward over reverse, reverse over reverse, and all of it for several streams at once."""
@@ -139,6 +140,7 @@ def test_other_derivatives_are_those_of_the_twin(x64, name):
     assert_close(every(kernels(layer))(weights, x), every(layer)(weights, x), 1e-10)
 
 
+@pytest.mark.slow
 def test_products_of_float32_are_in_full():
     """Within 1e-5 of the form that XLA compiles, tokens of float32."""
     for name in ("gated delta, rates to 2", "titans, two heads"):

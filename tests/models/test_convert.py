@@ -105,6 +105,7 @@ def test_biases_of_queries_keys_and_values_are_read(tmp_path):
         convert(dataclasses.replace(llama(biased=True), get=weights.__getitem__))
 
 
+@pytest.mark.slow
 def test_dealt_layers_learn_at_their_level_alone():
     """Layers 0 and 2 are of the slow level, 1 of the fast one; in each, what the other level has stays zero."""
     config, weights = convert(llama(), "dealt", periods=(16, 8), rates=(1.0,))

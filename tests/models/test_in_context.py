@@ -51,10 +51,7 @@ def by_reference(made, text, learn=None):
     return reference.language_model(made.config, made.weights, rules, text, learn)
 
 
-DEFAULT = ("nested, with momentum", "shared by the batch")
-
-
-@pytest.mark.parametrize("case", cases(CASES, DEFAULT))
+@pytest.mark.parametrize("case", cases(CASES, ["nested, with momentum"]))
 def test_equals_a_loop_of_gradients(x64, case):
     """Logits, which depend on every update before them."""
     made = model(config(**CASES[case]))
@@ -66,7 +63,8 @@ def test_equals_a_loop_of_gradients(x64, case):
     assert not np.allclose(fast, still)
 
 
-@pytest.mark.parametrize("case", cases(["one block", "nested", "shared by the batch"], ["one block"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one block", "nested", "shared by the batch"])
 def test_learns_from_the_tokens_that_it_is_told(x64, case):
     """In one call, and in pieces that end inside of segments; from none it learns nothing."""
     made = model(config(**CASES[case]))

@@ -113,6 +113,7 @@ def test_loops_are_not_run_again():
     jax.tree.map(lambda *each: np.testing.assert_allclose(each[1], each[0], rtol=1e-4, atol=1e-6), *values)
 
 
+@pytest.mark.slow
 def test_loops_keep_inverses(monkeypatch):
     """An inverse of 8 x 8 takes four products; with none kept, those of two rows and two heads are made once more."""
     config = dataclasses.replace(MODEL, width=16, chunk=8, cms=CMSConfig(hidden=(64,)), memory_policy="loops")

@@ -43,6 +43,7 @@ def test_every_rule_is_taken(x64, name):
     )
 
 
+@pytest.mark.slow
 def test_integers_numpy_numbers_and_functions(x64):
     """Integers are traced where they are no sizes; functions are named, as for optax's own."""
     for make, options, static in [

@@ -138,6 +138,7 @@ def test_what_a_person_sees(both, tmp_path):
             assert float(painted[1] if painted else 0) == pytest.approx(0.85 * expected, abs=0.02), (name, i)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 def test_a_page_of_100_000_tokens_has_few_elements_at_a_time(tmp_path):
     n, rng = 100_000, np.random.default_rng(0)

@@ -18,6 +18,7 @@ def source(tmp_path, monkeypatch):
     return llama_folder.write(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_from_the_command_line(source, capsys):
     assert main(["convert", "model", "--run-dir", "still"]) == 0
     assert "levels of 12 hidden units" in capsys.readouterr().out

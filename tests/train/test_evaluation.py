@@ -42,6 +42,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(tokens
     assert heldout.bits_per_byte(params) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_carried_held_out_text_is_read_as_whole_documents():
     """In windows of 32 bytes, two rows of documents: as each document read in one call; without carry it is not."""
     model, texts, tokenizer = small_model("tiny-hope"), TEXTS[-5:], ByteTokenizer()

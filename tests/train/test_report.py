@@ -131,6 +131,7 @@ def test_several_samples_have_the_seeds_that_follow(finished):
     assert list(every) == several[0]
 
 
+@pytest.mark.slow
 def test_the_likeliest_continuation_is_that_of_one_reading():
     """Of a model that learns from what it writes: over five of its segments, each token is the next one's argmax."""
     model, tokenizer = small_model("tiny-hope"), ByteTokenizer()

@@ -252,6 +252,7 @@ def test_the_level_of_a_fast_state_is_named_as_users_know_it(name, leaf, level):
     assert str(error.value) == f"step 3, level {level}: fast state {leaf} is not finite"
 
 
+@pytest.mark.slow
 def test_a_carried_state_that_overflows_is_seen_at_once():
     config, _, _ = make("tiny-titans", carry=True)
     state, update = start(config), updating(config)

@@ -85,6 +85,7 @@ def test_a_run_on_a_task_from_start_to_report(config, quiet, say):
     assert quiet(config)[1].startswith(f"{config.run_dir} is finished")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_never_stopped(config, quiet, monkeypatch):
     straight = quiet(config("straight"))[0]
     with monkeypatch.context() as patch:
@@ -176,6 +177,7 @@ def test_a_model_learns_a_task(config, quiet):
     assert row["heldout_right_labels_1"] > 0.7 and row["heldout_loss"] < 0.6
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_a_model_of_the_task(tmp_path, monkeypatch, say):
     monkeypatch.chdir(tmp_path)
     small = "--model.width 16 --model.heads 2 --model.layers 1 --window 8 --batch-size 2 --eval-sequences 2 --steps 1"
