@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, inverses, later, row, row_of, solve
+from nested_jax.memory.pallas.tiles import column, column_of, decay, dot, inverses, later, rounded, row, row_of, solve
 from nested_jax.typing import Array, Float
 
 Column = Float[Array, "C 1"]
@@ -75,6 +75,10 @@ class Map(NamedTuple):
         """W x of every row."""
         return dot(inputs, weights, 1, 0 if self.flipped else 1, fast)
 
+    def pushed(self, fast: bool) -> Float[Array, "C V"]:
+        """eta delta, as fast products see it."""
+        return rounded(self.push * self.errors, fast)
+
     def outer(self, change: Float[Array, "C V"], fast: bool) -> Array:
         """sum_t change_t x_t^T, as the weights lie."""
         return dot(self.inputs, change, 0, 0, fast) if self.flipped else dot(change, self.inputs, 0, 0, fast)
@@ -94,6 +98,10 @@ def write(
 ) -> tuple[list[Written], list[Float[Array, "C C"]]]:
     """The maps after a chunk, in step, and the inverses of their systems: see `nested_jax.memory.recurrence.write`.
 
+    A system's matrix has the rounded numbers that its right side's product has, and so have the writes: else what a token
+    holds before its own is off by the same part of it at every token of a run of equal keys, and what is written of it adds
+    up.
+
     Args:
         found: the inverses, where they are known.
     """
@@ -102,12 +110,13 @@ def write(
         if each.erase is None and not each.exact:
             continue
         gram = dot(each.inputs, each.inputs, 1, 1, fast)
-        overlap, lower = decays.carried_before * gram, 0.0
+        overlap, lower = rounded(decays.carried_before * gram, fast), 0.0
         if each.erase is not None:
-            lower += decays.retained_before * gram * row(each.erase + each.push if each.exact and alone else each.erase)
+            both = overlap if alone else rounded(decays.retained_before * gram, fast)
+            lower += both * row(each.erase + each.push if each.exact and alone else each.erase)
         if each.exact and (each.erase is None or not alone):
             lower += overlap * row(each.push)
-        right = decays.retention_before * each.held - dot(overlap, each.push * each.errors, 1, 0, fast)
+        right = decays.retention_before * each.held - dot(overlap, each.pushed(fast), 1, 0, fast)
         if each.anchor is not None:
             right += (1 - decays.retention_before) * each.at(each.anchor, each.inputs, fast)
         if each.momentum is not None and decays.momentum is not None:
@@ -122,7 +131,7 @@ def write(
 
 
 def _finish(each: Map, solved: Iterator[Array], decays: Decays, fast: bool) -> Written:
-    written, erased = each.push * each.errors, None
+    written, erased = each.pushed(fast), None
     if each.erase is not None or each.exact:
         held = next(solved)
         written = written + each.push * held if each.exact else written
