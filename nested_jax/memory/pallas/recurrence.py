@@ -98,9 +98,8 @@ def write(
 ) -> tuple[list[Written], list[Float[Array, "C C"]]]:
     """The maps after a chunk, in step, and the inverses of their systems: see `nested_jax.memory.recurrence.write`.
 
-    A system's matrix has the rounded numbers that its right side's product has, and so have the writes: else what a token
-    holds before its own is off by the same part of it at every token of a run of equal keys, and what is written of it adds
-    up.
+    Writes are the rounded numbers that the right side's product has, and so is a system's matrix, but where strengths turn
+    signs: else what is held before a token is off by the same part at every token of a run of equal keys, which adds up.
 
     Args:
         found: the inverses, where they are known.
@@ -110,9 +109,10 @@ def write(
         if each.erase is None and not each.exact:
             continue
         gram = dot(each.inputs, each.inputs, 1, 1, fast)
-        overlap, lower = rounded(decays.carried_before * gram, fast), 0.0
+        seen = fast and not each.turns
+        overlap, lower = rounded(decays.carried_before * gram, seen), 0.0
         if each.erase is not None:
-            both = overlap if alone else rounded(decays.retained_before * gram, fast)
+            both = overlap if alone else rounded(decays.retained_before * gram, seen)
             lower += both * row(each.erase + each.push if each.exact and alone else each.erase)
         if each.exact and (each.erase is None or not alone):
             lower += overlap * row(each.push)
