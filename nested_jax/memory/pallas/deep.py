@@ -208,11 +208,6 @@ def memories_of(state: Fast) -> xla.Deep:
     return xla.Deep(*map(MemoryState, untiled(state.weights), momentum))
 
 
-def systems_of(rule: Rule, memories: int) -> int:
-    """Triangular systems of a head's chunk: of each map that erases, and of the one with exact errors."""
-    return memories + 1 if rule.erase == "layer" else (rule.erase == "memory") + (rule.errors == "exact")
-
-
 def bytes_of(layer: SelfModifyingTitans | Titans, memories: int) -> int:
     """Of a head's fast state."""
     return 8 * memories * layer.hidden * layer.width // layer.heads * (2 if layer.momentum else 1)

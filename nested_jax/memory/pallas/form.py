@@ -23,10 +23,10 @@ class Tiled(NamedTuple):
 class Form(NamedTuple):
     """How a memory is read by a kernel.
 
-    step: one head's chunk on tiles, (weights, state, wide, gates, inverses or None) -> (state, y (C, K), the inverses (C, C)
-    of its triangular systems). start: weights -> the state of a new document, on tiles. lay: (weights, memories, tokens) of
-    the layer -> `Tiled`. take: tiles after -> the layer's memories. chunk: C. maps, systems: linear maps and triangular
-    systems of a head. bytes: of its state. hidden: units of a deep memory. of, level: a level's state between chunks -> its
+    step: one head's chunk on tiles, (weights, state, wide, gates, inverses or None) -> (state, y (C, K), inverses (C, C) of
+    triangular systems, those that are worth keeping). start: weights -> the state of a new document, on tiles. lay:
+    (weights, memories, tokens) of the layer -> `Tiled`. take: tiles after -> the layer's memories. chunk: C. maps, bytes:
+    linear maps of a head, and its state's. hidden: units of a deep memory. of, level: a level's state between chunks -> its
     memories, and back.
     """
 
@@ -37,7 +37,6 @@ class Form(NamedTuple):
     chunk: int
     heads: int
     maps: int
-    systems: int
     bytes: int
     hidden: int | None = None
     of: Callable[[PyTree], PyTree] = lambda state: state

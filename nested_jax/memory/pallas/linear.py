@@ -42,5 +42,4 @@ def form_of(layer: LinearMemory, dtype) -> Form:
         return Tiled(upcast(weights["start"]), memory.weights, wide, rows_of(list(layer.gates(*gates)[:3]), layer.chunk))
 
     size = 4 * (layer.width // layer.heads) ** 2
-    systems = int(layer.rule != "linear")
-    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads, 1, systems, size)
+    return Form(step, lambda start: start, lay, MemoryState, layer.chunk, layer.heads, 1, size)

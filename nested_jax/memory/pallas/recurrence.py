@@ -96,24 +96,22 @@ class Written(NamedTuple):
 def write(
     maps: list[Map], decays: Decays, fast: bool, found: list[Float[Array, "C C"]] | None = None
 ) -> tuple[list[Written], list[Float[Array, "C C"]]]:
-    """The maps after a chunk, in step, and the inverses of their systems: see `nested_jax.memory.recurrence.write`.
+    """The maps after a chunk, in step, and the inverses worth keeping: see `nested_jax.memory.recurrence.write`.
 
-    Writes are the rounded numbers that the right side's product has, and so is a system's matrix, but where strengths turn
-    signs: else what is held before a token is off by the same part at every token of a run of equal keys, which adds up.
+    Writes are the rounded numbers that the right side's product has: else what is held before a token is off by the same
+    part at every token of a run of equal keys, which adds up.
 
     Args:
-        found: the inverses, where they are known.
+        found: those inverses, where they are known. An inverse is kept if it is no larger than its map, or if strengths turn
+            signs, as it has more than twice the products then.
     """
-    lowers, rights, turning, alone = [], [], [], decays.momentum is None
-    for each in maps:
-        if each.erase is None and not each.exact:
-            continue
+    lowers, rights, alone = [], [], decays.momentum is None
+    solving = [each for each in maps if each.erase is not None or each.exact]
+    for each in solving:
         gram = dot(each.inputs, each.inputs, 1, 1, fast)
-        seen = fast and not each.turns
-        overlap, lower = rounded(decays.carried_before * gram, seen), 0.0
+        overlap, lower = decays.carried_before * gram, 0.0
         if each.erase is not None:
-            both = overlap if alone else rounded(decays.retained_before * gram, seen)
-            lower += both * row(each.erase + each.push if each.exact and alone else each.erase)
+            lower += decays.retained_before * gram * row(each.erase + each.push if each.exact and alone else each.erase)
         if each.exact and (each.erase is None or not alone):
             lower += overlap * row(each.push)
         right = decays.retention_before * each.held - dot(overlap, each.pushed(fast), 1, 0, fast)
@@ -123,11 +121,13 @@ def write(
             right += decays.momentum.inertia_before * each.at(each.momentum, each.inputs, fast)
         lowers.append(lower)
         rights.append(right)
-        turning.append(each.turns)
-    if found is None:
-        found = inverses(jax.lax.stop_gradient(lowers), turning, fast) if lowers else []
-    solved = iter(solve(lowers, rights, found, fast) if lowers else [])
-    return [_finish(each, solved, decays, fast) for each in maps], found
+    keep = [each.turns or lower.size <= each.weights.size for each, lower in zip(solving, lowers, strict=True)]
+    new = [i for i, kept in enumerate(keep) if found is None or not kept]
+    made = inverses([jax.lax.stop_gradient(lowers[i]) for i in new], [solving[i].turns for i in new], fast) if new else []
+    known, fresh = iter(found or []), iter(made)
+    every = [next(fresh if found is None or not kept else known) for kept in keep]
+    solved = iter(solve(lowers, rights, every, fast) if lowers else [])
+    return [_finish(each, solved, decays, fast) for each in maps], [x for x, kept in zip(every, keep, strict=True) if kept]
 
 
 def _finish(each: Map, solved: Iterator[Array], decays: Decays, fast: bool) -> Written:

@@ -122,6 +122,21 @@ def _shape(shape: tuple[int, ...], dtype: Any, *like: PyTree) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
 
 
+def _inverses(form: Form, given: Tiled, dtype: Any) -> jax.ShapeDtypeStruct | None:
+    """Of all chunks those that the backward kernel reads (B, H, N, ., C, C); None: there are none."""
+    B, T, D = given.wide[0].shape
+    H, C, like = jax.tree.leaves(given.state)[0].shape[1], form.chunk, jax.ShapeDtypeStruct
+
+    def tile(x, axes):
+        one = like(x.shape[-2:], x.dtype)
+        return one if x.ndim == axes + 2 else [one] * x.shape[axes]
+
+    of = lambda tree, axes: jax.tree.map(lambda x: tile(x, axes), tree)
+    wide = [like((C, D // H), jnp.promote_types(x.dtype, jnp.float32)) for x in given.wide]
+    found = jax.eval_shape(form.step, of(given.weights, 1), of(given.state, 2), wide, of(given.gates, 3))[2]
+    return _shape((B, H, T // C, len(found), C, C), dtype, given) if found else None
+
+
 def _call(form: Form, save: bool, given: Tiled, reset):
     at, N = _blocks(form, given), given.wide[0].shape[1] // form.chunk
     like = partial(jax.tree.map, lambda x: _shape(x.shape, x.dtype, given))
@@ -129,9 +144,7 @@ def _call(form: Form, save: bool, given: Tiled, reset):
     wide, dtype = given.wide[0], jnp.result_type(jnp.float32, *jax.tree.leaves(given))
     shapes, specs = [_shape(wide.shape, dtype, given), like(given.state)], [at.wide, at.state(given.state)]
     if save:
-        B, H = jax.tree.leaves(given.state)[0].shape[:2]
-        found = _shape((B, H, N, form.systems, form.chunk, form.chunk), dtype, given) if form.systems else None
-        shapes.append((every(given.state), found))
+        shapes.append((every(given.state), _inverses(form, given, dtype)))
         specs.append(at.saved(shapes[2]))
     return pl.pallas_call(
         partial(_forward_kernel, form, at),

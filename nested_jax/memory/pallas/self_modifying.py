@@ -20,7 +20,6 @@ from nested_jax.memory.pallas.deep import (
     learn,
     memories_of,
     normalise,
-    systems_of,
     unit,
 )
 from nested_jax.memory.pallas.form import Form, Tiled, rows_of
@@ -94,5 +93,4 @@ def form_of(layer: SelfModifyingTitans, dtype) -> Form:
             None if theta is None else rows_of([theta], layer.chunk),
         )
 
-    sizes = M + 1, systems_of(layer.rule, M), bytes_of(layer, M), layer.hidden
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, *sizes, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, M + 1, bytes_of(layer, M), layer.hidden, *LEVEL)

@@ -19,7 +19,6 @@ from nested_jax.memory.pallas.deep import (
     layers_of,
     learn,
     memories_of,
-    systems_of,
     unit,
 )
 from nested_jax.memory.pallas.form import Form, Tiled, rows_of
@@ -50,5 +49,4 @@ def form_of(layer: Titans, dtype) -> Form:
         wide = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         return Tiled(layers_of(xla.Deep(**upcast(weights["start"]))), fast_of(memories), wide, rows_of(gates, layer.chunk))
 
-    sizes = 2, systems_of(layer.rule, 1), bytes_of(layer, 1), layer.hidden
-    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, *sizes, *LEVEL)
+    return Form(step, start, lay, memories_of, layer.chunk, layer.heads, 2, bytes_of(layer, 1), layer.hidden, *LEVEL)
