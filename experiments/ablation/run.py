@@ -46,8 +46,9 @@ def table(results: dict) -> str:
         runs = rows_of(results, row=row, task="text")
         bits = [one[BITS] for one in runs if one[BITS]]
         more = [one[BITS] - base[one["seed"]] for one in runs if one[BITS] and base.get(one["seed"])]
-        right = in_bins([one["right"] for one in rows_of(results, row=row, task="parity")])
-        norm, paper = largest(one["norm"][1] for one in rows_of(results, row=row)), settings.PERPLEXITIES.get(row)
+        words, norms = rows_of(results, row=row, task="parity"), lambda found: [one["norm"][1] for one in found]
+        right = with_diverged(norms(words), in_bins([one["right"] for one in words if one["norm"][1] is not None]))
+        norm, paper = largest(norms(rows_of(results, row=row))), settings.PERPLEXITIES.get(row)
         cells.append(
             [
                 row,
