@@ -75,9 +75,14 @@ class Map(NamedTuple):
         """W x of every row."""
         return dot(inputs, weights, 1, 0 if self.flipped else 1, fast)
 
+    @property
+    def solves(self) -> bool:
+        """Whether what is held before each token takes a triangular system."""
+        return self.erase is not None or self.exact
+
     def pushed(self, fast: bool) -> Float[Array, "C V"]:
-        """eta delta, as fast products see it."""
-        return rounded(self.push * self.errors, fast)
+        """eta delta; as fast products see it, where there is a system."""
+        return rounded(self.push * self.errors, fast and self.solves)
 
     def outer(self, change: Float[Array, "C V"], fast: bool) -> Array:
         """sum_t change_t x_t^T, as the weights lie."""
@@ -106,7 +111,7 @@ def write(
             signs, as it has more than twice the products then.
     """
     lowers, rights, alone = [], [], decays.momentum is None
-    solving = [each for each in maps if each.erase is not None or each.exact]
+    solving = [each for each in maps if each.solves]
     for each in solving:
         gram = dot(each.inputs, each.inputs, 1, 1, fast)
         overlap, lower = decays.carried_before * gram, 0.0
@@ -132,7 +137,7 @@ def write(
 
 def _finish(each: Map, solved: Iterator[Array], decays: Decays, fast: bool) -> Written:
     written, erased = each.pushed(fast), None
-    if each.erase is not None or each.exact:
+    if each.solves:
         held = next(solved)
         written = written + each.push * held if each.exact else written
         erased = None if each.erase is None else each.erase * held
