@@ -89,7 +89,8 @@ def on_tiles(state, inputs, errors, gates, queries, *, anchor, mask, exact, flip
     memory = pallas.Map(
         inputs, errors, inputs @ state.weights.T, write, erase, *map(turn, (*state, anchor)), exact=exact, flipped=flipped
     )
-    (written,) = pallas.write([memory], decay, False)
+    _, found = pallas.write([memory], decay, False)
+    (written,), _ = pallas.write([memory], decay, False, found)  # the inverses are known, as to the backward kernel
     after = MemoryState(turn(written.weights), turn(written.momentum))
     return after, pallas.read(memory, written, decay, queries, False)
 
