@@ -177,7 +177,8 @@ def main() -> None:
         for seed in config.seeds
     ]
     each_once(path, results, partial(run, config), choices, itemgetter("form", "chunk", "task", "start"), config)
-    shown = dataclasses.replace(config, **results["config"])
+    all_of = {name: tuple(value) if isinstance(value, list) else value for name, value in results["config"].items()}
+    shown = dataclasses.replace(config, **all_of)
     finish(path, results, table(results, shown), figure(results, shown))
 
 

@@ -1,6 +1,7 @@
 """Results are not lost; invalid flags are refused in one line, before anything is computed."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -54,6 +55,27 @@ def test_results_of_other_flags_are_kept(load, monkeypatch, path):
         (path.parent / "small.json").write_text(text)
         with pytest.raises(flags.UserError, match="small.json cannot be read as results: move it, or give --fresh"):
             go(record, path, Flags(), never)
+
+
+GRIDS = (
+    *("ablation/run", "chunks/boundary", "chunks/run", "chunks/starts", "fidelity/run", "pods/run"),
+    *("formal_languages/run", "recall/run", "streams/run", "benchmarks/tpu_static"),
+)
+
+
+@pytest.mark.parametrize("script", GRIDS)
+def test_a_committed_table_is_made_of_its_json(load, monkeypatch, tmp_path, script):
+    """With --report alone, as the READMEs say."""
+    folder, name = script.split("/")
+    module = load(name, folder)
+    shutil.copytree(module.RESULTS, tmp_path / "results")
+    tables = {path.name: path.read_text() for path in module.RESULTS.glob("*.md")}
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--report"])
+    plt.close("all")
+    module.main()
+    assert {path.name: path.read_text() for path in (tmp_path / "results").glob("*.md")} == tables
+    plt.close("all")
 
 
 def test_an_impossible_folder_is_refused_first(load, path):
