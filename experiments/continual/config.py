@@ -49,5 +49,5 @@ class Config(Runs):
         flags.check_known(self, "families", FAMILIES)
         flags.check_known(self, "methods", METHODS)
         flags.check_tuning(self)
-        if not Path(self.data).is_dir():
+        if not self.report and not Path(self.data).is_dir():
             raise UserError(f"--data {self.data} is no folder: give the one that holds the data")

@@ -66,10 +66,15 @@ def on_seeds(results: dict, **choices: str) -> list[Float[np.ndarray, "N tasks"]
     return [np.array(row["scores"]) for row in rows if row["seed"] in results["config"]["seeds"]]
 
 
+def families_of(results: dict) -> list[str]:
+    """Those with runs."""
+    return [family for family in results["config"]["families"] if rows_of(results, family=family)]
+
+
 def table(results: dict) -> str:
     """Markdown: a table for each family."""
     lines = []
-    for family in results["config"]["families"]:
+    for family in families_of(results):
         cells = []
         for method in results["config"]["methods"]:
             if found := on_seeds(results, family=family, method=method):
@@ -90,7 +95,7 @@ def table(results: dict) -> str:
 
 def figure(results: dict) -> Figure:
     """Mean score on the tasks so far, after each task."""
-    families, methods = results["config"]["families"], results["config"]["methods"]
+    families, methods = families_of(results), results["config"]["methods"]
     fig, panels = plt.subplots(1, len(families), figsize=(3.4 * len(families) + 2, 3.6), squeeze=False, layout="constrained")
     for family, axes in zip(families, panels[0], strict=True):
         for i, method in enumerate(methods):

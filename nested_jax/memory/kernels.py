@@ -60,7 +60,7 @@ def kernel_of(layer: MemoryLayer, shape: tuple[int, ...], dtype: Any) -> Form | 
     together = heads_at_once(heads, K, form.maps)
     if together * form.maps > 4 * _MAPS:
         return f"{together} heads of {K} together would fill lanes: too many"
-    needed = together * (10 * form.bytes + 40 * form.maps * layer.chunk**2)  # blocks twice, and tiles (C, C) of a map
+    needed = together * (10 * form.bytes + 40 * form.maps * layer.chunk**2)  # blocks twice, inverses and tiles
     return f"its states and chunks need {needed >> 20} MiB of fast memory" if needed > VMEM * 2 // 3 else form
 
 

@@ -58,7 +58,7 @@ def test_results_of_other_flags_are_kept(load, monkeypatch, path):
 
 
 GRIDS = (
-    *("ablation/run", "chunks/boundary", "chunks/run", "chunks/starts", "fidelity/run", "pods/run"),
+    *("ablation/run", "chunks/boundary", "chunks/run", "chunks/starts", "continual/run", "fidelity/run", "pods/run"),
     *("formal_languages/run", "recall/run", "streams/run", "benchmarks/tpu_static"),
 )
 
