@@ -56,7 +56,7 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict
     """
     if config.report:
         if not networks_of(results):
-            raise UserError("--report: there are no runs on --seeds yet, only tries of rates: make some")
+            raise UserError("--report: there are no runs on test seeds yet, only tries of rates: make some")
         return results
     first, rates = results["config"]["tasks"][0], results["config"]["rates"]
     make = lambda choices: each_once(path, results, run, choices, kind, config)
@@ -82,7 +82,7 @@ def chosen(results: dict, name: str) -> float:
     if len(rates) == 1:
         return rates[0]
     config = results["config"]
-    tries = rows_of(results, name=name, seed=config["tuning_seed"])  # all on the first task
+    tries = rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
     loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
     return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
 
@@ -90,7 +90,8 @@ def chosen(results: dict, name: str) -> float:
 def on_test_seeds(results: dict, name: str, task: str) -> list[dict]:
     """The runs of a network on a task, on the test seeds."""
     rows = [row for row in rows_of(results, name=name, task=task) if row["seed"] in results["config"]["seeds"]]
-    tried = len(results["config"]["rates"]) == 1 or rows_of(results, name=name, seed=results["config"]["tuning_seed"])
+    config = results["config"]
+    tried = len(config["rates"]) == 1 or rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
     return [row for row in rows if tried and row["rate"] == chosen(results, name)]
 
 

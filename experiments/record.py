@@ -116,7 +116,7 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     """The results so far, with their runs; with `config.fresh` there are none.
 
     Their config holds what either has of `LISTS`, so that flags choose cells; rates may become more. Their command is the
-    last one that chose all of them.
+    last one that chose all of them. With `config.report` they are as they were saved.
 
     Raises:
         UserError: the results are of another config, or cannot be read, or there is nothing to report.
@@ -136,9 +136,11 @@ def resume(path: Path, config: Any) -> dict[str, Any]:
     one = lambda flags: {name: value for name, value in flags.items() if name not in (*LISTS, *RATES)}
     if one(old) != one(new) or any(set(old.get(name, ())) - set(new.get(name, ())) for name in RATES):
         raise UserError(f"{path}.json was made with other flags: give those, more rates, or --fresh to replace it")
+    if report:
+        return kept
     either = new | {name: _either(old.get(name, ()), new[name]) for name in LISTS if name in new}
     some = any(set(old.get(name, ())) - set(new.get(name, ())) for name in LISTS)
-    return (kept if report or some else results) | {"config": either, "runs": kept["runs"]}
+    return (kept if some else results) | {"config": either, "runs": kept["runs"]}
 
 
 def _either(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
@@ -152,7 +154,8 @@ def _either(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
 
 def _kept(path: Path) -> dict[str, Any] | None:
     try:
-        return {"config": {}} | json.loads(Path(f"{path}.json").read_text())
+        kept = dict(json.loads(Path(f"{path}.json").read_text()))
+        return kept | {"config": kept.get("config", {})}
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError):

@@ -75,6 +75,7 @@ Folder = Annotated[str, Named("the path of a folder")]
 Count = Annotated[int, Interval(least=1)]  # a whole number of at least 1
 NonNegative = Annotated[float, Interval(least=0)]
 Positive = Annotated[float, Interval(above=0)]
+Rate = Annotated[float, Interval(least=1e-6, most=1e6)]  # a largest learning rate, whose gates float32 holds
 
 
 def check_fields(config: Any, label: str | Callable[[str], str]) -> None:

@@ -164,11 +164,12 @@ CONFIGS = [
             (dict(errors="exakt"), "one of boundary, exact"), (dict(step=1), "one of proximal, normalised, raw"),
             (dict(rates="mine"), "one of shared, own"), (dict(features=None), "one of token, boundary"),
             (dict(targets="L2"), "one of l2, rms, raw"), (dict(surprise=0), "a number above 0"), (dict(gated=1), "True or False"),
-            (dict(surprise=float("nan")), "a number above 0"), (dict(max_rate=float("inf")), "a finite number above 0 or None"),
+            (dict(surprise=float("nan")), "a number above 0"), (dict(max_rate=float("inf")), "a finite number of at least 1e-06 and at most 1000000 or None"),
+            (dict(max_rate=1e39), "a finite number of at least 1e-06"), (dict(max_rate=5e-324), "a finite number of at least 1e-06"),
             (dict(damped=0.5), "True or False"), (dict(values="l2"), "one of unit, raw or None"),
             (dict(generated="keys"), "a tuple, each a different one of keys, values, rates, retention, queries"),
             (dict(generated=("keys", "rate")), "a tuple"), (dict(generated=None), "a tuple"),
-            (dict(window=None), "a whole"), (dict(lp_power=float("inf")), "a finite number of at least 1"),
+            (dict(window=None), "a whole"), (dict(lp_power=float("inf")), "a finite number of at least 1"), (dict(lp_power=9), "a finite number of at least 1 and at most 8"),
             (dict(lp_power="3"), "a finite number"), (dict(huber_threshold=-1), "a finite number above 0"),
             (dict(cms={}), "a CMSConfig"), (dict(cms=CMSConfig), "a CMSConfig"),
             (dict(memory_policy="half"), "one of none, full, loops, blocks, sqrt, log"), (dict(memory_policy=0), "one of none"),
@@ -182,19 +183,23 @@ CONFIGS = [
             (1.5, 1, dict(step="normalised", errors="exact", max_rate=1.5)),
             (2.5, 2, dict(step="normalised", errors="exact", erase="memory", max_rate=2.5)),
             (2.5, 2, dict(step="normalised", mixer="titans", erase="layer", max_rate=2.5)),
-            (2, 1, dict(step="raw", errors="exact", momentum=False, max_rate=2.0)), (3, 2, dict(step="raw", max_rate=3.0)),
-            (2.5, 2, dict(step="raw", mixer="titans", erase="memory", max_rate=2.5)),
+            (2, 1, dict(step="raw", errors="exact", momentum=False, max_rate=2.0)), (1.5, 1, dict(step="raw", max_rate=1.5)),
+            (1.0000001, 1, dict(step="raw", mixer="titans", erase="memory", max_rate=1.0000001)),
             (4, 2, dict(step="normalised", mixer="titans", errors="exact", chunk=1)),
             (3, 2, dict(mixer="delta", max_rate=3.0)), (3, 2, dict(mixer="gated-delta", max_rate=3.0)), (2, 1, dict(mixer="oja", max_rate=2.0)),
         )
     ),
     *(
         (lambda fields=fields: ModelConfig(errors="exact", damped=False, **fields), "model.damped False makes .* grow .*: give True")
-        for fields in ({}, dict(step="normalised", max_rate=0.01), dict(mixer="titans"))
+        for fields in ({}, dict(step="normalised", max_rate=0.01), dict(mixer="titans"), dict(step="raw"))
     ),
     *(
         (lambda make=make: make(max_rate=0.1, surprise=float("inf"), chunk=31), "max_rate 0.1 makes errors .* at most .*, 0.0625, or")
         for make in (functools.partial(ModelConfig, mixer="omega"), functools.partial(ModelConfig, mixer="lp"), functools.partial(OmegaMemory, 8, 2))
+    ),
+    *(
+        (lambda make=make: make(surprise=float("inf"), values="raw"), "values raw makes errors of any norm to the power 2 grow: give unit, or")
+        for make in (functools.partial(ModelConfig, mixer="lp"), functools.partial(OmegaMemory, 8, 2, "lp"))
     ),
     (lambda: ModelConfig(mixer="oja", values="raw"), "model.values raw may make what oja holds grow, .*: give unit"),
     (lambda: ModelConfig(width=9), "model.width 9 is not a multiple of model.heads 4: change one"),
@@ -249,7 +254,7 @@ MEMORIES = [
     (lambda: LinearMemory(8, 2, checkpoint=2.5), "LinearMemory: checkpoint 2.5: give"),
     (lambda: Titans(8, 2, rule="raw"), "Titans: rule 'raw': give a Rule"),
     (lambda: Titans(8, 2, momentum=0.9), "Titans: momentum 0.9: give True or False"),
-    (lambda: Titans(8, 2, max_rate=0), "Titans: max_rate 0: give a finite number above 0"),
+    (lambda: Titans(8, 2, max_rate=0), "Titans: max_rate 0: give a finite number of at least 1e-06"),
     (lambda: Titans(8, 2, values="l2"), "Titans: values 'l2': give one of unit, raw"),
     (lambda: OmegaMemory(8, 2, values=None), "OmegaMemory: values None: give one of unit, raw"),
     (lambda: LinearMemory(8, 2, "oja", values="raw"), "LinearMemory: values raw may make what oja holds grow"),

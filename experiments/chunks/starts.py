@@ -105,7 +105,7 @@ def run(config: Config, cells: list[dict]) -> list[dict]:
     form, chunk, task, start = (cells[0][name] for name in ("form", "chunk", "task", "start"))
     longest = LONGEST[task]
     made = started(network("hope, chunk 16", 2, 32, 2, FORMS[form] | {"chunk": chunk}), STARTS[start])
-    lanes = [Lane(TASKS["parity"], STARTS[start].seeds + cell["seed"], cell["rate"]) for cell in cells]
+    lanes = [Lane(TASKS["parity"], (STARTS[start].seeds + cell["seed"]) % 2**31, cell["rate"]) for cell in cells]
     bins = [(longest * i + 2, longest * (i + 1)) for i in range(3)]
     return train(made, lanes, Training(config.steps, 16, 2, longest), bins, 256)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from nested_jax.checks import Count
+from nested_jax.checks import Count, Interval
+from nested_jax.errors import UserError
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 import flags
@@ -75,10 +76,10 @@ class Config(Runs):
 
     options: tuple[str, ...] = tuple(OPTIONS)
     """Names of `config.OPTIONS`."""
-    tokens: Count = 2**20
+    tokens: Annotated[int, Interval(least=1, most=2**26)] = 2**20
     """Length of every stream, up to the next multiple of 16,384."""
     width: Count = 32
-    """Width of the models."""
+    """Width of the models, of two heads."""
     layers: Count = 1
     """Blocks."""
     seed: Seed = 0
@@ -87,3 +88,5 @@ class Config(Runs):
     def __post_init__(self):
         flags.check(self, "options")
         flags.check_known(self, "options", OPTIONS)
+        if self.width % 2:
+            raise UserError(f"--width {self.width} is odd, and the models have two heads: give an even one")

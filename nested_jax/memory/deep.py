@@ -84,9 +84,9 @@ class Rule:
             overflow.
         damped: writes with momentum have strength eta (1 - theta): S is a running mean of surprises. False: eta, the paper's
             sum, whose steps are 1 / (1 - theta) times as long. Errors of the boundary are bounded by `surprise`, and so is
-            their mean. Exact errors have no bound of their own: their sum overflows at usual gates and is refused, but for
-            raw steps; and nothing bounds their mean where theta swings from near 0 to near 1 between tokens: what one token
-            wrote is then added again at each of the next.
+            their mean. Exact errors have no bound of their own: their sum overflows at usual gates and is refused, and
+            nothing bounds their mean where theta swings from near 0 to near 1 between tokens: what one token wrote is then
+            added again at each of the next.
 
     Raises UserError for an option that is none of these; so does `assert_bounded` for choices with which a layer grows.
 
@@ -109,20 +109,21 @@ class Rule:
         check_fields(self, "Rule: ")
 
     def assert_bounded(self, label: str, max_rate: float, momentum: bool) -> None:
-        """Raises UserError, with the options' label, where normalised steps at the largest rate would expand
-        what a layer holds along its input, or raw ones along an input of unit norm, and where exact errors add up as
-        momentum. Nothing bounds raw steps of the second layer at longer inputs."""
-        if momentum and not self.damped and self.errors == "exact" and self.step != "raw":
+        """Raises UserError, with the options' label, where normalised steps at the largest rate would expand what a layer
+        holds along its input, or raw ones, by alpha - eta of any alpha, what first layers hold along an input of unit norm,
+        and where exact errors add up as momentum. Nothing bounds raw steps of the second layer at longer inputs."""
+        if momentum and not self.damped and self.errors == "exact":
             raise UserError(
                 f"{label}damped False makes what exact errors hold grow with momentum: give True, or momentum False"
             )
-        terms = (self.erase == "layer") + (self.errors == "exact")
-        if self.step == "raw" and self.erase == "memory":  # first layers take raw steps too
-            terms = 1
-        most = 2 / max(terms, 1)
-        if self.step != "proximal" and terms and max_rate > most:
+        raw, terms = self.step == "raw", (self.erase == "layer") + (self.errors == "exact")
+        most = 1 if raw else 2 / max(terms, 1)
+        grows = terms or (raw and self.erase == "memory")  # first layers take raw steps too
+        if self.step != "proximal" and grows and max_rate > most:
             choices = f"with step {self.step}, errors {self.errors} and erase {self.erase}"
-            raise UserError(f"{label}max_rate {max_rate:g} makes what a layer holds grow, {choices}: give at most {most:g}")
+            raise UserError(
+                f"{label}max_rate {max_rate:.12g} makes what a layer holds grow, {choices}: give at most {most:g}"
+            )
 
 
 class Activations(NamedTuple):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Positive
+from nested_jax.checks import Rate
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
@@ -45,7 +45,7 @@ def assert_bounded(label: str, rule: str, max_rate: float, values: str | None) -
     """
     most = {"linear": math.inf, "oja": 1}.get(rule, 2)  # oja: factor alpha - eta, of any alpha
     if max_rate > most:
-        raise UserError(f"{label}max_rate {max_rate:g} makes what {rule} holds grow at every token: give at most {most}")
+        raise UserError(f"{label}max_rate {max_rate:.12g} makes what {rule} holds grow at every token: give at most {most}")
     if rule == "oja" and values == "raw":
         raise UserError(f"{label}values raw may make what oja holds grow, which erases by values: give unit")
 
@@ -74,7 +74,7 @@ class LinearMemory(MemoryLayer):
     """
 
     rule: Literal["linear", "delta", "gated-delta", "oja"] = "gated-delta"
-    max_rate: Positive = 1.0
+    max_rate: Rate = 1.0
     values: Literal["unit", "raw"] | None = None
     gated: bool = True
     memory_state = MemoryState

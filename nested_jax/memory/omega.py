@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Count, Interval, Positive
+from nested_jax.checks import Count, Interval, Positive, Rate
 from nested_jax.description import Description
 from nested_jax.errors import UserError
 from nested_jax.level import Level
@@ -53,17 +53,26 @@ class OmegaState(NamedTuple):
     elapsed: Int[Array, ""]
 
 
-def assert_bounded(label: str, chunk: int, max_rate: float | None, surprise: float) -> None:
-    """Raises UserError, with the options' label, where errors of any norm would add up to more than they are in a chunk.
+def assert_bounded(
+    label: str, chunk: int, max_rate: float | None, surprise: float, power: float, values: str | None
+) -> None:
+    """Raises UserError, with the options' label, where errors of any norm would add up to more than they are in a chunk, or
+    where they are powers above the first (l_p of p > 2; of the other objectives p = 2) of values of any norm.
 
-    >>> assert_bounded("OmegaMemory: ", 7, 1.0, math.inf)
+    >>> assert_bounded("OmegaMemory: ", 7, 1.0, math.inf, 2.0, "unit")
     Traceback (most recent call last):
     nested_jax.errors.UserError: OmegaMemory: max_rate 1 makes errors of any norm grow: give at most 2 / (chunk + 1), 0.25, \
 or a finite surprise
     """
-    if math.isinf(surprise) and max_rate is not None and max_rate > (most := 2 / (chunk + 1)):
-        remedy = f"give at most 2 / (chunk + 1), {most:.3g}, or a finite surprise"
-        raise UserError(f"{label}max_rate {max_rate:g} makes errors of any norm grow: {remedy}")
+    if math.isfinite(surprise):
+        return
+    if max_rate is not None and max_rate > (most := 2 / (chunk + 1)):
+        remedy = f"give at most 2 / (chunk + 1), {math.floor(1e6 * most) / 1e6:g}, or a finite surprise"
+        raise UserError(f"{label}max_rate {max_rate:.12g} makes errors of any norm grow: {remedy}")
+    if power > 2 and values == "raw":
+        raise UserError(
+            f"{label}values raw makes errors of any norm to the power {power - 1:g} grow: give unit, or a finite surprise"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,9 @@ class OmegaMemory(MemoryLayer):
     objective: Literal["l2", "lp", "huber"] = "l2"
     window: Count = 16
     features: Literal["identity", "polynomial"] = "identity"
-    power: Annotated[float, Interval(least=1)] = 3.0
+    power: Annotated[float, Interval(least=1, most=8)] = 3.0
     threshold: Positive = 1.0
-    max_rate: Positive | None = None
+    max_rate: Rate | None = None
     surprise: Annotated[float, Interval(above=0, finite=False)] = 2.0
     values: Literal["unit", "raw"] = "unit"
     memory_state = OmegaState
@@ -107,7 +116,8 @@ class OmegaMemory(MemoryLayer):
 
     def __post_init__(self):
         super().__post_init__()
-        assert_bounded("OmegaMemory: ", self.chunk, self.max_rate, self.surprise)
+        power = self.power if self.objective == "lp" else 2.0
+        assert_bounded("OmegaMemory: ", self.chunk, self.max_rate, self.surprise, power, self.values)
 
     @property
     def bias(self) -> objective.Objective:

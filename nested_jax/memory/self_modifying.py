@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Count, Positive, check_key
+from nested_jax.checks import Count, Rate, check_key
 from nested_jax.errors import UserError
 from nested_jax.level import Level, Nested, nest
 from nested_jax.memory.deep import (
@@ -105,7 +105,7 @@ class SelfModifyingTitans(MemoryLayer):
     hidden: Count = 32
     projection_chunk: Count | None = None
     momentum: bool = True
-    max_rate: Positive = 1.0
+    max_rate: Rate = 1.0
     rates: Literal["shared", "own"] = "shared"
     targets: Literal["l2", "rms", "raw"] = "l2"
     generated: tuple[Quantity, ...] = ("keys", "values", "rates", "retention")

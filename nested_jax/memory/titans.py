@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from nested_jax.checks import Count, Positive, check_key
+from nested_jax.checks import Count, Rate, check_key
 from nested_jax.level import Level
 from nested_jax.memory.deep import (
     SNAPSHOTS,
@@ -72,7 +72,7 @@ class Titans(MemoryLayer):
 
     hidden: Count = 32
     momentum: bool = True
-    max_rate: Positive | None = None
+    max_rate: Rate | None = None
     rule: Rule = Rule(erase="none")
     values: Literal["unit", "raw"] = "unit"
     snapshots = SNAPSHOTS

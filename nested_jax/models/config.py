@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from nested_jax.checks import Count, Interval, Positive, check_fields
+from nested_jax.checks import Count, Interval, Positive, Rate, check_fields
 from nested_jax.cms import CMSConfig
 from nested_jax.errors import UserError
 from nested_jax.memory import linear, omega
@@ -95,7 +95,7 @@ class ModelConfig:
     rates: Literal["shared", "own"] = "shared"
     """Whether the layers of self-modifying memories share one learning rate, or learn several: one of all first layers and
     one of each second layer, that of the main memory with the largest start."""
-    max_rate: Positive | None = None
+    max_rate: Rate | None = None
     """Largest learning rate of a memory; None: 1, of Titans 4 / chunk, of lp, Huber and omega memories 2 / (chunk + 1)."""
     gated: bool = True
     """Whether linear, delta, gated-delta and oja memories learn rates and retention, of the token; else these are `max_rate`
@@ -110,7 +110,7 @@ class ModelConfig:
     """Tokens that every update of an omega memory learns from."""
     omega_features: Literal["identity", "polynomial"] = "polynomial"
     """Feature map of an omega memory's keys and queries; polynomial adds their squares."""
-    lp_power: Annotated[float, Interval(least=1)] = 3.0
+    lp_power: Annotated[float, Interval(least=1, most=8)] = 3.0
     """Power p of the l_p memory's objective."""
     huber_threshold: Positive = 1.0
     """Norm of an error from which on the Huber memory's objective is linear."""
@@ -180,8 +180,8 @@ class ModelConfig:
             raise UserError(f"{sizes}: change one")
         if self.alignment > 2**30:
             raise UserError(
-                f"model.chunk and model.cms.periods have {self.alignment} as least common multiple: give periods for which "
-                f"it is at most 2^30 tokens"
+                f"model.chunk, projection_chunk and cms.periods have {self.alignment} as least common multiple: give "
+                f"numbers for which it is at most 2^30 tokens"
             )
         if self.cms.blocks is not None and self.cms.blocks > self.layers:
             raise UserError(f"model.cms.blocks {self.cms.blocks} must be from 1 to model.layers {self.layers}")
@@ -190,7 +190,8 @@ class ModelConfig:
         if self.mixer in ("linear", "delta", "gated-delta", "oja"):
             linear.assert_bounded("model.", self.mixer, self.largest_rate, self.values)
         if self.mixer in ("lp", "huber", "omega"):
-            omega.assert_bounded("model.", self.chunk, self.max_rate, self.surprise)
+            power = self.lp_power if self.mixer == "lp" else 2.0
+            omega.assert_bounded("model.", self.chunk, self.max_rate, self.surprise, power, self.values)
 
 
 # Hidden widths of the CMS make the families of one size equal in parameters.

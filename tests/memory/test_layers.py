@@ -361,16 +361,21 @@ def test_other_biases_stay_bounded(layer):
 
 
 @pytest.mark.parametrize(
-    ("rule", "max_rate"),
-    [(HOPE, 1.0), (dataclasses.replace(HOPE, step="proximal"), 1.0), (Rule(step="normalised"), 2.0)],
-    ids=["exact, normalised", "exact, proximal", "boundary, normalised"],
+    ("rule", "max_rate", "scale"),
+    [
+        (HOPE, 1.0, 20),  # features so large that proximal steps are nearly 1
+        (dataclasses.replace(HOPE, step="proximal"), 1.0, 20),
+        (Rule(step="normalised"), 2.0, 20),
+        (Rule(step="raw"), 1.0, 1),
+    ],
+    ids=["exact, normalised", "exact, proximal", "boundary, normalised", "raw"],
 )
-def test_memories_do_not_grow_at_any_retention(rule, max_rate):
+def test_memories_do_not_grow_at_any_retention(rule, max_rate, scale):
     """At the largest rate, on one token repeated: what is held along its features fades or flips, also where it decays at
-    once. With a factor alpha - 2 eta' it grew 1.6 times a token."""
+    once. With a factor alpha - 2 eta' it grew 1.6 times a token; with raw steps at a rate of 1.5 it overflowed."""
     layer = SelfModifyingTitans(16, 2, 4, chunk=64, momentum=False, rates="own", rule=rule, max_rate=max_rate)
     weights = layer.init_weights(jax.random.key(0))
-    weights["start"] = jax.tree.map(lambda w: 20 * w, weights["start"])  # features so large that proximal steps are nearly 1
+    weights["start"] = jax.tree.map(lambda w: scale * w, weights["start"])
     x = jnp.tile(jax.random.normal(jax.random.key(1), (1, 1, 16)), (1, 512, 1))
 
     @jax.jit

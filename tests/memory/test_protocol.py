@@ -55,9 +55,15 @@ def test_what_the_package_exports_is_documented():
         (lambda: Rule(surprise=0.0), "Rule: surprise 0.0: give a number above 0"),
         (lambda: OmegaMemory(8, 2, objective="foo"), "OmegaMemory: objective 'foo': give one of l2, lp, huber"),
         (lambda: OmegaMemory(8, 2, window=0), "OmegaMemory: window 0: give a whole number of at least 1"),
-        (lambda: OmegaMemory(8, 2, "lp", power=0.5), "OmegaMemory: power 0.5: give a finite number of at least 1"),
+        (
+            lambda: OmegaMemory(8, 2, "lp", power=0.5),
+            "OmegaMemory: power 0.5: give a finite number of at least 1 and at most 8",
+        ),
         (lambda: Titans(8, 3, 4), "Titans: width 8 is not a multiple of heads 3: change one"),
-        (lambda: Titans(8, 2, 4, max_rate=-1.0), "Titans: max_rate -1.0: give a finite number above 0 or None"),
+        (
+            lambda: Titans(8, 2, 4, max_rate=-1.0),
+            "Titans: max_rate -1.0: give a finite number of at least 1e-06 and at most 1000000 or None",
+        ),
         (lambda: Titans(8, 2, 4, rule="raw"), "Titans: rule 'raw': give a Rule"),
         (
             lambda: SelfModifyingTitans(8, 2, 4, projection_chunk=6, chunk=4),

@@ -333,7 +333,7 @@ def test_what_is_refused():
         (dict(periods=(6, 4)), "6 is not a multiple of 4"),
         (dict(periods=(8, 4, 2)), "more than the 2 levels"),
         (dict(variant="nested", hidden=(4, 5), periods=(8, 4)), "equal widths"),
-        (dict(lp_power=0.5), "model.lp_power 0.5: give a finite number of at least 1"),
+        (dict(lp_power=0.5), "model.lp_power 0.5: give a finite number of at least 1 and at most 8"),
         (dict(huber_threshold=0.0), "model.huber_threshold 0.0: give a finite number above 0"),
         (dict(mixer="hope"), "model.mixer 'hope': give one of self-modifying, titans"),
         (dict(variant="parallel"), "model.cms.variant 'parallel': give one of sequential, nested, independent"),

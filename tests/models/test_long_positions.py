@@ -46,5 +46,5 @@ def test_reading_goes_on(x64, case):
 
 
 def test_what_positions_cannot_count_is_refused():
-    with pytest.raises(UserError, match="have 1099510579200 as least common multiple: give periods"):
+    with pytest.raises(UserError, match="have 1099510579200 as least common multiple: give numbers"):
         ModelConfig(chunk=2**20 - 1, cms=CMSConfig(hidden=(4,), periods=(2**20,)))
