@@ -20,7 +20,7 @@ def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
         function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
         padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights; of its own
-            form where there are several.
+            form where there are several. It does none of products without a sum, which scale numbers, or of two vectors.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
@@ -51,6 +51,8 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
             return 2 * _size(equation.outvars[0]) * sums
         one = _size(equation.invars[0]) // max(sums * maps, 1)
         columns, rows = sorted((one, _size(equation.outvars[0]) // max(one * maps, 1)))
+        if not contracted or rows == 1:
+            return 0
         up = lambda n, tile: -(-n // tile) * tile
         return 2 * maps * up(rows, 8) * up(columns, 128) * up(sums, 128)
     if name == "conv_general_dilated":

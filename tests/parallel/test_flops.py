@@ -52,6 +52,9 @@ def test_products_in_tiles():
     assert flops(jnp.matmul, left, right, padded=True) == 2 * 5 * 24 * 128 * 128
     whole = jnp.ones((8, 128)), jnp.ones((128, 256))
     assert flops(jnp.matmul, *whole, padded=True) == 2 * 256 * 128 * 128  # eight rows are the columns then
+    scaled, inner = "bi,bij->bij", "bi,bi->b"
+    for product, right in ((scaled, jnp.ones((5, 7, 9))), (inner, jnp.ones((5, 7)))):  # by the vector unit
+        assert flops(partial(jnp.einsum, product), jnp.ones((5, 7)), right, padded=True) == 0
     square = jnp.ones((256, 128)), whole[1]
     assert flops(jnp.matmul, *square, padded=True) == flops(jnp.matmul, *square)
 
