@@ -1,24 +1,16 @@
 """Bundles of kernels on TPUs: `python experiments/benchmarks/tpu_static.py` compiles them and writes results/tpu_static.*.
 
-A bundle is what a TPU's core does in a cycle at best. libtpu writes those of every kernel that it compiles; each program of
-a kernel's grid runs all of its own once, but that of attention, which has some for masked blocks that it skips.
+See `nested_jax.parallel.bundles`.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import config as settings
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -31,16 +23,12 @@ from nested_jax import preset
 from nested_jax.memory.kernels import heads_at_once
 from nested_jax.memory.stream import MemoryLayer
 from nested_jax.models.block import sequence_layer
+from nested_jax.parallel import bundles
 from nested_jax.parallel.chips import CHIPS
-from nested_jax.parallel.mesh import MeshShape, make_mesh
-from nested_jax.parallel.plan import devices_of, plan
+from nested_jax.parallel.plan import plan
 from nested_jax.train.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
-SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
-"""What a bundle has slots for: the matrix unit, moves across lanes, arithmetic, the matrix unit's results, and more."""
-CHUNKS, ATTENDED = 4, 2048
-"""Chunks of a memory's stream, and tokens of attention's, that are compiled."""
 
 
 def run(cells: list[dict]) -> list[dict]:
@@ -55,47 +43,17 @@ def compiled(row: str) -> dict:
     if window:
         tokens = int(window.split()[0])
         config = TrainConfig.from_preset(name, batch_size=1, window=tokens, mesh="data=1")
-        made = plan(config, settings.TOPOLOGIES[chip])
-        numbers = {"milliseconds": 1e3 * made.seconds["cycles, as the compiler estimates them"], "tokens": tokens}
+        made = plan(config, settings.TOPOLOGIES[chip], count_bundles=False)
+        cycles = sum(cycles for _, cycles in made.cycles)
+        numbers = {"milliseconds": 1e3 * cycles / made.chip.clock, "tokens": tokens}
         numbers |= {"temporaries": made.temporaries, "arguments": made.arguments, "traffic": made.traffic}
     else:
-        with TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            numbers = {"kernels": pool.submit(kernels, name, settings.TOPOLOGIES[chip], folder).result()}
+        layer = sequence_layer(preset(name))
+        numbers = {"kernels": bundles.of_layer(layer, settings.TOPOLOGIES[chip], bundles.ATTENDED, "bfloat16")}
     return numbers | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def kernels(name: str, topology: str, folder: str) -> dict[str, dict]:
-    """The kernels of a preset's sequence layer, forward and backward: {name: bundles, slots used}.
-
-    Args:
-        folder: an empty one, in which libtpu writes what it compiles: it is told once, when a process loads it.
-    """
-    options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}"
-    layer = sequence_layer(preset(name))
-    mesh = make_mesh(MeshShape(data=1), devices_of(topology)[:1])
-    place = jax.NamedSharding(mesh, jax.P())
-    shaped = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place))
-    weights = shaped(jax.eval_shape(layer.init_weights, jax.random.key(0)))
-    length = CHUNKS * layer.chunk if isinstance(layer, MemoryLayer) else ATTENDED
-    x = shaped(jax.ShapeDtypeStruct((1, length, layer.width), jnp.bfloat16))
-
-    def loss(weights, x):
-        return jnp.square(layer(weights, layer.init_state(weights, 1, length), x, 0)[1].astype(jnp.float32)).sum()
-
-    with jax.set_mesh(mesh):
-        jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile()
-    found = {}
-    for path in sorted(Path(folder).iterdir()):
-        if match := re.match(r"\d+-(chunk_scan|splash)(\w*)\S*-final_hlo-static-per-bundle-utilization", path.name):
-            lines = [list(map(int, line.split())) for line in path.read_text().splitlines() if re.match(r"[\d ]+$", line)]
-            bundles = [line for line in lines if len(line) == len(SLOTS)][1:]  # the first is how many slots there are
-            slots = dict(zip(SLOTS, map(sum, zip(*bundles, strict=True)), strict=True))
-            found[match[1] + match[2]] = {"bundles": len(bundles), "slots": slots}
-    return found
-
-
-def per_token(name: str, row: dict, tokens: int = ATTENDED) -> float:
+def per_token(name: str, row: dict, tokens: int = bundles.ATTENDED) -> float:
     """Bundles a token and layer, forward and backward."""
     layer, total = sequence_layer(preset(name)), sum(kernel["bundles"] for kernel in row["kernels"].values())
     if isinstance(layer, MemoryLayer):
@@ -125,9 +83,9 @@ def table(results: dict) -> str:
             chip, name = row.split()
             each = found[0]["kernels"].values()
             used = sum(kernel["slots"]["MXU"] for kernel in each) / max(1, 4 * sum(kernel["bundles"] for kernel in each))
-            bundles = " + ".join(f"{kernel['bundles']:,}" for kernel in each) or "none"
+            programs = " + ".join(f"{kernel['bundles']:,}" for kernel in each) or "none"
             tokens = f"{per_token(name, found[0]):,.0f}"
-            cells.append([chip, name, bundles, tokens, f"{used:.0%}" if each else ""])
+            cells.append([chip, name, programs, tokens, f"{used:.0%}" if each else ""])
     heads = ("chip", "layer", "bundles of a program of each kernel", "bundles a token", "matrix unit's slots used")
     lines = [*markdown(heads, cells, 2), ""]
     steps = []

@@ -93,7 +93,8 @@ def table(results: dict) -> str:
         "at most % of products",
         "tokens/s, at most",
     )
-    note = "Of one device. Counted: GB and TFLOP. Estimated: the compiler's cycles. Nothing was run. Kernels have no cycles."
+    note = "Of one device. Counted: GB and TFLOP. Estimated: the compiler's cycles. Nothing was run. Kernels take"
+    note += " a cycle a bundle, in the last of the four alone."
     return "\n".join([*markdown(heads, cells), "", note]) + "\n"
 
 

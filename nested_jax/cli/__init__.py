@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -273,11 +274,14 @@ def plan(argv: Sequence[str]) -> None:
 
     if not flags.search:
         with announced("compiling the training step"):
-            made = planning.plan(flags.run, flags.topology)
+            made = planning.plan(flags.run, flags.topology, count_bundles=flags.bundles)
     else:
         from nested_jax.parallel.search import ranking, search
 
-        trials = search(flags.run, flags.topology, tell=lambda one: print(ranking([one]).splitlines()[1], flush=True))
+        compile = functools.partial(planning.plan, count_bundles=flags.bundles)
+        trials = search(
+            flags.run, flags.topology, compile=compile, tell=lambda one: print(ranking([one]).splitlines()[1], flush=True)
+        )
         print(f"\n{ranking(trials)}\n")
         made = trials[0].plan
     print(planning.table(made))

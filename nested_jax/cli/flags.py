@@ -60,6 +60,8 @@ class Planning(OfRun):
     search: bool = False
     """Compile the step with other meshes, memory policies, pieces, chunks and batch sizes too, one flag after the other, and
     rank them. Each takes a minute or more."""
+    bundles: bool = True
+    """Compile the sequence layer once more, if Pallas' kernels read it, to count what they take: half a minute or more."""
 
 
 @dataclass(frozen=True)

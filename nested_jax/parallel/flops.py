@@ -62,7 +62,7 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
     if padded and (platforms := params.get("branches_platforms")):
         here = next(i for i, names in enumerate(platforms) if names is None or "tpu" in names)
         return count(params["branches"][here].jaxpr, padded)
-    inner = [count(jaxpr, padded) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [count(jaxpr, padded) for value in params.values() for jaxpr in inner_jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     if name == "pallas_call":
@@ -78,11 +78,12 @@ def _size(variable: Any) -> int:
     return math.prod(_shape(variable))
 
 
-def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(value: Any) -> Iterator[core.Jaxpr]:
+    """Those in a parameter of an equation."""
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, core.Jaxpr):
         yield value
     elif isinstance(value, tuple | list):
         for one in value:
-            yield from _jaxprs(one)
+            yield from inner_jaxprs(one)

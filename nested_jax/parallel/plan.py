@@ -25,13 +25,29 @@ from nested_jax.errors import UserError, shown
 from nested_jax.memory.kernels import kernel_of
 from nested_jax.memory.stream import MemoryLayer
 from nested_jax.models.block import inner_layer, sequence_layer
-from nested_jax.parallel import flops, hbm, hlo
+from nested_jax.parallel import bundles, flops, hbm, hlo
 from nested_jax.parallel.chips import CHIPS, Chip
 from nested_jax.parallel.mesh import MeshShape, choose, make_mesh
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
 from nested_jax.train.state import batch_shapes, divided, init_train_state, places_of, shapes_of
 from nested_jax.train.step import train_step
+
+
+class Kernel(NamedTuple):
+    """A Pallas kernel in a step of one device."""
+
+    name: str
+    runs: int
+    programs: int
+    """Of all runs."""
+    bundles: int
+    """Of one program, see `parallel.bundles`; 0 where they were not counted."""
+
+    @property
+    def cycles(self) -> int:
+        """Of all runs, at a bundle a cycle."""
+        return self.programs * self.bundles
 
 
 class Plan(NamedTuple):
@@ -56,8 +72,8 @@ class Plan(NamedTuple):
     """(turns, array, how many) that loops make, read or keep for the backward pass, the largest first, see `hbm.carried`."""
     excess: str
     """Empty; or what the compiler says of memory that is lacking: then there are no cycles and nothing is sent."""
-    kernels: int = 0
-    """Runs of Pallas kernels, whose cycles nothing estimates."""
+    kernels: Sequence[Kernel] = ()
+    """Pallas' kernels, whose cycles the compiler does not estimate."""
     chunks: str = ""
     """What reads memories' chunks, in words; empty where there are none."""
     costly: Sequence[tuple[str, int, int]] = ()
@@ -79,7 +95,8 @@ class Plan(NamedTuple):
     def seconds(self) -> dict[str, float]:
         """Least seconds of a step by each of what it takes."""
         devices, sent = math.prod(self.shape), sum(one.sent for one in self.collectives)
-        total = sum(cycles for _, cycles in self.cycles)
+        total = sum(cycles for _, cycles in self.cycles) + sum(kernel.cycles for kernel in self.kernels)
+        counted = " and kernels' bundles" * any(kernel.bundles for kernel in self.kernels)
         speed = devices * self.chip.flops
         products = {"matrix products at the chip's speed": self.flops / speed}
         products |= {"the same in tiles of 128": self.padded / speed} if self.padded else {}
@@ -88,16 +105,17 @@ class Plan(NamedTuple):
         return products | {
             "bytes from and to the chip's memory": self.traffic / self.chip.bandwidth,
             "bytes sent by all links": sent / self.chip.links,
-            "cycles, as the compiler estimates them": total / self.chip.clock,
+            f"cycles, as the compiler estimates them{counted}": total / self.chip.clock,
         }
 
 
-def plan(config: TrainConfig, topology: str) -> Plan:
+def plan(config: TrainConfig, topology: str, *, count_bundles: bool = True) -> Plan:
     """Compiles a run's training step for TPUs, none of which need be there; libtpu has to be installed.
 
     Args:
         config: of the run; its `mesh` is of the topology's devices.
         topology: KIND:SHAPE, such as "v5e:4x4" or "v5p:4x4x4".
+        count_bundles: whether the sequence layer, if kernels read it, is compiled once more, for their bundles.
 
     Returns:
         The plan.
@@ -119,7 +137,8 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     made |= {"flops": flops.count(traced, False), "padded": flops.count(traced, True)}
     with jax.set_mesh(mesh):
         made["chunks"] = _chunks(config)
-        lowered = step.lower(state, batch)
+        staged = step.trace(state, batch)
+        lowered = staged.lower()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -131,7 +150,15 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     program = hlo.parse(compiled.as_text() or "")
     made |= {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes, "excess": ""}
     made |= {"arguments": memory.argument_size_in_bytes, "collectives": hlo.collectives(program, shape)}
-    made |= {"cycles": _cycles(program), "kernels": _kernels(program), "costly": _costly(program)}
+    made |= {"cycles": _cycles(program), "costly": _costly(program)}
+    runs = _kernels(program)
+    counted: dict[str, dict] = {}
+    if runs and count_bundles:
+        layer = bundles.of_device(sequence_layer(config.model), shape.tensor)
+        counted = bundles.of_layer(layer, topology, config.window, config.model.dtype)
+    programs = bundles.programs(staged.jaxpr.jaxpr)
+    each = [Kernel(name, n, programs[name], counted.get(name, {}).get("bundles", 0)) for name, n in runs.items()]
+    made |= {"kernels": each}
     return Plan(**made, traffic=hbm.traffic(program), kept=hbm.carried(program))
 
 
@@ -167,8 +194,11 @@ def table(plan: Plan) -> str:
     lines += ["  the most costly operations:"] * bool(plan.costly)
     for name, runs, cycles in plan.costly:
         lines += [f"    {100 * cycles / total:>4.1f} % of the cycles, {runs:,} runs: {name}"]
-    if plan.kernels:
-        lines += [f"  Pallas kernels        {plan.kernels:,} runs, whose cycles are in no estimate"]
+    for kernel in plan.kernels:
+        cost = (
+            f"{kernel.cycles / 1e6:,.2f} million bundles, counted" if kernel.bundles else "whose cycles are in no estimate"
+        )
+        lines += [f"  Pallas' {kernel.name}, {kernel.runs:,} runs: {cost}"]
     if plan.chunks:
         lines += [f"  memories' chunks      {plan.chunks}"]
     lines += ["least milliseconds of a step by"]
@@ -243,10 +273,14 @@ def _excess(error: str) -> str:
     return error.splitlines()[0][:200]
 
 
-def _kernels(program: hlo.Program) -> int:
-    """How often Pallas kernels run."""
-    ours = lambda line: line.opcode == "custom-call" and '"tpu_custom_call"' in line.attributes
-    return sum(times * sum(map(ours, program.computations[name])) for name, times in hlo.runs(program).items())
+def _kernels(program: hlo.Program) -> Counter[str]:
+    """How often each Pallas kernel runs, by its name."""
+    found: Counter[str] = Counter()
+    for name, times in hlo.runs(program).items():
+        for line in program.computations[name]:
+            if line.opcode == "custom-call" and '"tpu_custom_call"' in line.attributes:
+                found[re.sub(r"\.\d+$", "", line.name)] += times
+    return found
 
 
 def _estimated(program: hlo.Program) -> Iterator[tuple[str, hlo.Instruction, int]]:

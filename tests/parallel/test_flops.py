@@ -1,6 +1,7 @@
 """Operations against hand counts."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp

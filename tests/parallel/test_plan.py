@@ -5,15 +5,17 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from nested_jax import CMSConfig, UserError, preset
 from nested_jax.cli import main
-from nested_jax.parallel import hbm, hlo
+from nested_jax.parallel import bundles, hbm, hlo
 from nested_jax.parallel.chips import CHIPS
 from nested_jax.parallel.mesh import MeshShape, _shapes, make_mesh
-from nested_jax.parallel.plan import Plan, devices_of, plan, table
+from nested_jax.parallel.plan import Kernel, Plan, devices_of, plan, table
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.state import init_train_state, size_of
 
@@ -76,11 +78,29 @@ def test_a_table_says_what_bounds_a_step():
     padded = table(made._replace(padded=8 * 197 * 10**12)).splitlines()
     assert "   4,000.00  the same in tiles of 128" in padded
     assert "so at most 12.5 % of the chip's products; bound by the same in tiles of 128" in padded
-    kernels = table(made._replace(kernels=36)).splitlines()
-    assert "  Pallas kernels        36 runs, whose cycles are in no estimate" in kernels
+    kernel = Kernel("chunk_scan", 36, 10**6, 0)
+    assert (
+        "  Pallas' chunk_scan, 36 runs: whose cycles are in no estimate"
+        in table(made._replace(kernels=[kernel])).splitlines()
+    )
+    counted = made._replace(kernels=[kernel._replace(bundles=1500), kernel._replace(bundles=750)])
+    assert counted.seconds["cycles, as the compiler estimates them and kernels' bundles"] == 2.5
+    assert "  Pallas' chunk_scan, 36 runs: 1,500.00 million bundles, counted" in table(counted).splitlines()
     assert "  memories' chunks      by XLA's form: why" in table(made._replace(chunks="by XLA's form: why")).splitlines()
     lacking = table(made._replace(excess="27.32G of 15.75G", cycles=[]))
     assert "  does not fit: 27.32G of 15.75G, as the compiler says" in lacking and "at most" not in lacking
+
+
+def test_programs_of_kernels_are_those_of_their_grids():
+    """A loop of seven turns over 2 x 4 programs; of attention's 4 x 4 blocks ten are not all later than the queries."""
+
+    def kernel(name, grid):
+        body = lambda x, y: y.__setitem__(..., x[...])
+        return pl.pallas_call(body, grid=grid, out_shape=jax.ShapeDtypeStruct((8,), jnp.float32), interpret=True, name=name)
+
+    turn = lambda x, _: (kernel("chunk_scan", (2, 4))(x), None)
+    read = lambda x: kernel("splash_mha", (3, 4, 4))(jax.lax.scan(turn, x, length=7)[0])
+    assert bundles.programs(jax.make_jaxpr(read)(jnp.ones(8)).jaxpr) == {"chunk_scan": 56, "splash_mha": 30}
 
 
 @pytest.mark.slow
@@ -88,12 +108,13 @@ def test_a_table_says_what_bounds_a_step():
 def test_a_small_step_is_compiled_for_tpus(topology):
     """Of the state a quarter, what is not split and what pads it to tiles; weights are gathered in the loop over blocks."""
     pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
-    made = plan(CONFIG, topology)
+    made = plan(CONFIG, topology, count_bundles=topology == "v5e:2x2")
     state = jax.eval_shape(lambda: init_train_state(CONFIG))
     assert 1 / 4 < made.arguments / size_of(state) < 1 / 2 and not made.excess
-    assert made.kernels == 3 * SMALL.layers, (
-        "attention, and its derivatives by queries and by keys and values, of each block"
+    assert [(kernel.name[:10], kernel.runs, kernel.programs) for kernel in made.kernels] == [("splash_mha", 3, 6)] * 3, (
+        "attention, and its derivatives by queries and by keys and values, of each block, of two rows and a head"
     )
+    assert all((kernel.bundles > 100) == (topology == "v5e:2x2") for kernel in made.kernels)
     assert 0 < made.temporaries < made.chip.memory / 100 and made.chip == CHIPS[topology[:3]]
     matrices = sum(np.prod(w.shape) for w in jax.tree.leaves(state.params) if w.ndim > 1 and min(w.shape[-2:]) > 100)
     forward = 2 * 4 * 128 * (matrices - 256 * 128) + 3 * 4 * 4 * 128**2 * 128  # the embedding is looked up
@@ -139,10 +160,12 @@ def test_hope_is_compiled_for_pods(topology, mesh, cms):
     pytest.importorskip("libtpu", reason='compiles for TPUs: pip install "nested-jax[tpu]"')
     model = dataclasses.replace(HOPE, cms=cms)
     sizes = {"batch_size": 64, "window": 256, "mesh": mesh}
-    made = plan(TrainConfig.from_preset("tiny-hope", model=model, **sizes), topology)
+    made = plan(TrainConfig.from_preset("tiny-hope", model=model, **sizes), topology, count_bundles=False)
     assert made.fits and all(seconds > 0 for seconds in made.seconds.values())
     along = "sequence" in mesh
-    assert made.kernels == (0 if along else 2 * HOPE.layers), "one forward and one backward of each block"
+    chunks = HOPE.layers * 2 * 64 // (64 if topology == "v5p:4x4x4" else 16)
+    each = [] if along else [(name, HOPE.layers, chunks, 0) for name in ("chunk_scan", "chunk_scan_backward")]
+    assert sorted(made.kernels) == each, "one forward and one backward of each block, of a device's rows"
     assert made.chunks == ("by XLA's form: its tokens lie along the mesh's sequence" if along else "by Pallas' kernels")
     gathers = {axes for kind, axes in {(one.kind, one.axes) for one in made.collectives} if kind == "all-gather"}
     assert any("fsdp" in axes for axes in gathers)
