@@ -45,7 +45,6 @@ LISTS = (
     "starts",
     "exact",
     "chunks",
-    "text_chunks",
     "seeds",
 )
 """Fields that say which runs to make."""

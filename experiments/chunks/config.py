@@ -39,9 +39,7 @@ class Config(Runs):
     forms: tuple[str, ...] = tuple(FORMS)
     """Errors and step."""
     chunks: Counts = (1, 4, 16, 64, 128)
-    """Chunk lengths of parity and mqar, and of the speed."""
-    text_chunks: Counts = (16, 64, 128)
-    """Chunk lengths on text."""
+    """Chunk lengths."""
     tasks: tuple[str, ...] = TASKS
     """parity: trained on lengths 2-50, tested to 150; parity to 150: trained on those, tested to 450, from chunk 64 on;
     mqar: 4 pairs in 32 tokens; text: the first command of the README, held-out bits per byte."""
@@ -59,6 +57,6 @@ class Config(Runs):
     """Rounds in which the speeds are measured, in turn."""
 
     def __post_init__(self):
-        flags.check(self, "forms", "chunks", "text_chunks", "tasks", "seeds")
+        flags.check(self, "forms", "chunks", "tasks", "seeds")
         flags.check_known(self, "forms", FORMS)
         flags.check_known(self, "tasks", TASKS)

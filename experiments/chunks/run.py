@@ -60,7 +60,7 @@ def run(config: settings.Config, cells: list[dict]) -> list[dict]:
 def cells(config: settings.Config) -> Iterator[dict[str, Any]]:
     """The choices of all runs."""
     for task in config.tasks:
-        for chunk in config.text_chunks if task == "text" else config.chunks:
+        for chunk in config.chunks:
             for form in config.forms:
                 if task == "text" or ("heads" not in settings.FORMS[form] and (task != "parity to 150" or chunk >= 64)):
                     yield from ({"form": form, "chunk": chunk, "task": task, "seed": seed} for seed in config.seeds)
@@ -107,7 +107,7 @@ def table(results: dict) -> str:
     """Markdown: a row for each form and chunk."""
     config, cells = results["config"], []
     for form in config["forms"]:
-        for chunk in sorted({*config["chunks"], *config["text_chunks"]}):
+        for chunk in sorted(config["chunks"]):
             of = lambda task: rows_of(results, form=form, chunk=chunk, task=task)  # noqa: B023
             every, ms = [row[BITS] for row in of("text")], results.get("speeds", {}).get(form, {}).get(str(chunk))
             bits = [one for one in every if one]
@@ -130,7 +130,7 @@ def table(results: dict) -> str:
 def figure(results: dict) -> Figure:
     """Parity in the second bin, MQAR, text and speed against the chunk: means, with bars from the least to the largest."""
     config = results["config"]
-    chunks = sorted({*config["chunks"], *config["text_chunks"]})
+    chunks = sorted(config["chunks"])
     panels = {
         "parity, twice the trained length": lambda form, chunk: [
             row["right"][1] for row in rows_of(results, form=form, chunk=chunk, task="parity")

@@ -273,7 +273,7 @@ def test_tables_say_which_runs_diverged(load):
     plt.close(ablation.figure(results))
     chunks, settings = load("run", "chunks"), load("config", "chunks")
     form = "exact, normalised"
-    config = settings.Config(forms=(form,), chunks=(16,), text_chunks=(16, 32), seeds=(0,))
+    config = settings.Config(forms=(form,), chunks=(16, 32), seeds=(0,))
     rows = [{"form": form, "task": "text", "chunk": 16, "seed": 0} | diverged]
     rows += [
         {"form": form, "task": "text", "chunk": 32, "seed": 0} | text(2.5),
