@@ -5,11 +5,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from nested_jax import CMSConfig, preset
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.language_model import apply, init_state, init_weights
-from nested_jax.parallel.flops import flops
+from nested_jax.parallel.flops import count, flops, trace
+from nested_jax.train.config import TrainConfig
+from nested_jax.train.optimizer import optimizer
+from nested_jax.train.state import batch_shapes, init_train_state
+from nested_jax.train.step import train_step
 
 B, T = 2, 64
 
@@ -58,6 +63,16 @@ def test_products_in_tiles():
         assert flops(partial(jnp.einsum, product), jnp.ones((5, 7)), right, padded=True) == 0
     square = jnp.ones((256, 128)), whole[1]
     assert flops(jnp.matmul, *square, padded=True) == flops(jnp.matmul, *square)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["140m-hope", "140m-transformer"])
+def test_published_sizes_fill_their_tiles(name):
+    """Of a training step; with products that scale numbers counted as the matrix unit's they were 52 times as many."""
+    config = TrainConfig.from_preset(name, batch_size=1, window=2048)
+    state = jax.eval_shape(lambda: init_train_state(config))
+    traced = trace(train_step(config.model, optimizer(config)), state, batch_shapes(config))
+    assert 1 <= count(traced, True) / count(traced, False) < 1.2
 
 
 def test_a_branch_a_loop_and_a_convolution():
