@@ -94,6 +94,18 @@ def runs(program: Program) -> Counter[str]:
     return found
 
 
+def turns(program: Program) -> int:
+    """Turns of all loops in one run of the program.
+
+    >>> import jax
+    >>> loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
+    >>> turns(parse(jax.jit(lambda x: loop(loop(x))).lower(jax.numpy.ones((2, 2))).compile().as_text()))
+    14
+    """
+    loops = ((line, times) for name, times in runs(program).items() for line in program.computations[name])
+    return sum(times * trips(program, line) for line, times in loops if line.opcode == "while")
+
+
 def trips(program: Program, loop: Instruction) -> int:
     """How often a loop turns: what XLA found out, else the largest constant that its condition compares with."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):

@@ -78,6 +78,8 @@ class Plan(NamedTuple):
     """What reads memories' chunks, in words; empty where there are none."""
     costly: Sequence[tuple[str, int, int]] = ()
     """(operation and its result, runs, cycles of all runs) of the ten that take most cycles, as the compiler estimates."""
+    turns: int = 0
+    """Of all loops."""
     padded: int = 0
     """As `flops`, with products padded to the matrix unit's tiles."""
 
@@ -158,7 +160,7 @@ def plan(config: TrainConfig, topology: str, *, count_bundles: bool = True) -> P
         counted = bundles.of_layer(layer, topology, config.window, config.model.dtype)
     programs = bundles.programs(staged.jaxpr.jaxpr)
     each = [Kernel(name, n, programs[name], counted.get(name, {}).get("bundles", 0)) for name, n in runs.items()]
-    made |= {"kernels": each}
+    made |= {"kernels": each, "turns": hlo.turns(program)}
     return Plan(**made, traffic=hbm.traffic(program), kept=hbm.carried(program))
 
 
@@ -190,6 +192,8 @@ def table(plan: Plan) -> str:
         lines += [
             f"  {'the step' if runs == 1 else f'a loop of {runs:,} turns':<21} {cycles / 1e6:,.2f} million cycles, estimated"
         ]
+    if plan.turns:
+        lines += [f"  turns of loops        {plan.turns:,}, counted; what starting one takes is in no estimate"]
     total = sum(cycles for _, cycles in plan.cycles)
     lines += ["  the most costly operations:"] * bool(plan.costly)
     for name, runs, cycles in plan.costly:

@@ -83,6 +83,8 @@ def test_a_table_says_what_bounds_a_step():
         "  Pallas' chunk_scan, 36 runs: whose cycles are in no estimate"
         in table(made._replace(kernels=[kernel])).splitlines()
     )
+    turning = table(made._replace(turns=1200)).splitlines()
+    assert "  turns of loops        1,200, counted; what starting one takes is in no estimate" in turning
     counted = made._replace(kernels=[kernel._replace(bundles=1500), kernel._replace(bundles=750)])
     assert counted.seconds["cycles, as the compiler estimates them and kernels' bundles"] == 2.5
     assert "  Pallas' chunk_scan, 36 runs: 1,500.00 million bundles, counted" in table(counted).splitlines()
@@ -125,6 +127,7 @@ def test_a_small_step_is_compiled_for_tpus(topology):
     assert len(most) == 10 and most == sorted(most, reverse=True) and sum(most) < sum(cycles for _, cycles in made.cycles)
     named = re.compile(r"\w+, [\w-]+ -> \(?\w+\[[\d,]+\]")
     assert all(named.match(name) and runs in (1, 3) for name, runs, _ in made.costly)
+    assert made.turns == 2 * SMALL.layers, "of a loop over blocks, forward and backward"
     assert {runs for runs, _ in made.cycles} == {1, 3} and all(seconds > 0 for seconds in made.seconds.values())
 
 
