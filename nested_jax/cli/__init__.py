@@ -266,9 +266,8 @@ def depict(argv: Sequence[str]) -> None:
 
 def plan(argv: Sequence[str]) -> None:
     """Say what a training step takes on TPUs, with none at hand."""
-    default = of_preset(argv)
-    own = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    flags = parse(Planning(**own), "plan", argv)
+    default = training(argv).run
+    flags = parse(Planning(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}), "plan", argv)
     from nested_jax.parallel import plan as planning
     from nested_jax.train.progress import announced
 

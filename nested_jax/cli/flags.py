@@ -55,6 +55,8 @@ class Planning(OfRun):
     libtpu: pip install "nested-jax[tpu]".
     """
 
+    config: Annotated[str, Named("the path of a JSON file")] | None = None
+    """JSON file of flags' values, as of train."""
     topology: Annotated[str, Named("kind and shape of TPUs")] = "v5e:2x2"
     """Kind and shape of the TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:4x4x4."""
     search: bool = False

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from nested_jax.memory.layer import SequenceLayer
+from nested_jax.memory.splash import BLOCKS
 from nested_jax.memory.stream import MemoryLayer
 from nested_jax.parallel.flops import inner_jaxprs
 
@@ -34,29 +35,38 @@ CHUNKS, ATTENDED = 4, 2048
 _SPLASH = "splash"
 
 
-def programs(jaxpr: core.Jaxpr) -> Counter[str]:
-    """How many programs of each kernel run, by its name: its grid's, as often as loops turn; of causal attention those alone
-    whose keys are not all later than their queries.
+def programs(jaxpr: core.Jaxpr, cores: int = 1) -> Counter[str]:
+    """How many programs of each kernel a core runs, by its name: its grid's, as often as loops turn; of attention those
+    whose keys the mask does not rule out.
 
     Args:
         jaxpr: traced for TPUs; what is inside `jax.shard_map` counts once, for one device.
+        cores: of a device. They share programs out along axes that may run in any order.
     """
     found: Counter[str] = Counter()
-    for name, grid, times in _kernels(jaxpr, 1):
-        share = (grid[-1] + 1) / (2 * grid[-1]) if name.startswith(_SPLASH) else 1.0
-        found[name] += round(times * math.prod(grid) * share)
+    for name, grid, times in _kernels(jaxpr, 1, cores):
+        found[name] += round(times * math.prod(grid) * (_masked(name, grid) if name.startswith(_SPLASH) else 1))
     return found
 
 
-def _kernels(jaxpr: core.Jaxpr, times: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _masked(name: str, grid: tuple[int, ...]) -> float:
+    """The part of a grid's blocks, a band of which stands for all, that causal attention does not rule out."""
+    rows, band = (grid[-3], grid[-1]) if "dkv" in name else (grid[-2], grid[-1])
+    return 1 - (band - 1) / (2 * rows)
+
+
+def _kernels(jaxpr: core.Jaxpr, times: float, cores: int) -> Iterator[tuple[str, tuple[int, ...], float]]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "pallas_call":
-            yield params["name"], params["grid_mapping"].grid, times
+            grid = params["grid_mapping"].grid
+            order = getattr(params["compiler_params"], "dimension_semantics", None) or ()
+            free = [n for n, kind in zip(grid, order, strict=False) if str(kind).endswith("parallel")]
+            yield params["name"], grid, times / (cores if max(free, default=1) >= cores else 1)
             continue
         for value in params.values():
             for inner in inner_jaxprs(value):
-                yield from _kernels(inner, times * params["length"] if name == "scan" else times)
+                yield from _kernels(inner, times * params["length"] if name == "scan" else times, cores)
 
 
 @functools.cache
@@ -70,16 +80,33 @@ def of_layer(layer: Any, topology: str, tokens: int, dtype: str) -> dict[str, di
         dtype: of its tokens.
 
     Returns:
-        {name: {"bundles": of one program, "slots": how many of each kind they use}}; empty where it cannot be compiled.
+        {name: {"bundles": of one program, "slots": how many of each kind they use}}.
+
+    Raises:
+        ChildProcessError: it cannot be compiled, with the last line of the reason.
     """
-    length = CHUNKS * layer.chunk if isinstance(layer, MemoryLayer) else min(tokens, ATTENDED)
+    length = CHUNKS * layer.chunk if isinstance(layer, MemoryLayer) else _attended(tokens)
     with TemporaryDirectory() as folder:  # libtpu is told where to write when a process loads it
         told = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
         flags = {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {told}", "JAX_PLATFORMS": "cpu"}
         given = pickle.dumps((layer, topology, length, dtype))
         command = [sys.executable, "-m", "nested_jax.parallel.bundles"]
         done = subprocess.run(command, input=given, env=os.environ | flags, capture_output=True, check=False)
-        return _read(Path(folder)) if not done.returncode else {}
+        if done.returncode:
+            raise ChildProcessError(
+                (done.stderr.decode(errors="replace").strip() or "no reason is known").splitlines()[-1][:200]
+            )
+        return _read(Path(folder))
+
+
+def _attended(tokens: int) -> int:
+    """Tokens of which attention has as large blocks.
+
+    >>> _attended(8192), _attended(4352), _attended(128)
+    (2048, 1792, 128)
+    """
+    block = next((size for size in BLOCKS if tokens % size == 0), tokens)
+    return tokens if tokens <= ATTENDED else block * ((ATTENDED - 1) // block if block < BLOCKS[0] else ATTENDED // block)
 
 
 def of_device(layer: Any, tensor: int) -> SequenceLayer:

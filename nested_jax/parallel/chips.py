@@ -8,6 +8,8 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """A TPU."""
 
+    cores: int
+    """Cores of one device, which share out the programs of a kernel that may run in any order."""
     memory: float
     """Bytes."""
     flops: float
@@ -23,10 +25,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 1.05e9, (16, 16, 16)),
-    "v5e": Chip(16e9, 197e12, 819e9, 200e9, 1.5e9, (16, 16)),
-    "v5p": Chip(95e9, 459e12, 2765e9, 600e9, 1.75e9, (16, 16, 24)),
-    "v6e": Chip(32e9, 918e12, 1640e9, 448e9, 1.75e9, (16, 16)),
+    "v4": Chip(2, 32 * 2**30, 275e12, 1228e9, 300e9, 1.05e9, (16, 16, 16)),
+    "v5e": Chip(1, 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9, (16, 16)),
+    "v5p": Chip(2, 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9, (16, 16, 24)),
+    "v6e": Chip(1, 32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9, (16, 16)),
 }
 """TPUs, by the names of topologies. Source: cloud.google.com/tpu/docs/system-architecture-tpu-vm."""
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 
@@ -19,8 +20,9 @@ def flops(function: Callable, *arguments: Any, padded: bool = False) -> int:
     Args:
         function: is traced, not run, as on one CPU, which shares nothing out and has no kernels whose products are unseen.
         *arguments: arrays, or their shapes.
-        padded: count what a TPU's matrix unit does: products' sums and columns in 128s, their rows in eights; of its own
-            form where there are several. It does none of products without a sum, which scale numbers, or of two vectors.
+        padded: count what a TPU's matrix unit of 128 by 128 does: products' sums and columns in 128s, their rows in eights,
+            as many passes of bfloat16 as their precision takes; of its own form where there are several. It does none of
+            products without a sum, which scale numbers, or of two vectors.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0], jnp.ones((4, 4)))
@@ -54,7 +56,8 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
         if not contracted or rows == 1:
             return 0
         up = lambda n, tile: -(-n // tile) * tile
-        return 2 * maps * up(rows, 8) * up(columns, 128) * up(sums, 128)
+        passes = _passes(equation.invars[0], params["precision"])
+        return 2 * passes * maps * up(rows, 8) * up(columns, 128) * up(sums, 128)
     if name == "conv_general_dilated":
         kernel = equation.invars[1]
         outputs = _shape(kernel)[params["dimension_numbers"].rhs_spec[0]]
@@ -62,12 +65,21 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
     if padded and (platforms := params.get("branches_platforms")):
         here = next(i for i, names in enumerate(platforms) if names is None or "tpu" in names)
         return count(params["branches"][here].jaxpr, padded)
+    if name == "custom_linear_solve":  # beside its solve stand those that its derivatives take
+        return count(params["jaxprs"].solve.jaxpr, padded)
     inner = [count(jaxpr, padded) for value in params.values() for jaxpr in inner_jaxprs(value)]
     if name == "cond":
         return max(inner, default=0)
     if name == "pallas_call":
         return sum(inner) * math.prod(params["grid_mapping"].grid)
     return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _passes(variable: Any, precision: Any) -> int:
+    """Products of bfloat16 numbers that the matrix unit makes of one."""
+    given = precision if isinstance(precision, tuple) else (precision,)
+    passes = {jax.lax.Precision.HIGH: 3, jax.lax.Precision.HIGHEST: 6}
+    return max(passes.get(one, 1) for one in given) if variable.aval.dtype == jnp.float32 else 1
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

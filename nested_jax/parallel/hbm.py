@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from nested_jax.parallel.hlo import Instruction, Program, called_by, runs, size_of, trips
@@ -94,7 +95,7 @@ def _moved(program: Program, lines: dict[str, Instruction], line: Instruction) -
         return sum(one.padded for one in ends if one.in_hbm)
     if any(target in line.attributes for target in _NO_WORK):
         return 0
-    parts, updates = _sliced(program, line)
+    parts, updates = _sliced(program, lines.values(), line)
     read = 0
     for i, operand in enumerate(line.operands):
         source = lines.get(operand)
@@ -105,12 +106,13 @@ def _moved(program: Program, lines: dict[str, Instruction], line: Instruction) -
     return read + sum(updates.get(i, one.padded) for i, one in enumerate(results) if one.in_hbm)
 
 
-def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], dict[int, int]]:
+def _sliced(program: Program, around: Iterable[Instruction], line: Instruction) -> tuple[dict[int, int], dict[int, int]]:
     """Bytes of an instruction's operands that are read in part, and of its results that are written in part, by number."""
     if line.opcode in ("dynamic-slice", "slice", "gather"):
         return {0: _padded(line)}, {}
     if line.opcode == "dynamic-update-slice":  # the update is its second operand
-        return {0: 0}, {}
+        update = next((one for one in around if one.name == line.operands[1]), None)
+        return {0: 0}, {0: _padded(update)} if update else {}
     if line.opcode != "fusion":
         return {}, {}
     lines = program.computations[called_by(line)[0]]
@@ -126,7 +128,7 @@ def _sliced(program: Program, line: Instruction) -> tuple[dict[int, int], dict[i
             updates[i] = 0
         elif made.opcode == "dynamic-update-slice" and made.operands[1] in by_name:
             updates[i] = _padded(by_name[made.operands[1]])
-        elif made.opcode == "fusion" and 0 in (inner := _sliced(program, made)[1]) and made.shapes[0] != "(":
+        elif made.opcode == "fusion" and 0 in (inner := _sliced(program, lines, made)[1]) and made.shapes[0] != "(":
             updates[i] = inner[0]
     return {i: n for i, n in touched.items() if n is not None}, updates
 
@@ -140,7 +142,7 @@ def _touched(program: Program, lines: list[Instruction], name: str) -> int | Non
         elif user.opcode == "tuple" or user.opcode in _UNDER_WAY:
             part = 0
         else:
-            part = _sliced(program, user)[0].get(user.operands.index(name))
+            part = _sliced(program, lines, user)[0].get(user.operands.index(name))
         if part is None:
             return None
         total += part

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,8 @@ def parse(text: str) -> Program:
 
 
 def runs(program: Program) -> Counter[str]:
-    """How often each computation runs in one run of the program, those inside fusions too; every branch of a conditional.
+    """How often each computation runs in one run of the program, those inside fusions too; of a conditional the branch that
+    takes the most cycles, or else has the most instructions.
 
     >>> import jax
     >>> loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
@@ -87,11 +89,31 @@ def runs(program: Program) -> Counter[str]:
         found[name] += times
         for line in program.computations[name]:
             turns = trips(program, line) if line.opcode == "while" else 1
-            for called in called_by(line):
+            inside = called_by(line)
+            if line.opcode == "conditional":
+                inside = [max(inside, key=partial(_weight, program))]
+            for called in inside:
                 visit(called, times * turns)
 
     visit(program.entry, 1)
     return found
+
+
+def cycles_of(line: Instruction) -> int:
+    """Cycles of one run, as the compiler estimates; 0 where it does not."""
+    match = re.search(r'"estimated_cycles":"(\d+)"', line.attributes)
+    return int(match[1]) if match else 0
+
+
+def _weight(program: Program, name: str) -> tuple[int, int]:
+    """Cycles and instructions of a computation and of all that it runs."""
+    cycles, instructions = 0, 0
+    for line in program.computations[name]:
+        turns = trips(program, line) if line.opcode == "while" else 1
+        inner = [_weight(program, called) for called in called_by(line)]
+        cycles += cycles_of(line) + turns * sum(each for each, _ in inner)
+        instructions += 1 + turns * sum(each for _, each in inner)
+    return cycles, instructions
 
 
 def turns(program: Program) -> int:
@@ -138,24 +160,34 @@ def called_by(line: Instruction) -> list[str]:
 def collectives(program: Program, mesh: MeshShape) -> list[Collective]:
     """What devices send one another, the most first; an instruction that stands in several computations counts once.
 
-    One instruction has one channel; those of `jax.shard_map` may all have the same, and so the same call and shape too.
+    One instruction has one channel; those of `jax.shard_map` may all have the same, and so the same call and shape too: then
+    all that stand in one computation count. A TPU's all-reduce of which a device keeps its part is a reduce-scatter.
 
     Args:
         program: compiled for a mesh.
         mesh: its shape.
     """
-    found: dict[tuple[str | None, ...], Collective] = {}
+    found: dict[tuple[str | None, ...], Counter[str]] = {}
+    alike: dict[tuple[str | None, ...], Collective] = {}
     for name, times in runs(program).items():
         for line in program.computations[name]:
             kind = line.opcode.removesuffix("-start")
             if kind in _KINDS:
                 groups = _groups(line) or [tuple(range(math.prod(mesh)))]  # {}: all devices
                 size = len(groups[0]) if kind != "collective-permute" else 2
-                ours = Collective(kind, _axes(groups, mesh), _result(line), times, times * _sent(kind, line, size))
+                sent = _sent(kind, line, size)
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind, sent = "reduce-scatter", sent // 2
+                ours = Collective(kind, _axes(groups, mesh), _result(line), times, sent)
                 channel, call = (re.search(of, line.attributes) for of in (r"channel_id=(\d+)", r'op_name="([^"]*)"'))
                 key = (channel[1], kind, ours.shape, call and call[1]) if channel else (line.name,)
-                found[key] = max(found.get(key, ours), ours, key=lambda one: one.sent)
-    return sorted(found.values(), key=lambda one: -one.sent)
+                found.setdefault(key, Counter())[name] += times
+                alike[key] = ours
+    counted = []
+    for key, one in alike.items():
+        times = max(found[key].values())
+        counted.append(one._replace(runs=times, sent=times * one.sent))
+    return sorted(counted, key=lambda one: -one.sent)
 
 
 def size_of(shapes: str) -> int:

@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
     name: str
     runs: int
     programs: int
-    """Of all runs."""
+    """Of all runs, that one core runs."""
     bundles: int
     """Of one program, see `parallel.bundles`; 0 where they were not counted."""
 
@@ -78,10 +78,12 @@ class Plan(NamedTuple):
     """What reads memories' chunks, in words; empty where there are none."""
     costly: Sequence[tuple[str, int, int]] = ()
     """(operation and its result, runs, cycles of all runs) of the ten that take most cycles, as the compiler estimates."""
+    uncounted: str = ""
+    """Why kernels' bundles were not counted."""
     turns: int = 0
     """Of all loops."""
     padded: int = 0
-    """As `flops`, with products padded to the matrix unit's tiles."""
+    """As `flops`, with products padded to the matrix unit's tiles, in passes of bfloat16; 0 where kernels make some."""
 
     @property
     def chip(self) -> Chip:
@@ -98,10 +100,10 @@ class Plan(NamedTuple):
         """Least seconds of a step by each of what it takes."""
         devices, sent = math.prod(self.shape), sum(one.sent for one in self.collectives)
         total = sum(cycles for _, cycles in self.cycles) + sum(kernel.cycles for kernel in self.kernels)
-        counted = " and kernels' bundles" * any(kernel.bundles for kernel in self.kernels)
+        counted = " and kernels' bundles" * bool(self.kernels and all(kernel.bundles for kernel in self.kernels))
         speed = devices * self.chip.flops
         products = {"matrix products at the chip's speed": self.flops / speed}
-        products |= {"the same in tiles of 128": self.padded / speed} if self.padded else {}
+        products |= {"the same in tiles of 128 and passes of bfloat16": self.padded / speed} if self.padded else {}
         if self.excess:
             return products
         return products | {
@@ -155,12 +157,17 @@ def plan(config: TrainConfig, topology: str, *, count_bundles: bool = True) -> P
     made |= {"cycles": _cycles(program), "costly": _costly(program)}
     runs = _kernels(program)
     counted: dict[str, dict] = {}
-    if runs and count_bundles:
+    if runs and count_bundles and shape.sequence > 1:  # a device's part of the queries is read in other blocks
+        made["uncounted"] = "its tokens lie along the mesh's sequence"
+    elif runs and count_bundles:
         layer = bundles.of_device(sequence_layer(config.model), shape.tensor)
-        counted = bundles.of_layer(layer, topology, config.window, config.model.dtype)
-    programs = bundles.programs(staged.jaxpr.jaxpr)
+        try:
+            counted = bundles.of_layer(layer, topology, config.window, config.model.dtype)
+        except ChildProcessError as error:
+            made["uncounted"] = str(error)
+    programs = bundles.programs(staged.jaxpr.jaxpr, CHIPS[topology.partition(":")[0]].cores)
     each = [Kernel(name, n, programs[name], counted.get(name, {}).get("bundles", 0)) for name, n in runs.items()]
-    made |= {"kernels": each, "turns": hlo.turns(program)}
+    made |= {"kernels": each, "turns": hlo.turns(program), "padded": 0 if runs else made["padded"]}
     return Plan(**made, traffic=hbm.traffic(program), kept=hbm.carried(program))
 
 
@@ -169,7 +176,7 @@ def table(plan: Plan) -> str:
     devices, chip, seconds = math.prod(plan.shape), plan.chip, plan.seconds
     size = lambda n: f"{n / 1e9:,.3f} GB"
     lines = [f"{devices} devices of {plan.topology}, mesh {plan.shape}; of each device in one step:"]
-    lines += [f"  state and batch       {size(plan.arguments)}, counted"]
+    lines += [f"  {'state' if plan.excess else 'state and batch':<21} {size(plan.arguments)}, counted"]
     if plan.excess:
         lines += [f"  does not fit: {plan.excess}, as the compiler says"]
     else:
@@ -182,9 +189,8 @@ def table(plan: Plan) -> str:
         lines += [f"  bytes to and fro      {size(plan.traffic)} of the chip's memory, counted"]
     lines += [f"  matrix products       {plan.flops / devices / 1e12:,.3f} TFLOP, counted"]
     if plan.padded:
-        lines += [
-            f"    in tiles of 128     {plan.padded / devices / 1e12:,.3f} TFLOP, counted for arrays that are not split"
-        ]
+        size_in_tiles = f"{plan.padded / devices / 1e12:,.3f} TFLOP, passes of bfloat16 included"
+        lines += [f"    in tiles of 128     {size_in_tiles}, counted for whole arrays"]
     for kind, axes, runs, sent in hlo.by_kind(plan.collectives):
         along = ", ".join(axes) or "no axis"
         lines += [f"  {kind:<21} {size(sent)} along {along}, {runs:,} runs, counted"]
@@ -202,7 +208,8 @@ def table(plan: Plan) -> str:
         cost = (
             f"{kernel.cycles / 1e6:,.2f} million bundles, counted" if kernel.bundles else "whose cycles are in no estimate"
         )
-        lines += [f"  Pallas' {kernel.name}, {kernel.runs:,} runs: {cost}"]
+        why = f": {plan.uncounted}" * bool(plan.uncounted)
+        lines += [f"  Pallas' {kernel.name}, {kernel.runs:,} runs: {cost}{why}"]
     if plan.chunks:
         lines += [f"  memories' chunks      {plan.chunks}"]
     lines += ["least milliseconds of a step by"]
@@ -266,14 +273,14 @@ def _excess(error: str) -> str:
     """What lacks, in the compiler's words.
 
     >>> _excess("... the total memory required for HLO temporaries (22.18G) exceeds available HBM (15.75G).")
-    'temporaries of 22.18G, memory of 15.75G'
+    'temporaries of 22.18 GiB, memory of 15.75 GiB'
     >>> _excess("Used 27.32G of 15.75G hbm. Exceeded hbm capacity by 11.57G.")
-    'in all 27.32G, memory of 15.75G'
+    'in all 27.32 GiB, memory of 15.75 GiB'
     """
-    if match := re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error):
-        return f"temporaries of {match[1]}, memory of {match[2]}"
-    if match := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error):
-        return f"in all {match[1]}, memory of {match[2]}"
+    if match := re.search(r"temporaries \(([\d.]+)(\w)\) exceeds available HBM \(([\d.]+)(\w)\)", error):
+        return f"temporaries of {match[1]} {match[2]}iB, memory of {match[3]} {match[4]}iB"
+    if match := re.search(r"Used ([\d.]+)(\w) of ([\d.]+)(\w) hbm", error):
+        return f"in all {match[1]} {match[2]}iB, memory of {match[3]} {match[4]}iB"
     return error.splitlines()[0][:200]
 
 
@@ -291,8 +298,8 @@ def _estimated(program: hlo.Program) -> Iterator[tuple[str, hlo.Instruction, int
     """(computation, instruction, cycles of one run) of all that the compiler estimates."""
     for name, lines in program.computations.items():
         for line in lines:
-            if match := re.search(r'"estimated_cycles":"(\d+)"', line.attributes):
-                yield name, line, int(match[1])
+            if cycles := hlo.cycles_of(line):
+                yield name, line, cycles
 
 
 def _cycles(program: hlo.Program) -> list[tuple[int, int]]:

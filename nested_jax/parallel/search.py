@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
+
+import jax
 
 from nested_jax.errors import UserError
 from nested_jax.parallel.mesh import MeshShape, parse
@@ -38,7 +41,8 @@ def search(
 ) -> list[Trial]:
     """Changes one flag after the other, the mesh first, and keeps of each the value that ranks best.
 
-    A chunk is tried where the model has one; another chunk is another model. What the mesh or the model refuses is left out.
+    A chunk is tried where the model has one; another chunk is another model. Meshes are of all the topology's chips. What
+    the mesh, the model or the compiler refuses is left out.
 
     Args:
         config: the run; its mesh, if it has one, is tried first.
@@ -66,18 +70,18 @@ def search(
 
     trials = [trial({})]
     best = trials[0]
-    for choices in (_meshes, _memory, _chunks, _batches):
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    for choices in (partial(_meshes, devices=chips), _memory, _chunks, _batches):
         for change in choices(config, best.plan.shape):
             try:
                 trials.append(trial(best.flags | change))
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # what the compiler cannot do ends no search
                 continue
         best = min([best, *trials], key=lambda one: one.rank)
     return sorted(trials, key=lambda one: one.rank)
 
 
-def _meshes(config: TrainConfig, given: MeshShape) -> list[dict[str, Any]]:
-    devices = math.prod(given)
+def _meshes(config: TrainConfig, given: MeshShape, devices: int) -> list[dict[str, Any]]:
     parts = [n for n in (2, 4) if not devices % n]
     shapes = [f"fsdp={devices // n},{axis}={n}" for n in parts for axis in ("tensor", "data", "sequence")]
     return [{"mesh": text} for text in (f"fsdp={devices}", *shapes) if parse(text) != given]

@@ -10,6 +10,7 @@ import pytest
 from nested_jax import CMSConfig, preset
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.language_model import apply, init_state, init_weights
+from nested_jax.numerics import solve_unit_lower
 from nested_jax.parallel.flops import count, flops, trace
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -72,7 +73,23 @@ def test_published_sizes_fill_their_tiles(name):
     config = TrainConfig.from_preset(name, batch_size=1, window=2048)
     state = jax.eval_shape(lambda: init_train_state(config))
     traced = trace(train_step(config.model, optimizer(config)), state, batch_shapes(config))
-    assert 1 <= count(traced, True) / count(traced, False) < 1.2
+    assert 1 <= count(traced, True) / count(traced, False) < 3
+
+
+def test_a_solve_counts_once_and_passes_of_its_precision_in_tiles():
+    """A triangular solve's derivatives stand beside it and do not run; full precision takes six bfloat16 passes."""
+    matrix, right = jnp.tril(jnp.ones((128, 128)), -1), jnp.ones((128, 128))
+    one, solve = 2 * 128**3, lambda matrix, right: solve_unit_lower(matrix, right)
+    assert flops(solve, matrix, right) < flops(jax.grad(lambda *given: solve(*given).sum(), (0, 1)), matrix, right)
+    alone = flops(
+        lambda a, b: jax.lax.custom_linear_solve(lambda x: a @ x, b, lambda _, b: a @ (a @ b), lambda _, b: b), matrix, right
+    )
+    assert alone == 2 * one
+    for precision, passes in (("default", 1), ("high", 3), ("highest", 6)):
+        product = partial(jnp.matmul, precision=precision)
+        assert flops(product, matrix, right, padded=True) == passes * one == passes * flops(product, matrix, right)
+    halves = matrix.astype(jnp.bfloat16)
+    assert flops(partial(jnp.matmul, precision="highest"), halves, halves, padded=True) == one
 
 
 def test_a_branch_a_loop_and_a_convolution():

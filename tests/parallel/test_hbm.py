@@ -101,3 +101,14 @@ def test_what_loops_carry():
 )
 def test_tiles_are_filled_up(text, padded):
     assert hbm.arrays(text)[0].padded == padded
+
+
+def test_a_slice_that_is_put_into_an_array_is_all_that_moves():
+    text = """ENTRY %main (w: f32[12,8,64], x: f32[1,8,64]) -> f32[12,8,64] {
+  %w = f32[12,8,64]{2,1,0:T(8,128)} parameter(0)
+  %x = f32[1,8,64]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(1)} constant(0)
+  ROOT %all = f32[12,8,64]{2,1,0:T(8,128)} dynamic-update-slice(%w, %x, %i, %i, %i)
+}
+"""
+    assert hbm.traffic(hlo.parse(text)) == 2 * 4096

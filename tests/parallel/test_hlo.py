@@ -59,3 +59,49 @@ ENTRY %main (a: f32[4]) -> f32[4] {
     assert found.runs == 12
     known = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert hlo.collectives(hlo.parse(known), MESH)[0].runs == 5
+
+
+def test_alike_collectives_of_one_computation_all_count():
+    """Keys and values gathered by one call of `jax.shard_map` have one channel and one name; a copy elsewhere is one."""
+    gather = 'all-gather(%a), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, metadata={op_name="jit(f)/all_gather"}'
+    text = f"""%copy (a: f32[4]) -> f32[4] {{
+  ROOT %x = f32[4]{{0}} {gather}
+}}
+ENTRY %main (a: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} {gather}
+  %y = f32[4]{{0}} {gather}
+  ROOT %z = f32[4]{{0}} fusion(%x), kind=kCustom, calls=%copy
+}}
+"""
+    (found,) = hlo.collectives(hlo.parse(text), MESH)
+    assert (found.runs, found.sent) == (2, 2 * 8)
+
+
+def test_a_fused_reduce_scatter_sends_half_of_an_all_reduce():
+    text = """%all-reduce-scatter.3 (a: f32[1000]) -> f32[125] {
+  %whole = f32[1000]{0} all-reduce(%a), channel_id=1, replica_groups={}
+  ROOT %own = f32[125]{0} dynamic-slice(%whole, %i), dynamic_slice_sizes={125}
+}
+ENTRY %main (a: f32[1000]) -> f32[125] {
+  ROOT %x = f32[125]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    (found,) = hlo.collectives(hlo.parse(text), MESH)
+    assert (found.kind, found.sent) == ("reduce-scatter", 3500)
+
+
+def test_of_a_conditional_the_costly_branch_counts():
+    cost = lambda cycles: f'backend_config={{"estimated_cycles":"{cycles}"}}'
+    text = f"""%short (a: f32[4]) -> f32[4] {{
+  %b = f32[4]{{0}} add(%a, %a), {cost(10)}
+  ROOT %c = f32[4]{{0}} add(%b, %b), {cost(10)}
+}}
+%long (a: f32[4]) -> f32[4] {{
+  ROOT %d = f32[4]{{0}} multiply(%a, %a), {cost(70)}
+}}
+ENTRY %main (a: f32[4]) -> f32[4] {{
+  ROOT %x = f32[4]{{0}} conditional(%p, %a, %a), branch_computations={{%short, %long}}
+}}
+"""
+    assert hlo.runs(hlo.parse(text)) == {"main": 1, "long": 1}
+    assert hlo.runs(hlo.parse(text.replace("estimated", "no"))) == {"main": 1, "short": 1}

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax import CMSConfig, UserError, preset
 from nested_jax.cli import main
+from nested_jax.memory import splash
 from nested_jax.parallel import bundles, hbm, hlo
 from nested_jax.parallel.chips import CHIPS
 from nested_jax.parallel.mesh import MeshShape, _shapes, make_mesh
@@ -64,7 +66,7 @@ def test_a_table_says_what_bounds_a_step():
     text = table(made)
     for line in (
         "2 devices of v5e:2x2, mesh fsdp=2; of each device in one step:",
-        "  fits: 12.000 GB of 16.000 GB; the largest arrays of loops:",
+        "  fits: 12.000 GB of 17.180 GB; the largest arrays of loops:",
         "    0.000 GB in tiles, 2 times their numbers: 2 x f32[12,8,64] in a loop of 12 turns",
         "  bytes to and fro      0.819 GB of the chip's memory, counted",
         "  all-gather            0.300 GB along fsdp, 10 runs, counted",
@@ -73,12 +75,16 @@ def test_a_table_says_what_bounds_a_step():
         "so at most 50.0 % of the chip's products; bound by cycles, as the compiler estimates them",
     ):
         assert line in text.splitlines()
-    assert "  does not fit: 20.000 GB of 16.000 GB" in table(made._replace(temporaries=16 * 10**9))
+    assert "  does not fit: 20.000 GB of 17.180 GB" in table(made._replace(temporaries=16 * 10**9))
     assert "Pallas" not in text
     padded = table(made._replace(padded=8 * 197 * 10**12)).splitlines()
-    assert "   4,000.00  the same in tiles of 128" in padded
-    assert "so at most 12.5 % of the chip's products; bound by the same in tiles of 128" in padded
+    assert "   4,000.00  the same in tiles of 128 and passes of bfloat16" in padded
+    assert "so at most 12.5 % of the chip's products; bound by the same in tiles of 128 and passes of bfloat16" in padded
     kernel = Kernel("chunk_scan", 36, 10**6, 0)
+    failed = table(made._replace(kernels=[kernel], uncounted="no room")).splitlines()
+    assert "  Pallas' chunk_scan, 36 runs: whose cycles are in no estimate: no room" in failed
+    some = made._replace(kernels=[kernel, kernel._replace(bundles=1)])
+    assert "cycles, as the compiler estimates them" in some.seconds
     assert (
         "  Pallas' chunk_scan, 36 runs: whose cycles are in no estimate"
         in table(made._replace(kernels=[kernel])).splitlines()
@@ -94,15 +100,36 @@ def test_a_table_says_what_bounds_a_step():
 
 
 def test_programs_of_kernels_are_those_of_their_grids():
-    """A loop of seven turns over 2 x 4 programs; of attention's 4 x 4 blocks ten are not all later than the queries."""
+    """A loop of seven turns over 2 x 4 programs, which two cores share; of attention's 4 x 4 blocks ten are not all later
+    than the queries, of a window's band of 16 x 5 blocks all but ten."""
 
-    def kernel(name, grid):
+    def kernel(name, grid, order=None):
         body = lambda x, y: y.__setitem__(..., x[...])
-        return pl.pallas_call(body, grid=grid, out_shape=jax.ShapeDtypeStruct((8,), jnp.float32), interpret=True, name=name)
+        how = {"compiler_params": pltpu.CompilerParams(dimension_semantics=order)} if order else {}
+        return pl.pallas_call(
+            body, grid=grid, out_shape=jax.ShapeDtypeStruct((8,), jnp.float32), interpret=True, name=name, **how
+        )
 
-    turn = lambda x, _: (kernel("chunk_scan", (2, 4))(x), None)
-    read = lambda x: kernel("splash_mha", (3, 4, 4))(jax.lax.scan(turn, x, length=7)[0])
-    assert bundles.programs(jax.make_jaxpr(read)(jnp.ones(8)).jaxpr) == {"chunk_scan": 56, "splash_mha": 30}
+    turn = lambda x, _: (kernel("chunk_scan", (2, 4), ("parallel", "arbitrary"))(x), None)
+
+    def read(x):
+        x = kernel("splash_fwd", (3, 4, 4))(jax.lax.scan(turn, x, length=7)[0])
+        return kernel("splash_dkv", (16, 1, 5))(kernel("splash_dq", (16, 5))(x))
+
+    jaxpr = jax.make_jaxpr(read)(jnp.ones(8)).jaxpr
+    attention = {"splash_fwd": 30, "splash_dq": 70, "splash_dkv": 70}
+    assert bundles.programs(jaxpr) == {"chunk_scan": 56} | attention
+    assert bundles.programs(jaxpr, 2) == {"chunk_scan": 28} | attention
+
+
+@pytest.mark.parametrize("window", [None, 256, 1024])
+def test_programs_of_attention_are_those_of_its_mask(window):
+    """2,048 tokens in blocks of 512: those pairs of blocks in which a query sees a key."""
+    q = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.float32)
+    read = lambda q, k, v: splash.splash(q, k, v, jnp.zeros((1, 2048), jnp.int32), window, interpret=True).sum()
+    found = bundles.programs(jax.make_jaxpr(jax.grad(read, (0, 1, 2)))(q, q, q).jaxpr)
+    sees = lambda i, j: j <= i and (window is None or 512 * i - (512 * j + 511) < window)
+    assert set(found.values()) == {2 * sum(sees(i, j) for i in range(4) for j in range(4))} and len(found) == 3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from nested_jax import UserError, preset
@@ -65,3 +66,20 @@ def test_a_ranking_names_the_flags_and_what_does_not_fit():
 def test_a_run_that_is_refused_as_given_is_an_error():
     with pytest.raises(UserError, match="too many rows"):
         search(dataclasses.replace(CONFIG, batch_size=32), "v5e:2x2", compile=compiled)
+
+
+def test_meshes_are_of_all_chips_of_the_topology():
+    """The given run leaves half of them out."""
+    run = dataclasses.replace(CONFIG, batch_size=16)
+    shapes = {one.plan.shape for one in search(run, "v5e:2x4", compile=compiled)}
+    assert {parse("fsdp=4"), parse("fsdp=8"), parse("fsdp=4,tensor=2")} <= shapes
+
+
+def test_what_the_compiler_cannot_do_ends_no_search():
+    def failing(run, topology):
+        if run.model.memory_policy == "loops":
+            raise jax.errors.JaxRuntimeError("INTERNAL: a compiler's fault")
+        return compiled(run, topology)
+
+    trials = search(CONFIG, "v5e:2x2", compile=failing)
+    assert trials[0].flags == {"accumulate": 2, "model.chunk": 256, "batch_size": 16}
