@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -70,9 +71,20 @@ def milliseconds(results: dict, chip: str, name: str, tokens: int) -> tuple[floa
     if not layer or not steps or not all(steps):
         return None
     kernel = per_token(name, layer[0], tokens) * tokens * preset(name).layers / CHIPS[chip].clock
-    (first,), (last,) = steps
-    slope = (last["milliseconds"] - first["milliseconds"]) / (last["tokens"] - first["tokens"])
-    return 1e3 * kernel, first["milliseconds"] + slope * (tokens - first["tokens"])
+    return 1e3 * kernel, on_the_line([row for (row,) in steps], "milliseconds", tokens)
+
+
+def on_the_line(steps: Sequence[dict], key: str, tokens: int) -> float:
+    """A number of a step of so many tokens, on the line through two steps."""
+    first, last = steps
+    slope = (last[key] - first[key]) / (last["tokens"] - first["tokens"])
+    return first[key] + slope * (tokens - first["tokens"])
+
+
+def gigabytes(results: dict, chip: str, name: str, tokens: int) -> float:
+    """Of a step of one sequence, state and temporaries, on the line through the steps that were compiled."""
+    steps = [rows_of(results, row=f"{chip} {name}, a step of {n} tokens")[0] for n in settings.STEPS[name]]
+    return sum(on_the_line(steps, key, tokens) for key in ("arguments", "temporaries")) / 1e9
 
 
 def table(results: dict) -> str:
@@ -94,8 +106,10 @@ def table(results: dict) -> str:
         if all(both):
             hope, transformer = (sum(times or ()) for times in both)
             split = [f"{kernel:,.1f} + {rest:,.1f}" for kernel, rest in filter(None, both)]
-            steps.append([f"{tokens:,}", *split, f"{transformer / hope:.2f}"])
+            size = [f"{gigabytes(results, 'v5e', f'140m-{family}', tokens):,.1f}" for family in ("hope", "transformer")]
+            steps.append([f"{tokens:,}", *split, f"{transformer / hope:.2f}", " / ".join(size)])
     heads = ("tokens", "140m-hope, ms: kernels + the rest", "140m-transformer, ms", "Hope's speed, of the Transformer's")
+    heads = (*heads, "GB of both, of 17.2")
     note = "Compiled for one v5e, nothing run. Kernels: bundles at the clock, no waits for memory. The rest: the compiler's"
     windows = " and ".join(f"{n:,}" for n in settings.STEPS["140m-hope"])
     return (
