@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,21 @@ def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     assert main(["plan", "--preset", "tiny-transformer"]) == 2
     assert capsys.readouterr().err == 'nested-jax: nested-jax plan compiles with libtpu: pip install "nested-jax[tpu]"\n'
+
+
+def test_a_plan_is_of_the_run_that_train_would_make(monkeypatch, capsys):
+    """Of a file of flags' values, and flags over it; where there is no run to start from, an error."""
+    planned = []
+    monkeypatch.setattr(
+        "nested_jax.parallel.plan.plan", lambda *given, count_bundles: planned.append((*given, count_bundles))
+    )
+    monkeypatch.setattr("nested_jax.parallel.plan.table", lambda _: "")
+    file = Path(__file__).parents[2] / "experiments/pods/760m.json"
+    assert main(["plan", "--config", str(file), "--batch-size", "64", "--topology", "v5e:8x8", "--no-bundles"]) == 0
+    ((run, *others),) = planned
+    assert (run.preset, run.window, run.batch_size, others) == ("760m-hope", 4096, 64, ["v5e:8x8", False])
+    assert main(["plan", "--init-from", "no/such/run"]) == 2 and len(planned) == 1
+    assert "--init-from no/such/run holds no run: give the folder of one" in capsys.readouterr().err
 
 
 def test_a_libtpu_of_another_jax_is_refused(monkeypatch):
