@@ -61,7 +61,7 @@ def _kernels(jaxpr: core.Jaxpr, times: float, cores: int) -> Iterator[tuple[str,
         if name == "pallas_call":
             grid = params["grid_mapping"].grid
             order = getattr(params["compiler_params"], "dimension_semantics", None) or ()
-            free = [n for n, kind in zip(grid, order, strict=False) if str(kind).endswith("parallel")]
+            free = [n for n, kind in zip(grid, order, strict=False) if str(kind).lower().endswith("parallel")]
             yield params["name"], grid, times / (cores if max(free, default=1) >= cores else 1)
             continue
         for value in params.values():
