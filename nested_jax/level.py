@@ -180,7 +180,8 @@ def run(
     Source: NL Def. 2-4.
 
     >>> total = Level(lambda slower: jnp.zeros(()), lambda state, x, slower: (state + x.sum(), state), period=2)
-    >>> state, (whole, rest) = run(total, None, jnp.ones(5))  # the fifth data point is no whole period
+    >>> with warnings.catch_warnings(action="ignore"):  # the fifth data point is no whole period
+    ...     state, (whole, rest) = run(total, None, jnp.ones(5))
     >>> float(state), whole.tolist(), rest.tolist()
     (4.0, [0.0, 2.0], 4.0)
     """

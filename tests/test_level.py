@@ -158,11 +158,13 @@ def test_a_run_says_which_data_points_a_level_would_lose(due):
 def test_a_level_that_does_not_count_keeps_its_state_on_a_context_cut_short(x64):
     """What it emits there is used all the same."""
     (level,) = make_levels((4,))
-    short, emitted = run(level, None, tokens(3))
+    with pytest.warns(UserWarning, match="does not learn from the last 3 of 3 data points"):
+        short, emitted = run(level, None, tokens(3))
     assert weights(short) == weights(level.init(()))
     assert [y.shape for y, _ in emitted] == [(3,)]
     whole, first = run(level, None, tokens(8))
-    longer, pieces = run(level, None, tokens(11))
+    with pytest.warns(UserWarning, match="does not learn from the last 3 of 11 data points"):
+        longer, pieces = run(level, None, tokens(11))
     assert weights(longer) == weights(whole) != weights(level.init(()))
     assert [y.shape for y, _ in pieces] == [(2, 4), (3,)]
     np.testing.assert_array_equal(pieces[0][0], first[0])
@@ -172,7 +174,8 @@ def test_a_level_that_does_not_count_keeps_its_state_on_a_context_cut_short(x64)
 
 def test_in_a_nest_too(x64):
     """Of 23 tokens, levels of periods 2, 4 and 8 that do not count have learned from 22, 20 and 16."""
-    state, emitted = jax.jit(lambda x: run(make_nest((2, 4, 8)), None, x))(tokens(23))
+    with pytest.warns(UserWarning, match="does not learn from the last 7 of 23 data points"):
+        state, emitted = jax.jit(lambda x: run(make_nest((2, 4, 8)), None, x))(tokens(23))
     w, y = loop((2, 4, 8), tokens(23))
     np.testing.assert_allclose(weights(state), w, rtol=1e-12)
     np.testing.assert_allclose(outputs(emitted), y, rtol=1e-10)
