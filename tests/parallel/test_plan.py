@@ -156,9 +156,9 @@ def test_a_small_step_is_compiled_for_tpus(topology):
     made = plan(CONFIG, topology, count_bundles=topology == "v5e:2x2")
     state = jax.eval_shape(lambda: init_train_state(CONFIG))
     assert 1 / 4 < made.arguments / size_of(state) < 1 / 2 and not made.excess
-    assert [(kernel.name[:10], kernel.runs, kernel.programs) for kernel in made.kernels] == [("splash_mha", 3, 6)] * 3, (
-        "attention, and its derivatives by queries and by keys and values, of each block, of two rows and a head"
-    )
+    found = {kernel.name.split("_")[2]: (kernel.runs, kernel.programs) for kernel in made.kernels}
+    forward = 6 // made.chip.cores  # of two rows and a head, in any order
+    assert found == {"fwd": (3, forward), "dq": (3, 6), "dkv": (3, 6)}, "attention and its derivatives, of each block"
     assert all((kernel.bundles > 100) == (topology == "v5e:2x2") for kernel in made.kernels)
     assert 0 < made.temporaries < made.chip.memory / 100 and made.chip == CHIPS[topology[:3]]
     matrices = sum(np.prod(w.shape) for w in jax.tree.leaves(state.params) if w.ndim > 1 and min(w.shape[-2:]) > 100)
