@@ -76,22 +76,25 @@ def measure(path: Path, config: Any, results: dict, run: Callable[..., list[dict
     return results
 
 
+def tries(results: dict, name: str) -> list[dict]:
+    """A network's runs on the first task, on the tuning seed."""
+    config = results["config"]
+    return rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
+
+
 def chosen(results: dict, name: str) -> float:
     """The rate with the most right sequences, then labels, then the least loss, on the tuning seed; the only one untried."""
     rates = results["config"]["rates"]
     if len(rates) == 1:
         return rates[0]
-    config = results["config"]
-    tries = rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
     loss = lambda row: np.inf if row["loss"][-1] is None else row["loss"][-1]  # None: it was no number
-    return max(tries, key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
+    return max(tries(results, name), key=lambda row: (sum(row["right"]), sum(row["labels"]), -loss(row)))["rate"]
 
 
 def on_test_seeds(results: dict, name: str, task: str) -> list[dict]:
     """The runs of a network on a task, on the test seeds."""
     rows = [row for row in rows_of(results, name=name, task=task) if row["seed"] in results["config"]["seeds"]]
-    config = results["config"]
-    tried = len(config["rates"]) == 1 or rows_of(results, name=name, task=config["tasks"][0], seed=config["tuning_seed"])
+    tried = len(results["config"]["rates"]) == 1 or tries(results, name)
     return [row for row in rows if tried and row["rate"] == chosen(results, name)]
 
 

@@ -49,8 +49,7 @@ def compiled(row: str) -> dict:
         numbers = {"milliseconds": 1e3 * cycles / made.chip.clock, "tokens": tokens}
         numbers |= {"temporaries": made.temporaries, "arguments": made.arguments, "traffic": made.traffic}
     else:
-        layer = sequence_layer(preset(name))
-        numbers = {"kernels": bundles.of_layer(layer, settings.TOPOLOGIES[chip], bundles.ATTENDED, "bfloat16")}
+        numbers = {"kernels": bundles.of_layer(preset(name), settings.TOPOLOGIES[chip], bundles.ATTENDED)}
     return numbers | {"seconds": round(time.monotonic() - started, 1)}
 
 

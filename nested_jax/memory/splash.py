@@ -16,15 +16,24 @@ from nested_jax.memory.passing import read_spread
 from nested_jax.numerics import BATCH, HEADS, TOKENS, mesh_divides, mesh_of_four, tpu_kind
 from nested_jax.typing import Array, Float, Int
 
-BLOCKS = (512, 256, 128)  # queries, or keys, at a time: the largest that divides a device's part of a group, or T
+_BLOCKS = (512, 256, 128)  # queries, or keys, at a time
 
 
 def fits(shape: tuple[int, ...]) -> bool:
     """Whether the kernel can read queries (B, T, H, K): on a TPU, in whole tiles of tokens, on each device of a mesh too."""
     mesh = mesh_of_four()
-    if not on_tpu() or shape[1] % (BLOCKS[-1] * (1 if mesh is None else mesh.shape[TOKENS] ** 2)):
+    if not on_tpu() or shape[1] % (_BLOCKS[-1] * (1 if mesh is None else mesh.shape[TOKENS] ** 2)):
         return False
     return jax.sharding.get_abstract_mesh().empty if mesh is None else mesh_divides(shape, BATCH, TOKENS, HEADS)
+
+
+def block_of(tokens: int) -> int:
+    """The largest block that divides a device's queries of a group, or all keys.
+
+    >>> block_of(1280)
+    256
+    """
+    return next(size for size in _BLOCKS if tokens % size == 0)
 
 
 def on_tpu() -> bool:
@@ -67,9 +76,8 @@ def _kernel(T: int, heads: int, n: int, window: int | None, interpret: bool) -> 
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     part = T // n**2
-    most = lambda tokens: next(size for size in BLOCKS if tokens % size == 0)
-    queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), most(part))
-    keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), most(T))
+    queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block_of(part))
+    keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), block_of(T))
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0) if window else pallas.CausalMask((T, T))
     mask.q_sequence = mask.q_sequence.reshape(n, n, part).swapaxes(0, 1).ravel()
     every = pallas.MultiHeadMask([mask] * heads)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -17,16 +17,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from nested_jax.memory.layer import SequenceLayer
-from nested_jax.memory.splash import BLOCKS
-from nested_jax.memory.stream import MemoryLayer
+from nested_jax.memory.splash import block_of
+from nested_jax.models.block import sequence_layer
+from nested_jax.models.config import ModelConfig
 from nested_jax.parallel.flops import inner_jaxprs
+from nested_jax.train.config import TrainConfig
 
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 """What a bundle has slots for: the matrix unit, moves across lanes, arithmetic, the matrix unit's results, and more."""
@@ -70,14 +70,13 @@ def _kernels(jaxpr: core.Jaxpr, times: float, cores: int) -> Iterator[tuple[str,
 
 
 @functools.cache
-def of_layer(layer: Any, topology: str, tokens: int, dtype: str) -> dict[str, dict]:
-    """The kernels of a sequence layer, forward and backward, compiled by a process of its own.
+def of_layer(model: ModelConfig, topology: str, tokens: int) -> dict[str, dict]:
+    """The kernels of a model's sequence layer, forward and backward, compiled by a process of its own.
 
     Args:
-        layer: with the heads of one device.
+        model: with the heads of one device, see `of_device`.
         topology: as of `plan`.
         tokens: of its stream; of a memory as many as are enough.
-        dtype: of its tokens.
 
     Returns:
         {name: {"bundles": of one program, "slots": how many of each kind they use}}.
@@ -85,17 +84,15 @@ def of_layer(layer: Any, topology: str, tokens: int, dtype: str) -> dict[str, di
     Raises:
         ChildProcessError: it cannot be compiled, with the last line of the reason.
     """
-    length = CHUNKS * layer.chunk if isinstance(layer, MemoryLayer) else _attended(tokens)
-    with TemporaryDirectory() as folder:  # libtpu is told where to write when a process loads it
-        told = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
-        flags = {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {told}", "JAX_PLATFORMS": "cpu"}
-        given = pickle.dumps((layer, topology, length, dtype))
-        command = [sys.executable, "-m", "nested_jax.parallel.bundles"]
-        done = subprocess.run(command, input=given, env=os.environ | flags, capture_output=True, check=False)
+    length = CHUNKS * model.chunk if not model.attends else _attended(tokens)
+    with TemporaryDirectory() as folder:  # libtpu reads its flags once, when a process loads it
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
+        flags = {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}", "JAX_PLATFORMS": "cpu"}
+        given = json.dumps(TrainConfig(model=model).to_json())
+        command = [sys.executable, "-m", "nested_jax.parallel.bundles", topology, str(length)]
+        done = subprocess.run(command, input=given, env=os.environ | flags, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ChildProcessError(
-                (done.stderr.decode(errors="replace").strip() or "no reason is known").splitlines()[-1][:200]
-            )
+            raise ChildProcessError((done.stderr.strip() or "no reason is known").splitlines()[-1][:200])
         return _read(Path(folder))
 
 
@@ -105,24 +102,24 @@ def _attended(tokens: int) -> int:
     >>> _attended(8192), _attended(4352), _attended(128)
     (2048, 1792, 128)
     """
-    block = next((size for size in BLOCKS if tokens % size == 0), tokens)
-    return tokens if tokens <= ATTENDED else block * ((ATTENDED - 1) // block if block < BLOCKS[0] else ATTENDED // block)
+    alike = (n for n in range(ATTENDED, 0, -128) if block_of(n) == block_of(tokens))
+    return tokens if tokens <= ATTENDED else next(alike)
 
 
-def of_device(layer: Any, tensor: int) -> SequenceLayer:
-    """A layer with the heads that one of so many devices has."""
-    return dataclasses.replace(layer, heads=layer.heads // tensor, width=layer.width // tensor)
+def of_device(model: ModelConfig, tensor: int) -> ModelConfig:
+    """A model with the heads that one of so many devices has."""
+    return dataclasses.replace(model, heads=model.heads // tensor, width=model.width // tensor)
 
 
-def _compile(layer: Any, topology: str, length: int, dtype: str) -> None:
+def _compile(model: ModelConfig, topology: str, length: int) -> None:
     from nested_jax.parallel.mesh import MeshShape, make_mesh
     from nested_jax.parallel.plan import devices_of
 
-    mesh = make_mesh(MeshShape(data=1), devices_of(topology)[:1])
+    layer, mesh = sequence_layer(model), make_mesh(MeshShape(data=1), devices_of(topology)[:1])
     place = jax.NamedSharding(mesh, jax.P())
     shaped = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place))
     weights = shaped(jax.eval_shape(layer.init_weights, jax.random.key(0)))
-    x = shaped(jax.ShapeDtypeStruct((1, length, layer.width), dtype))
+    x = shaped(jax.ShapeDtypeStruct((1, length, model.width), model.dtype))
 
     def loss(weights, x):
         return jnp.square(layer(weights, layer.init_state(weights, 1, length), x, 0)[1].astype(jnp.float32)).sum()
@@ -143,4 +140,4 @@ def _read(folder: Path) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    _compile(*pickle.load(sys.stdin.buffer))
+    _compile(TrainConfig.from_json(json.load(sys.stdin)).model, sys.argv[1], int(sys.argv[2]))

@@ -65,7 +65,7 @@ def _of_equation(equation: core.JaxprEqn, padded: bool) -> int:
     if padded and (platforms := params.get("branches_platforms")):
         here = next(i for i, names in enumerate(platforms) if names is None or "tpu" in names)
         return count(params["branches"][here].jaxpr, padded)
-    if name == "custom_linear_solve":  # beside its solve stand those that its derivatives take
+    if name == "custom_linear_solve":  # its parameters hold the solves of its derivatives too
         return count(params["jaxprs"].solve.jaxpr, padded)
     inner = [count(jaxpr, padded) for value in params.values() for jaxpr in inner_jaxprs(value)]
     if name == "cond":

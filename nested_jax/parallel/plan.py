@@ -160,9 +160,8 @@ def plan(config: TrainConfig, topology: str, *, count_bundles: bool = True) -> P
     if runs and count_bundles and shape.sequence > 1:  # a device's part of the queries is read in other blocks
         made["uncounted"] = "its tokens lie along the mesh's sequence"
     elif runs and count_bundles:
-        layer = bundles.of_device(sequence_layer(config.model), shape.tensor)
         try:
-            counted = bundles.of_layer(layer, topology, config.window, config.model.dtype)
+            counted = bundles.of_layer(bundles.of_device(config.model, shape.tensor), topology, config.window)
         except ChildProcessError as error:
             made["uncounted"] = str(error)
     programs = bundles.programs(staged.jaxpr.jaxpr, CHIPS[topology.partition(":")[0]].cores)

@@ -10,7 +10,6 @@ import pytest
 from nested_jax import CMSConfig, preset
 from nested_jax.models.block import sequence_layer
 from nested_jax.models.language_model import apply, init_state, init_weights
-from nested_jax.numerics import solve_unit_lower
 from nested_jax.parallel.flops import count, flops, trace
 from nested_jax.train.config import TrainConfig
 from nested_jax.train.optimizer import optimizer
@@ -79,8 +78,7 @@ def test_published_sizes_fill_their_tiles(name):
 def test_a_solve_counts_once_and_passes_of_its_precision_in_tiles():
     """A triangular solve's derivatives stand beside it and do not run; full precision takes six bfloat16 passes."""
     matrix, right = jnp.tril(jnp.ones((128, 128)), -1), jnp.ones((128, 128))
-    one, solve = 2 * 128**3, lambda matrix, right: solve_unit_lower(matrix, right)
-    assert flops(solve, matrix, right) < flops(jax.grad(lambda *given: solve(*given).sum(), (0, 1)), matrix, right)
+    one = 2 * 128**3
     alone = flops(
         lambda a, b: jax.lax.custom_linear_solve(lambda x: a @ x, b, lambda _, b: a @ (a @ b), lambda _, b: b), matrix, right
     )
